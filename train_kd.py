@@ -1,0 +1,605 @@
+"""
+Distil a text LLM (teacher) into a speech LLM (student), by text and by speech.
+
+  python train_kd.py --data data/quick/train.jsonl --eval-data data/quick/heldout.jsonl --out out/quick
+  torchrun --nproc_per_node=8 train_kd.py --teacher Qwen/Qwen2.5-7B-Instruct --student ENCODER+LLM --data ... --out out/run
+
+Reads   manifests of synth_speech.py: one JSON object a line with prompt, audio, response, finish (DESIGN: README, "Data")
+Writes  OUT/last and OUT/best (students), OUT/ckpt.pt, OUT/log.jsonl, OUT/samples.jsonl, OUT/args.json
+
+T2T: the student reads the question.   loss = CE(answer) + lambda * tau^2 * KL(teacher || student)
+S2T: the student hears it.             the same, plus CTC, which keeps the adapter spelling what was said
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import losses
+import model as m
+
+EARLY = 8  # answer tokens in which question and answer are not yet told apart by the answer itself: the gap shows there
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[1],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    g = p.add_argument_group("models and data")
+    g.add_argument("--teacher", default=m.DEFAULT_LLM, help="text LLM, folder or hub id; frozen")
+    g.add_argument("--student", default=m.DEFAULT_STUDENT, help="ENCODER+LLM, or a folder that this script wrote")
+    g.add_argument("--revision", help="revision of hub models")
+    g.add_argument("--data", nargs="+", required=True, help="manifests to train on")
+    g.add_argument("--eval-data", nargs="+", default=[], help="manifests to measure on")
+    g.add_argument("--labels", choices=["response", "reference"], default="response", help="the teacher's answer, or the data set's")
+    g.add_argument("--max-answer-tokens", type=int, default=256, help="longer answers are cut there")
+    g.add_argument("--out", required=True, help="output folder")
+    g.add_argument("--feature-cache", help="folder for the frozen encoder's features; default: .features beside the manifest")
+    g = p.add_argument_group("method")
+    g.add_argument("--channels", nargs="+", choices=["t2t", "s2t"], default=["t2t", "s2t"], help="text to text, speech to text")
+    g.add_argument("--t2t-weight", type=float, default=1.0, help="weight of the text channel")
+    g.add_argument("--s2t-weight", type=float, default=1.0, help="weight of the speech channel")
+    g.add_argument("--loss", choices=list(losses.DIVERGENCES), default="forward_kl", help="divergence from the teacher")
+    g.add_argument("--kd-weight", type=float, default=0.5, help="lambda of the divergence; the paper has 0.5")
+    g.add_argument("--ce-weight", type=float, default=1.0, help="weight of the cross-entropy; 0 = pure distillation")
+    g.add_argument("--temperature", type=float, default=2.0, help="tau of both models; the loss is scaled by tau^2")
+    g.add_argument("--beta", type=float, default=0.5, help="of jsd and skew_kl, 0-1")
+    g.add_argument("--ctc-weight", type=float, default=0.3, help="CTC beside the speech channel; 0 = off")
+    g = p.add_argument_group("what trains")
+    g.add_argument("--train", nargs="+", choices=["encoder", "adapter", "llm"], default=["adapter", "llm"], help="parts that train")
+    g.add_argument("--lr-encoder", type=float, default=1e-5, help="peak learning rate; 1e-6 to 5e-5")
+    g.add_argument("--lr-adapter", type=float, default=2e-4, help="peak learning rate while distilling; 5e-5 to 1e-3")
+    g.add_argument("--lr-llm", type=float, default=2e-5, help="peak learning rate; the paper has 5e-6 for 7 B parameters")
+    g.add_argument("--warm-start-steps", type=int, default=0, help="optimizer steps of CTC alone, before distilling")
+    g.add_argument("--warm-start-lr", type=float, default=1e-3, help="peak learning rate of the adapter in the warm start")
+    g.add_argument("--warm-start-batch-size", type=int, default=24, help="clips per GPU per step of the warm start")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--max-steps", type=int, default=0, help="optimizer steps of distillation; 0 = --epochs")
+    g.add_argument("--epochs", type=float, default=2, help="passes over the data, if --max-steps is 0")
+    g.add_argument("--batch-size", type=int, default=8, help="rows per GPU per forward")
+    g.add_argument("--global-batch-size", type=int, default=0, help="rows per optimizer step over all GPUs; 0 = no accumulation")
+    g.add_argument("--lr-warmup-steps", type=int, default=20, help="linear warm-up of each phase; a cosine to zero follows")
+    g.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, matrices only")
+    g.add_argument("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm")
+    g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of the computation; what trains is float32")
+    g.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
+                   help="recompute activations: less memory, about 30%% slower")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the LLM")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    g.add_argument("--workers", type=int, default=1, help="processes per GPU that load data; 0 = none")
+    g.add_argument("--seed", type=int, default=0, help="of the adapter's first weights and the order of the data")
+    g = p.add_argument_group("log, evaluation, checkpoints")
+    g.add_argument("--log-every", type=int, default=5, help="optimizer steps")
+    g.add_argument("--eval-every", type=int, default=0, help="optimizer steps; 0 = only after the last")
+    g.add_argument("--save-every", type=int, default=50, help="optimizer steps between checkpoints")
+    g.add_argument("--resume", action="store_true", help="go on from OUT/ckpt.pt if there is one")
+    g.add_argument("--tensorboard", action="store_true", help="also log to OUT/tensorboard (needs the package)")
+    args = p.parse_args(argv)
+    if args.channels == ["t2t"] and "llm" not in args.train:
+        p.error("--channels t2t trains nothing without --train llm")
+    if min(args.temperature, args.batch_size, args.warm_start_batch_size, args.log_every, args.save_every) <= 0:
+        p.error("--temperature, batch sizes, --log-every and --save-every must be positive")
+    if args.loss in ("jsd", "skew_kl") and not 0 < args.beta < 1:
+        p.error(f"--beta {args.beta}: expected 0 < beta < 1")
+    return args
+
+
+# ---- data ----
+
+def read_manifest(path):
+    """Manifest -> rows with absolute audio paths; raises ValueError that names the line."""
+    path, rows = Path(path), []
+    if not path.is_file():
+        raise ValueError(f"{path}: no such manifest; synth_speech.py writes one")
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+            row["id"], row["prompt"], row["response"] = str(row["id"]), row["prompt"], row["response"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{where}: expected a JSON object with id, prompt, audio, response ({error!r})") from error
+        if row.get("audio"):
+            audio = path.parent / row["audio"]
+            if os.path.isabs(row["audio"]) or ".." in Path(row["audio"]).parts or not audio.is_file():
+                raise ValueError(f"{where}: audio file {row['audio']} not found (paths are relative to the manifest's folder)")
+            row["audio"] = str(audio)
+        elif not row["prompt"]:
+            raise ValueError(f"{where}: neither prompt nor audio")
+        rows.append(row)
+    return rows
+
+
+def answer_ids(tokenizer, row, labels, max_tokens):
+    """The answer, tokenised once for teacher and both channels; a cut answer teaches no stopping."""
+    ids = tokenizer(row[labels], add_special_tokens=False, split_special_tokens=True).input_ids
+    cut = (row.get("finish") == "length" and labels == "response") or len(ids) > max_tokens
+    return ids[:max_tokens] + ([] if cut else [m.end_token(tokenizer)])
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of the manifest with everything that needs no model: ids, spelling, features or log-mel."""
+
+    def __init__(self, rows, student, teacher_tokenizer, args, cache=None):
+        self.rows, self.student, self.args, self.cache, self.teacher_tokenizer = rows, student, args, cache, teacher_tokenizer
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        row, tokenizer = self.rows[i], self.student.tokenizer
+        item = {"id": row["id"], "audio": row.get("audio"), "has_text": row["prompt"] is not None, "answer": []}
+        if row.get(self.args.labels):
+            item["answer"] = answer_ids(tokenizer, row, self.args.labels, self.args.max_answer_tokens)
+        item["before"], item["after"] = m.chat_parts(tokenizer, row.get("system"), row.get("instruction"))
+        if item["has_text"]:
+            before, after = m.chat_parts(self.teacher_tokenizer, row.get("system"), row.get("instruction"))
+            item["said"] = m.text_ids(tokenizer, row["prompt"])
+            item["teacher_prompt"] = before + m.text_ids(self.teacher_tokenizer, row["prompt"]) + after
+            item["spelling"] = [] if row.get("instruction") else self.student.spelling(row["prompt"])  # a caption is not heard
+        if row.get("audio"):
+            if self.cache:
+                item["features"] = torch.from_numpy(np.load(self.cache(row["audio"])))
+            else:
+                item["mel"] = self.student.mel(m.load_audio(row["audio"]))
+        return item
+
+
+def feature_cache(args, student, rows, rank, world, dtype):
+    """Encode each clip once -> function from audio path to the .npy file of its features (S, D) in fp16.
+
+    The file's name depends on the clip and on the encoder, so that neither can change unnoticed.
+    """
+    weights = student.encoder.state_dict()
+    encoder = hashlib.sha1(b"".join(weights[k].float().cpu().numpy().tobytes() for k in sorted(weights) if "layer_norm" in k
+                                    or "conv1" in k) + str(dtype).encode()).hexdigest()[:12]
+
+    def path_of(audio):
+        stat = os.stat(audio)
+        folder = Path(args.feature_cache or Path(audio).parent.parent / ".features") / encoder
+        return folder / (hashlib.sha1(f"{audio} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest() + ".npy")
+
+    clips = sorted({row["audio"] for row in rows if row.get("audio")}, key=lambda a: (os.path.getsize(a), a))
+    todo = [clip for clip in clips[rank::world] if not path_of(clip).exists()]
+
+    def load(batch):
+        return [(clip, student.mel(m.load_audio(clip))) for clip in batch]
+
+    loader = DataLoader([todo[i:i + 16] for i in range(0, len(todo), 16)], batch_size=None, num_workers=args.workers, collate_fn=load)
+    with tqdm(total=len(todo), desc="encoding", unit="clip", disable=rank > 0 or not todo) as bar, torch.inference_mode():
+        for batch in loader:
+            features = student.features([mel.to(student.device) for _, mel in batch])
+            for (clip, _), feature in zip(batch, features):
+                path = path_of(clip)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_suffix(f".{os.getpid()}")
+                with open(temporary, "wb") as file:
+                    np.save(file, feature.half().cpu().numpy())
+                os.replace(temporary, path)
+            bar.update(len(batch))
+    if world > 1:
+        dist.barrier()
+    return path_of
+
+
+def plan_batches(lengths, batch_size, global_batch_size, steps, seed):
+    """Row indices of every micro-batch of every step: list (steps) of lists (micro-batches) of lists (rows).
+
+    A function of its arguments alone: neither the number of processes nor a restart changes it. Rows of like length meet.
+    """
+    per_epoch, plan = len(lengths) // global_batch_size, []
+    for epoch in range(math.ceil(steps / per_epoch)):
+        rng = random.Random(f"{seed} {epoch}")
+        order = rng.sample(range(len(lengths)), len(lengths))
+        span = 20 * global_batch_size
+        order = [i for s in range(0, len(order), span) for i in sorted(order[s:s + span], key=lambda i: lengths[i])]
+        batches = [order[i:i + global_batch_size] for i in range(0, per_epoch * global_batch_size, global_batch_size)]
+        rng.shuffle(batches)
+        plan += [[batch[i:i + batch_size] for i in range(0, len(batch), batch_size)] for batch in batches]
+    return plan[:steps]
+
+
+# ---- one pass through student and teacher ----
+
+def teacher_rows(teacher, items):
+    """One teacher forward for both channels -> hidden rows that predict the answers, list of (n_i, H'), one per item."""
+    sequences = [torch.tensor(item["teacher_prompt"] + item["answer"]) for item in items]
+    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(teacher.device)  # (B, T), right padding
+    with torch.no_grad():
+        hidden = teacher.base_model(input_ids=padded, use_cache=False).last_hidden_state     # (B, T, H')
+    return [h[len(s) - len(item["answer"]) - 1:len(s) - 1] for h, s, item in zip(hidden, sequences, items)]
+
+
+def student_inputs(items, channel):
+    """Arguments of SpeechLLM.forward for one channel; t2t puts the words where s2t puts the sound."""
+    inputs = {"before": [i["before"] + (i["said"] if channel == "t2t" else []) for i in items],
+              "after": [i["after"] for i in items], "answers": [i["answer"] for i in items]}
+    if channel in ("s2t", "ctc"):
+        kind = "features" if "features" in items[0] else "mel"
+        inputs.update({"clips": list(range(len(items))), kind if kind == "features" else "mels": [i[kind] for i in items]})
+    return {**inputs, "llm": channel != "ctc"}
+
+
+def channel_items(items, channel):
+    return [i for i in items if (i["has_text"] if channel == "t2t" else i["audio"]) and (i["answer"] or channel == "ctc")]
+
+
+def channel_loss(args, items, hidden, head, teacher_hidden, teacher_head):
+    """Sums over the channel's answer tokens -> (loss, ce, kd). Rows that no text stands for have no teacher: CE only."""
+    total, hidden = None, hidden.split([len(i["answer"]) for i in items])
+    for has_text in (True, False):
+        chosen = [k for k, i in enumerate(items) if i["has_text"] is has_text]
+        if not chosen:
+            continue
+        rows = torch.cat([hidden[k] for k in chosen])                                        # (N, H)
+        targets = torch.tensor([t for k in chosen for t in items[k]["answer"]], device=rows.device)
+        teacher = torch.cat([teacher_hidden[items[k]["id"]] for k in chosen]) if has_text else rows.detach()
+        sums = losses.ce_kd(student_hidden=rows, student_weight=head, teacher_hidden=teacher, targets=targets,
+                            teacher_weight=teacher_head if has_text else head, kind=args.loss, temperature=args.temperature,
+                            beta=args.beta, ce_weight=args.ce_weight, kd_weight=args.kd_weight if has_text else 0.0)
+        total = sums if total is None else [a + b for a, b in zip(total, sums)]
+    return total
+
+
+def ctc_loss(items, logits, lengths):
+    return losses.ctc(student_logits=logits, lengths=lengths, targets=[i.get("spelling", []) for i in items])
+
+
+# ---- evaluation ----
+
+@torch.inference_mode()
+def evaluate(student, teacher, dataset, indices, channels=("t2t", "s2t"), batch_size=16, progress=False):
+    """Per row and channel: sums over answer tokens, all and the first EARLY, of KL(teacher || student) and agreement.
+
+    Channels beside t2t and s2t are controls: "silent" leaves the speech out, "other" plays another row's.
+    Returns:
+        {channel: (rows, 6) float64: KL, agreements, tokens, KL8, agreements8, tokens8}. KL at tau = 1, nats.
+    """
+    was_training = student.training
+    student.eval()
+    results = {channel: torch.zeros(len(indices), 6, dtype=torch.float64) for channel in channels}
+    heads = [x.get_output_embeddings().weight.float() for x in (student.llm, teacher)]
+    vocab = min(map(len, heads))
+    for start in tqdm(range(0, len(indices), batch_size), desc="evaluating", unit="batch", disable=not progress):
+        items = [dataset[i] for i in indices[start:start + batch_size]]
+        reference = torch.cat(teacher_rows(teacher, items)).float() @ heads[1][:vocab].T      # (N, V)
+        for channel in channels:
+            chosen = items
+            if channel == "other":  # the neighbour's sound, under this row's prompt and answer
+                chosen = [{**i, "features": j["features"]} if "features" in i else {**i, "mel": j["mel"]}
+                          for i, j in zip(items, items[1:] + items[:1])]
+            hidden, _, _ = student(**student_inputs(chosen, "s2t" if channel == "other" else channel))
+            logits = hidden.float() @ heads[0][:vocab].T                                      # (N, V)
+            log_student, log_teacher = logits.log_softmax(-1), reference.log_softmax(-1)
+            kl = (log_teacher.exp() * (log_teacher - log_student)).sum(-1).double().cpu()     # (N,)
+            agree = (logits.argmax(-1) == reference.argmax(-1)).double().cpu()
+            lengths = [len(i["answer"]) for i in items]
+            for row, (k, a) in enumerate(zip(kl.split(lengths), agree.split(lengths)), start):
+                results[channel][row] = torch.stack([x.sum() for part in (slice(None), slice(EARLY))
+                                                     for x in (k[part], a[part], torch.ones_like(k[part]))])
+    student.train(was_training)
+    return results
+
+
+def eval_log(results):
+    """Sums of evaluate, over all ranks -> the keys of log.jsonl."""
+    log = {}
+    for channel, sums in results.items():
+        for suffix, (kl, agree, tokens) in (("", sums[:3].tolist()), ("8", sums[3:].tolist())):
+            log[f"eval_kl{suffix}_{channel}"] = kl / max(1, tokens)
+            log[f"eval_agree{suffix}_{channel}"] = agree / max(1, tokens)
+    for suffix in ("", "8"):
+        if {"t2t", "s2t"} <= set(results):  # the live modality gap
+            log[f"eval_gap{suffix}"] = log[f"eval_kl{suffix}_s2t"] - log[f"eval_kl{suffix}_t2t"]
+    return log
+
+
+# ---- checks, checkpoints ----
+
+def check_pair(teacher, teacher_tokenizer, student):
+    """Same ordinary vocabulary and end of turn, and plain heads; special tokens may be named differently."""
+    a, b = teacher_tokenizer.get_vocab(), student.tokenizer.get_vocab()
+    for tokenizer, vocab in ((teacher_tokenizer, a), (student.tokenizer, b)):
+        for token in tokenizer.get_added_vocab():
+            vocab.pop(token, None)
+    ends = m.end_token(teacher_tokenizer), m.end_token(student.tokenizer)
+    if a != b or ends[0] != ends[1]:
+        example = next((t for t in sorted(a.keys() | b.keys()) if a.get(t) != b.get(t)), None)
+        raise RuntimeError(f"teacher and student need one tokenizer: {teacher_tokenizer.name_or_path} and "
+                           f"{student.tokenizer.name_or_path} differ, e.g. in {example!r}, and end a turn with {ends}")
+    for llm in (teacher, student.llm):
+        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(llm.config, key, None) not in (None, 1, 1.0):
+                raise RuntimeError(f"{llm.config.model_type} models scale or cap their logits ({key}); not supported yet")
+
+
+def save_checkpoint(path, student, optimizer, scaler, step, best, args, world):
+    """Trainable weights and everything else that a bit-exact continuation needs; complete or not there."""
+    trainable = {k: v for k, v in student.named_parameters() if v.requires_grad}
+    torch.save({"model": {k: v.detach() for k, v in trainable.items()}, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "step": step, "best": best, "args": vars(args), "world": world}, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_checkpoint(path, student, optimizer, scaler, args, world):
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    free = ("resume", "device", "workers", "tensorboard", "out", "log_every", "eval_every", "save_every", "feature_cache")
+    changed = [f"{k} {saved['args'][k]!r} -> {v!r}" for k, v in vars(args).items() if k not in free and saved["args"].get(k) != v]
+    if saved["world"] != world or changed:
+        raise ValueError(f"{path} was written by {saved['world']} processes, this run has {world}; changed options: "
+                         f"{', '.join(changed) or 'none'}; repeat the old ones, or start afresh in another --out")
+    parameters = dict(student.named_parameters())
+    missing = [k for k, v in parameters.items() if v.requires_grad and k not in saved["model"]]
+    if missing:
+        raise ValueError(f"{path}: no weights for {missing[0]} and {len(missing) - 1} more; is this the same student?")
+    for name, value in saved["model"].items():
+        parameters[name].data.copy_(value)
+    optimizer.load_state_dict(saved["optimizer"])
+    scaler.load_state_dict(saved["scaler"])
+    return saved["step"], saved["best"]
+
+
+# ---- main: read it as prose ----
+
+def main(args):
+    # ---- processes and device ----
+    ddp = "RANK" in os.environ
+    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    master = rank == 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("--device cuda, but torch sees no GPU; use --device cpu")
+    device = torch.device("cuda", local_rank) if args.device == "cuda" else torch.device(args.device)
+    if ddp:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cpu":  # torchrun sets one thread a process
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    dtype, out = getattr(torch, args.dtype), Path(args.out)
+    global_batch_size = args.global_batch_size or args.batch_size * world
+    if global_batch_size % (args.batch_size * world):
+        raise ValueError(f"--global-batch-size {global_batch_size} is not a multiple of --batch-size {args.batch_size} x "
+                         f"{world} processes; use {args.batch_size * world * max(1, global_batch_size // (args.batch_size * world))}")
+    checkpoint_path = out / "ckpt.pt"
+    if checkpoint_path.exists() and not args.resume:
+        raise ValueError(f"{checkpoint_path} exists: add --resume to go on, or choose another --out")
+    train_rows = [row for path in args.data for row in read_manifest(path)]
+    eval_rows = [r for path in args.eval_data for r in read_manifest(path) if r["prompt"] and r["response"] and r.get("audio")]
+
+    # ---- teacher and student ----
+    torch.manual_seed(args.seed)  # the adapter's first weights are the same on every rank
+    student = m.load_student(args.student, args.revision).to(device)
+    teacher, teacher_tokenizer = m.load_llm(args.teacher, dtype, args.revision)
+    teacher.to(device).requires_grad_(False)
+    check_pair(teacher, teacher_tokenizer, student)
+    parts = {"encoder": student.encoder, "adapter": student.adapter, "llm": student.llm}
+    for name, part in parts.items():
+        part.requires_grad_(name in args.train)
+        if name not in args.train and name != "adapter":
+            part.to(dtype)  # frozen: no master weights needed
+    student.encoder.embed_positions.requires_grad_(False)  # sinusoids
+    head, teacher_head = student.llm.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+    if args.gradient_checkpointing:
+        student.llm.gradient_checkpointing_enable()
+    if args.compile and (device.type == "cuda" or shutil.which("g++")):
+        student.llm.base_model.compile(dynamic=True)
+    elif args.compile and master:
+        print("--compile: no C++ compiler (g++) found, running eagerly")
+
+    # ---- data ----
+    cache = None
+    if "encoder" not in args.train:
+        cache = feature_cache(args, student, train_rows + eval_rows, rank, world, dtype)
+    distil_rows = [r for r in train_rows if r.get(args.labels) and (r.get("audio") if "s2t" in args.channels else r["prompt"])]
+    if {"t2t", "s2t"} <= set(args.channels):
+        distil_rows = [r for r in train_rows if r.get(args.labels)]  # a row without speech still has its text channel
+    spoken_rows = [r for r in train_rows if r.get("audio") and r["prompt"] and not r.get("instruction")]
+    warm_batch = args.warm_start_batch_size * world
+    for what, rows, size in (("to distil", distil_rows, global_batch_size), ("to hear", spoken_rows, warm_batch * bool(args.warm_start_steps))):
+        if len(rows) < max(size, 1):
+            raise ValueError(f"{len(rows)} rows {what} with --labels {args.labels} in {', '.join(args.data)}, fewer than one "
+                             f"global batch of {size}; give more rows or a smaller batch")
+    distil_steps = args.max_steps or max(1, round(args.epochs * len(distil_rows) / global_batch_size))
+    total_steps = args.warm_start_steps + distil_steps
+    lengths = [len(r[args.labels]) + 4 * r.get("seconds", 0) for r in distil_rows]
+    seconds = [r.get("seconds", 0) for r in spoken_rows]
+    phases = {  # rows, micro-batches of each step, first step, peak learning rates, channels
+        "warm-start": (Rows(spoken_rows, student, teacher_tokenizer, args, cache), 0,
+                       plan_batches(seconds, args.warm_start_batch_size, warm_batch, args.warm_start_steps, args.seed),
+                       {"adapter": args.warm_start_lr}, ["ctc"]),
+        "distil": (Rows(distil_rows, student, teacher_tokenizer, args, cache), args.warm_start_steps,
+                   plan_batches(lengths, args.batch_size, global_batch_size, distil_steps, args.seed),
+                   {name: getattr(args, f"lr_{name}") for name in args.train}, args.channels)}
+    eval_set = Rows(eval_rows, student, teacher_tokenizer, args, cache)
+
+    # ---- optimizer, resume ----
+    groups = []
+    for name in args.train if "adapter" in args.train else [*args.train]:
+        trainable = [p for p in parts[name].parameters() if p.requires_grad]
+        groups += [{"params": [p for p in trainable if p.dim() >= 2], "weight_decay": args.weight_decay, "part": name},
+                   {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0, "part": name}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, best = 0, None
+    out.mkdir(parents=True, exist_ok=True)
+    if args.resume and checkpoint_path.exists():
+        step, best = load_checkpoint(checkpoint_path, student, optimizer, scaler, args, world)
+        if master:
+            print(f"going on from step {step}")
+    log_path = out / "log.jsonl"
+    if master:
+        (out / "args.json").write_text(json.dumps({**vars(args), "world_size": world, "torch": torch.__version__}, indent=1))
+        kept = [line for line in log_path.read_text().splitlines(True) if json.loads(line)["step"] <= step] if log_path.exists() else []
+        log_path.write_text("".join(kept))
+        counts = ", ".join(f"{sum(p.numel() for p in part.parameters() if p.requires_grad) / 1e6:.1f} M of the {name}" for name, part in parts.items())
+        print(f"{len(distil_rows)} rows to distil, {len(spoken_rows)} to hear, {len(eval_rows)} to measure on; trained: {counts}")
+    writer = None
+    if args.tensorboard and master:
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(out / "tensorboard")
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+
+    def log(record):
+        with open(log_path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        for key, value in record.items():
+            if writer and isinstance(value, float):
+                writer.add_scalar(key, value, record["step"])
+
+    def measure():
+        """Evaluate on every rank's share; keep the student whose early answers by speech are nearest to the teacher's."""
+        nonlocal best
+        if not eval_rows:
+            return
+        results = evaluate(student, teacher, eval_set, range(rank, len(eval_rows), world), args.channels)
+        sums = {channel: rows.sum(0) for channel, rows in results.items()}
+        for channel in sums if ddp else []:
+            dist.all_reduce(sums[channel])
+        record = eval_log(sums)
+        if master:
+            log({"step": step, **record})
+            print("eval  " + " | ".join(f"{k[5:]} {v:.3f}" for k, v in record.items()))
+            score = record.get("eval_kl8_s2t", record.get("eval_kl8_t2t"))
+            if best is None or score < best:
+                best = score
+                m.save_student(student, out / "best", dtype)
+            answers = student.generate([{**r, "prompt": None} for r in eval_rows[:3]], max_new_tokens=40)
+            with open(out / "samples.jsonl", "a") as file:
+                for row, text in zip(eval_rows, answers):
+                    file.write(json.dumps({"step": step, "prompt": row["prompt"], "by_speech": text, "teacher": row["response"]}) + "\n")
+            print(f"      asked: {eval_rows[0]['prompt']!r}\n      by speech: {answers[0]!r}")
+
+    # ---- the loop ----
+    current, start_time, tokens_seen = None, time.perf_counter(), 0
+    while step < total_steps:
+        phase = "warm-start" if step < args.warm_start_steps else "distil"
+        rows, first_step, plan, peaks, channels = phases[phase]
+        if phase != current:  # the warm start trains the adapter alone
+            current = phase
+            for name, part in parts.items():
+                part.requires_grad_(name in args.train and name in peaks)
+            student.encoder.embed_positions.requires_grad_(False)
+            student.train()
+            if "encoder" not in args.train:
+                student.encoder.eval()
+            model = DistributedDataParallel(student, device_ids=[local_rank] if device.type == "cuda" else None) if ddp else student
+            mine = [batch for batches in plan[step - first_step:] for batch in batches[rank::world]]
+            stream = iter(DataLoader(rows, batch_sampler=mine, num_workers=args.workers, collate_fn=list))
+            if phase == "distil" and step == first_step:
+                measure()
+                if "t2t" in channels and "llm" not in args.train and master:
+                    print("the LLM is frozen: by text nothing can change, so the text channel is measured but not trained")
+        progress = (step - first_step) / len(plan)
+        factor = min(1.0, (step - first_step + 1) / max(1, args.lr_warmup_steps)) * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = peaks.get(group["part"], 0.0) * factor
+
+        # -------- one optimizer step --------
+        micro_batches = [next(stream) for _ in plan[step - first_step][rank::world]]
+        passes = [(channel, chosen, items) for items in micro_batches for channel in channels
+                  if (chosen := channel_items(items, channel)) and not (channel == "t2t" and "llm" not in args.train)]
+        # Mean over ALL supervised tokens of the step, per channel. DDP averages gradients over ranks, hence `world` below.
+        names = ("t2t", "s2t", "ctc")
+        counts = torch.zeros(4, dtype=torch.float64)
+        for channel, chosen, _ in passes:
+            if channel != "ctc":
+                counts[names.index(channel)] += sum(len(i["answer"]) for i in chosen)
+            if channel == "ctc" or (channel == "s2t" and args.ctc_weight):
+                counts[2] += sum(len(i.get("spelling", [])) for i in chosen)
+        counts[3] = len(stopped)
+        if ddp:
+            counts = counts.to(device)
+            dist.all_reduce(counts)
+        num_tokens, stop = counts[:3].clamp(min=1).tolist(), counts[3] > 0
+        torch.manual_seed(args.seed + 100_003 * step + rank)  # after the fetch: making a DataLoader iterator draws from it
+        sums = torch.zeros(6, dtype=torch.float64, device=device)  # loss; ce, kd of t2t; ce, kd of s2t; ctc
+        teacher_hidden, done = {}, None
+        for number, (channel, chosen, items) in enumerate(passes):
+            if items is not done and channel != "ctc":  # one teacher pass serves both channels
+                taught = [i for i in items if i["has_text"] and i["answer"]]
+                teacher_hidden = dict(zip([i["id"] for i in taught], teacher_rows(teacher, taught))) if taught else {}
+                done = items
+            # no_sync must cover forward AND backward: DDP decides in forward whether this backward will sync
+            with contextlib.nullcontext() if not ddp or number == len(passes) - 1 else model.no_sync():
+                with torch.amp.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    hidden, logits, spelled = model(**student_inputs(chosen, channel))
+                    loss = torch.zeros((), device=device)
+                    if channel != "ctc":
+                        at = names.index(channel)
+                        weight = {"t2t": args.t2t_weight, "s2t": args.s2t_weight}[channel] / num_tokens[at]
+                        channel_sum, ce, kd = channel_loss(args, chosen, hidden, head, teacher_hidden, teacher_head)
+                        loss = weight * channel_sum
+                        sums[1 + 2 * at:3 + 2 * at] += torch.stack([ce, kd])
+                    if logits is not None and (channel == "ctc" or args.ctc_weight):
+                        ctc = ctc_loss(chosen, logits, spelled)
+                        loss = loss + (1.0 if channel == "ctc" else args.ctc_weight) / num_tokens[2] * ctc
+                        sums[5] += ctc.detach()
+                scaler.scale(loss * world).backward()
+                sums[0] += loss.detach()
+        if ddp:
+            dist.all_reduce(sums)
+        values = sums.tolist()
+        if not all(map(math.isfinite, values)):
+            raise RuntimeError(f"loss {values[0]} in step {step + 1}, learning rates {[g['lr'] for g in optimizer.param_groups]}; rows of "
+                               f"rank {rank}: {[i['id'] for items in micro_batches for i in items]}; {checkpoint_path} keeps the last good state")
+        scaler.unscale_(optimizer)  # clip the true gradient
+        grad_norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], args.max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        # ------------------------------------
+
+        tokens_seen += sum(num_tokens)
+        if master and (step % args.log_every == 0 or step == total_steps):
+            elapsed = time.perf_counter() - start_time
+            memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            record = {"step": step, "phase": phase, "loss": values[0], "lr": max(g["lr"] for g in optimizer.param_groups), "grad_norm": float(grad_norm)}
+            for i, key in enumerate(("ce_t2t", "kd_t2t", "ce_s2t", "kd_s2t", "ctc"), 1):
+                record[key] = values[i] / num_tokens[(i - 1) // 2]
+            record |= {"tokens_per_s": tokens_seen / elapsed, "memory": memory}
+            log(record)
+            start_time, tokens_seen = time.perf_counter(), 0
+            left_s = elapsed / args.log_every * (len(plan) - step + first_step)
+            print(f"{phase} {step - first_step:5d}/{len(plan)} | " + " | ".join(
+                f"{k} {record[k]:.4g}" for k in ("loss", "ce_s2t", "kd_s2t", "ce_t2t", "kd_t2t", "ctc", "grad_norm", "lr") if record[k]) +
+                f" | {record['tokens_per_s']:.0f} tok/s | {memory:.1f} GiB | {left_s / 60:.1f} min left", flush=True)
+        at_end = step == total_steps
+        if phase == "distil" and (at_end or (args.eval_every and (step - first_step) % args.eval_every == 0)):
+            measure()
+        if master and (at_end or stop or step % args.save_every == 0):
+            save_checkpoint(checkpoint_path, student, optimizer, scaler, step, best, args, world)
+        if stop:
+            if master:
+                print(f"stopped by SIGTERM after step {step}; the same command with --resume goes on")
+            return 143
+
+    # ---- the student ----
+    if master:
+        m.save_student(student, out / "last", dtype)
+        print(f"wrote {out / 'last'}")
+    if ddp:
+        dist.barrier()
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(get_args()))
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"train_kd.py: {error}", file=sys.stderr)
+        sys.exit(2)
