@@ -124,11 +124,17 @@ def ctc(*, student_logits: Tensor, lengths: Tensor, targets: list[list[int]]) ->
         targets: B lists of classes in [1, C). A clip too short for its targets adds 0.
     Returns:
         () float32, in nats x target tokens.
+    Raises:
+        ValueError: if a class is no class, or the number of clips differs.
     Source: Graves et al. 2006, Connectionist Temporal Classification.
     """
+    flat = torch.tensor([c for clip in targets for c in clip], dtype=torch.long)
+    if len(targets) != len(student_logits) or (len(flat) and not 0 < flat.min() <= flat.max() < student_logits.shape[2]):
+        raise ValueError(f"logits {tuple(student_logits.shape)} and targets of {len(targets)} clips with classes "
+                         f"{flat.unique().tolist()[:1]}..{flat.unique().tolist()[-1:]}; expected one list a clip, 0 < class < C")
     log_probs = F.log_softmax(student_logits.float(), dim=-1).transpose(0, 1)        # (A, B, C)
-    flat = torch.tensor([c for clip in targets for c in clip], device=student_logits.device)
-    target_lengths = torch.tensor([len(clip) for clip in targets], device=student_logits.device)
+    target_lengths = torch.tensor([len(clip) for clip in targets], dtype=torch.long, device=student_logits.device)
+    flat = flat.to(student_logits.device)
     return F.ctc_loss(log_probs, flat, lengths, target_lengths, reduction="sum", zero_infinity=True)
 
 
@@ -151,14 +157,16 @@ def ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Ten
         loss = ce_weight * ce_sum + kd_weight * kd_sum, and the detached ce_sum and kd_sum (T^2 included); () float32.
         Both vocabularies are cut to the smaller one, since models pad them differently.
     Raises:
-        ValueError: if a target lies beyond the common vocabulary, or the numbers of rows differ.
+        ValueError: if a target is negative or beyond the common vocabulary, or the numbers of rows differ.
     """
     if not len(student_hidden) == len(teacher_hidden) == len(targets):
         raise ValueError(f"rows differ: student {len(student_hidden)}, teacher {len(teacher_hidden)}, "
                          f"targets {len(targets)}; same answer ids on both sides?")
+    if kind not in DIVERGENCES:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(DIVERGENCES)}")
     vocab = min(len(student_weight), len(teacher_weight))
-    if len(targets) and int(targets.max()) >= vocab:
-        raise ValueError(f"target {int(targets.max())} lies beyond the common vocabulary of {vocab} tokens")
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
+        raise ValueError(f"targets {int(targets.min())} to {int(targets.max())} lie beyond the common vocabulary of {vocab} tokens")
     student_weight, teacher_weight = student_weight[:vocab], teacher_weight[:vocab].detach()
     options = dict(temperature=temperature, **({"beta": beta} if kind in ("jsd", "skew_kl") else {}))
 
@@ -170,7 +178,7 @@ def ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Ten
             return (cross_entropy(student_logits=student_logits, targets=chunk_targets),
                     DIVERGENCES[kind](student_logits=student_logits, teacher_logits=teacher_logits, **options))
 
-    ce_sum = kd_sum = student_hidden.sum().float() * 0  # keeps the graph when there are no rows
+    ce_sum = kd_sum = torch.zeros((), device=student_hidden.device)  # N = 0 splits into one empty chunk: the graph stays whole
     for rows in zip(*(x.split(chunk_rows) for x in (student_hidden, teacher_hidden.detach(), targets))):
         ce, kd = checkpoint(chunk, *rows, use_reentrant=False)
         ce_sum, kd_sum = ce_sum + ce, kd_sum + kd

@@ -372,23 +372,23 @@ class SpeechLLM(PreTrainedModel):
         flat = iter([row[:n] for row, n in zip(encoded, lengths.tolist())])
         return [torch.cat([next(flat) for _ in clip]) for clip in windows]
 
-    def hear(self, features):
-        """List of B features (S_i, D) -> (embeddings: list of B (A_i, H), texts: list of B str, logits, lengths).
-
-        logits (B, A, 1+C) and lengths (B,) are for losses.ctc. A_i is the number of tokens heard, plus one for each
-        second in which nothing is.
-        """
-        processors, table = self.load_processors(), self.llm.get_input_embeddings().weight
+    def spell(self, features):
+        """List of B features (S_i, D') -> states (B, A, D), CTC logits (B, A, 1+C), lengths (B,)."""
+        table = self.llm.get_input_embeddings().weight
         lengths = torch.tensor([len(f) for f in features], device=table.device)
         padded = nn.utils.rnn.pad_sequence([f.to(table.device) for f in features], batch_first=True)  # (B, S, D')
-        dtype = self.adapter.stack.weight.dtype
-        classes = table.detach()[torch.tensor(processors["classes"], device=table.device)]   # (C, H)
-        states, logits, lengths = self.adapter(padded.to(dtype), lengths, classes)
+        classes = table.detach()[torch.tensor(self.load_processors()["classes"], device=table.device)]  # (C, H)
+        return self.adapter(padded.to(self.adapter.stack.weight.dtype), lengths, classes)
+
+    def read(self, states, logits, lengths):
+        """What `spell` gives -> embeddings, list of B (A_i, H), and the texts heard, list of B str.
+
+        A_i is the number of tokens heard, plus one for each second in which nothing is.
+        """
+        table, texts, spans, counts = self.llm.get_input_embeddings().weight, [], [], []
         # which tokens, and over which frames: discrete, so no gradient goes this way
-        paths = [path[:n] for path, n in zip(logits.argmax(-1).tolist(), lengths.tolist())]
-        texts, spans, counts = [], [], []
-        for b, path in enumerate(paths):
-            text, events = read_path(path, processors)
+        for b, (path, length) in enumerate(zip(logits.argmax(-1).tolist(), lengths.tolist())):
+            text, events = read_path(path[:length], self.processors)
             texts.append(text)
             counts.append(len(events))
             spans += [(b, *event) for event in events]
@@ -398,8 +398,11 @@ class SpeechLLM(PreTrainedModel):
         heard = table[token.clamp(min=0)].float() + self.adapter.correct(mean)    # (sum A, H)
         norm = table.detach().float().norm(dim=-1).mean()
         sound = F.normalize(self.adapter.sound(mean).float(), dim=-1) * norm      # (sum A, H), as loud as a word
-        embeds = torch.where((token >= 0)[:, None], heard, sound).to(table.dtype)
-        return list(embeds.split(counts)), texts, logits, lengths
+        return list(torch.where((token >= 0)[:, None], heard, sound).to(table.dtype).split(counts)), texts
+
+    def hear(self, waveforms):
+        """List of waveforms (S_i,) at 16 kHz -> embeddings, list of (A_i, H), and texts, list of str."""
+        return self.read(*self.spell(self.features([self.mel(w).to(self.device) for w in waveforms])))
 
     def forward(self, before, after, answers, clips=None, features=None, mels=None, llm=True):
         """Hidden states that predict the answers' tokens; what DDP wraps.
@@ -413,21 +416,19 @@ class SpeechLLM(PreTrainedModel):
             (hidden (N, H) with N = all answer tokens in row order, CTC logits (len(clips), A, 1+C), lengths), the last
             two None without speech. Output heads are the losses' business: no (B, T, V) tensor is made.
         """
-        speech, logits, lengths = {}, None, None
+        speech, logits, lengths, zero = {}, None, None, 0
+        if self.training and torch.is_grad_enabled():  # DDP waits for every parameter that trains, used or not
+            zero = 0 * sum(p.sum() for part in (self.adapter, self.encoder) for p in part.parameters() if p.requires_grad)
         if clips:
-            heard, _, logits, lengths = self.hear(self.features(mels) if features is None else features)
-            speech = dict(zip(clips, heard))
-        if not llm:
-            return None, logits, lengths
+            states, logits, lengths = self.spell(self.features(mels) if features is None else features)
+            if not llm:
+                return None, logits + zero, lengths
+            speech = dict(zip(clips, self.read(states, logits, lengths)[0]))
         embeds = self.splice(before, [a + y for a, y in zip(after, answers)], speech)
-        longest = max(len(e) for e in embeds)
-        padded = torch.stack([F.pad(e, (0, 0, 0, longest - len(e))) for e in embeds])        # (B, T, H), right padding
+        padded = nn.utils.rnn.pad_sequence(embeds, batch_first=True)              # (B, T, H), padded on the right
         hidden = self.llm.base_model(inputs_embeds=padded, use_cache=False).last_hidden_state  # causal: needs no mask
         rows = [h[len(e) - len(y) - 1:len(e) - 1] for h, e, y in zip(hidden, embeds, answers)]  # predict y, shifted once
-        hidden = torch.cat(rows)                                                  # (N, H)
-        if self.training and torch.is_grad_enabled():  # DDP waits for every parameter that trains
-            hidden = hidden + 0 * sum(p.sum() for p in self.adapter.parameters() if p.requires_grad)
-        return hidden, logits, lengths
+        return torch.cat(rows) + zero, logits, lengths                            # (N, H)
 
     def splice(self, before, after, speech):
         """Token ids and speech embeddings -> list of B (T_i, H) inputs of the LLM."""
@@ -453,15 +454,10 @@ class SpeechLLM(PreTrainedModel):
         """
         before, after, waveforms = zip(*(self.prompt(row) for row in rows))
         clips = [b for b, waveform in enumerate(waveforms) if waveform is not None]
-        heard = self.hear(self.features([self.mel(waveforms[b]) for b in clips]))[0] if clips else []
+        heard = self.hear([waveforms[b] for b in clips])[0] if clips else []
         embeds = self.splice(before, after, dict(zip(clips, heard)))
         ids = generate(self.llm, embeds, max_new_tokens=max_new_tokens, eos_ids=[end_token(self.tokenizer)], **options)
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-    @torch.inference_mode()
-    def transcribe(self, waveforms):
-        """List of waveforms (S_i,) at 16 kHz -> what the adapter spells, list of str."""
-        return self.hear(self.features([self.mel(w) for w in waveforms]))[1]
 
 
 def text_ids(tokenizer, text):

@@ -31,6 +31,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+from transformers import AutoTokenizer
+from transformers.utils import logging
 
 import model as m
 
@@ -47,6 +49,8 @@ def get_args(argv=None):
     g.add_argument("--input", help="JSON lines or JSON list")
     g.add_argument("--hub-dataset", help="data set id of the hub, streamed (needs the package datasets)")
     g.add_argument("--sample-prompts", type=int, default=0, help="prompts to sample from the teacher instead of reading any")
+    g.add_argument("--drill", type=int, default=0, help="extra rows that only teach hearing: prompts with words exchanged for "
+                                                        "random words of the teacher's vocabulary")
     g.add_argument("--limit", type=int, default=0, help="read at most so many rows; 0 = all")
     g.add_argument("--max-words", type=int, default=40, help="longest prompt; 40 words are about 16 s of speech")
     g.add_argument("--exclude", help="file of prompts to keep out: no row may share a normalised form or 8 words in a row")
@@ -199,6 +203,17 @@ def choose(rows, args, drops):
     for i, row in enumerate(kept):
         row["split"] = "heldout" if i in held else "train"
     return kept
+
+
+def drill_rows(rows, count, vocabulary, seed):
+    """Training prompts with about half of their words exchanged for random ones: many words, no generation."""
+    words = sorted(t[1:] for t in vocabulary if re.fullmatch(r"[\u0120\u2581][A-Za-z][a-z]{2,}", t))  # whole words, by BPE's marks
+    sources, drilled = [r for r in rows if r["split"] == "train"], []
+    for k in range(count if sources else 0):
+        rng = random.Random(f"drill {seed} {k}")
+        text = [re.sub(r"^[\w']+", rng.choice(words), w) if rng.random() < 0.45 else w for w in sources[k % len(sources)]["prompt"].split()]
+        drilled.append({"id": f"drill-{k:06d}", "prompt": " ".join(text), "source": "drill", "split": "train"})
+    return drilled
 
 
 # ---- stages: append-only files, one a rank, so that every stage goes on where it stopped ----
@@ -381,13 +396,11 @@ def word_error_rates(whisper, processor, waveforms, texts, language):
 
 # ---- main ----
 
-def gather_prompts(args, out, rank, world, teacher):
+def gather_prompts(args, raw, out, rank, world, teacher):
     """Rows from the file, the hub or the teacher, filtered and split; the same on every rank."""
     drops = []
-    if args.input:
-        return choose(read_rows(args.input, args.limit), args, drops), drops
-    if args.hub_dataset:
-        return choose(hub_rows(args.hub_dataset, args.limit), args, drops), drops
+    if raw:
+        return choose(raw, args, drops), drops
     stage = Stage(out, "prompts", rank)
     bar = tqdm(total=args.sample_prompts, desc="prompts", unit="row", disable=rank > 0)
     while True:
@@ -411,7 +424,7 @@ def gather_prompts(args, out, rank, world, teacher):
 
 def answer_all(args, stage, rows, rank, world, teacher):
     """Answers in batches of like length; the plan depends on the rows alone, so a restart gives the same answers."""
-    wanted = [r for r in rows if r["split"] == "heldout"] + [r for r in rows if r["split"] == "train"]
+    wanted = [r for split in ("heldout", "train") for r in rows if r["split"] == split and r.get("source") != "drill"]
     wanted = wanted[:args.answers if args.answers >= 0 else None]
     wanted = sorted((r for r in wanted if not r.get("response")), key=lambda r: (len(r["prompt"]), r["id"]))
     plan = [wanted[i:i + args.batch_size] for i in range(0, len(wanted), args.batch_size)]
@@ -498,11 +511,14 @@ def write_results(args, out, rows, drops, stages, tokens_per_s):
 
 
 def main(args):
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))  # torchrun says 1
     out = Path(args.out)
+    raw = read_rows(args.input, args.limit) if args.input else hub_rows(args.hub_dataset, args.limit) if args.hub_dataset else []
     unimportant = ("workers", "preview", "device", "out")
     plan, plan_path = {k: v for k, v in vars(args).items() if k not in unimportant}, out / ".stages" / "args.json"
     if plan_path.exists() and json.loads(plan_path.read_text()) != plan:
@@ -521,7 +537,9 @@ def main(args):
             loaded[0][0].to(args.device)
         return loaded[0]
 
-    rows, drops = gather_prompts(args, out, rank, world, teacher)
+    rows, drops = gather_prompts(args, raw, out, rank, world, teacher)
+    if args.drill:
+        rows += drill_rows(rows, args.drill, AutoTokenizer.from_pretrained(m.resolve(args.teacher, args.revision)).get_vocab(), args.seed)
     stages = [Stage(out, name, rank) for name in ("answers", "speech", "wer")]
     for stage in stages:
         stage.load()

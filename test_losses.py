@@ -2,8 +2,6 @@
 What each loss in losses.py promises, one behaviour per test; read it beside losses.py.
 
   python -m pytest -q test_losses.py                             <- CPU, no download, about 10 s
-
-B sequences of T positions, V tokens; N rows, one for each supervised token; losses in nats.
 """
 import inspect
 import itertools
@@ -17,8 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import losses
-from losses import (DIVERGENCES, IGNORE_INDEX, ce_kd, cross_entropy, ctc, forward_kl, jsd,
-                    response_rows, reverse_kl, skew_kl)
+from losses import (DIVERGENCES, IGNORE_INDEX, ce_kd, cross_entropy, ctc, jsd, response_rows,
+                    skew_kl)
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
 LOSSES = ["cross_entropy", *DIVERGENCES, "ce_kd"]
@@ -26,8 +24,7 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 every_loss_and_ctc = pytest.mark.parametrize("name", [*LOSSES, "ctc"])
 every_kind = pytest.mark.parametrize("kind", DIVERGENCES)
 every_temperature = pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
-# Float32 keeps 7 digits: two orders of adding < 100 terms of size 1 agree to 1e-5.
-ROUNDING = dict(rtol=1e-5, atol=1e-5)
+ROUNDING = dict(rtol=1e-5, atol=1e-5)  # float32: 1e-7 for each of < 100 terms of size 1
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,54 +58,46 @@ def row_loss(name, student_logits, teacher_logits, targets=None, beta=None, **op
                  teacher_hidden=teacher_logits, targets=targets, chunk_rows=2)[0]
 
 
-# Student rows (5, 7), which get a gradient, and those of a teacher that disagrees; 5 targets.
+# Rows (N = 5, V = 7) of a student, which get a gradient, and of a teacher that disagrees.
 ROWS = (randn(5, 7, seed=0) * 2).requires_grad_(), randn(5, 7, seed=1) * 2
+PAIR = dict(student_logits=ROWS[0], teacher_logits=ROWS[1])
 TARGETS = torch.arange(5)
+CLIPS = dict(student_logits=randn(5, 4, 3, seed=15).requires_grad_(),
+             lengths=torch.tensor([4, 3, 4, 2, 2]), targets=[[1, 2], [2], [1, 1], [], [1, 1]])
 
 
 # ---- 1. by hand: which way round, ln and not log2, sum and not mean ----
-TEACHER, STUDENT = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
-
-
-@pytest.mark.parametrize("loss, options, nats", [
-    # KL(t || s) = .75 ln(.75/.5) + .25 ln(.25/.5) = .3041 - .1733
-    (forward_kl, {}, 0.1308),
-    # KL(s || t) = .5 ln(.5/.75) + .5 ln(.5/.25) = -.2027 + .3466
-    (reverse_kl, {}, 0.1438),
-    # m = [.625 .375]: KL(t || m) = .0354, KL(s || m) = .0323; half of each
-    (jsd, {}, 0.0338),
+@pytest.mark.parametrize("name, beta, nats", [
+    ("cross_entropy", None, 1.3863),  # -ln .5 - ln .5
+    ("forward_kl", None, 0.1308),  # KL(t || s) = .75 ln(.75/.5) + .25 ln(.25/.5) = .3041 - .1733
+    ("reverse_kl", None, 0.1438),  # KL(s || t) = .5 ln(.5/.75) + .5 ln(.5/.25) = -.2027 + .3466
+    ("jsd", None, 0.0338),  # m = [.625 .375]: KL(t || m) = .0354, KL(s || m) = .0323; half of each
     # m = .1 t + .9 s = [.525 .475]: KL(t || m) = .1070, KL(s || m) = .0013; .1 and .9 of them
-    (jsd, {"beta": 0.1}, 0.0118),
+    ("jsd", 0.1, 0.0118),
     # the same m, KL(t || m) alone = .75 ln(.75/.525) + .25 ln(.25/.475) = .2675 - .1605
-    (skew_kl, {}, 0.1070),
+    ("skew_kl", None, 0.1070),
 ])
-def test_a_divergence_has_the_value_computed_by_hand(loss, options, nats):
-    value = loss(student_logits=STUDENT, teacher_logits=TEACHER, **options)
+def test_a_loss_has_the_value_computed_by_hand(name, beta, nats):
+    # s = [.5 .5] and t = [.75 .25]; in a second row the two agree, which adds 0 to a divergence
+    student, teacher = torch.tensor([[[.5, .5], [.5, .5]], [[.75, .25], [.5, .5]]]).log()
+    value = row_loss(name, student, teacher, torch.tensor([0, 1]), beta)
     assert value.item() == pytest.approx(nats, abs=1e-4)  # four digits are written above
-
-
-def test_cross_entropy_is_a_sum_in_nats():
-    value = cross_entropy(student_logits=TEACHER.repeat(2, 1), targets=torch.tensor([0, 1]))
-    assert value.item() == pytest.approx(0.2877 + 1.3863, abs=1e-4)  # -ln .75, -ln .25
 
 
 # ---- 2. second implementations ----
 @every_temperature
 def test_the_divergences_agree_with_plain_python_loops(temperature):
-    def kl(p, q):
-        return sum(a * math.log(a / b) for a, b in zip(p, q))
-
-    expected, beta = dict.fromkeys(DIVERGENCES, 0.0), 0.3
+    expected, beta = dict.fromkeys(DIVERGENCES, 0), 0.3
     for logits in zip(*(x.tolist() for x in ROWS)):
         exps = [[math.exp(logit / temperature) for logit in row] for row in logits]
         s, t = ([e / sum(row) for e in row] for row in exps)
         m = [beta * b + (1 - beta) * a for a, b in zip(s, t)]
-        for kind, nats in dict(forward_kl=kl(t, s), reverse_kl=kl(s, t), skew_kl=kl(t, m),
-                               jsd=beta * kl(t, m) + (1 - beta) * kl(s, m)).items():
-            expected[kind] += nats * temperature**2
+        for kind, w, p, q in [("forward_kl", 1, t, s), ("reverse_kl", 1, s, t),
+                              ("skew_kl", 1, t, m), ("jsd", beta, t, m), ("jsd", 1 - beta, s, m)]:
+            expected[kind] += w * temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, q))
     for kind in DIVERGENCES:
         value = row_loss(kind, *ROWS, temperature=temperature, beta=beta)
-        # The loops are float64. Terms of size 1 cancel to a sum of 0.1: 1e-7 becomes 1e-6.
+        # The loops are float64. Terms of size 1 cancel to a sum of 0.4 or more: 1e-7 becomes 1e-6.
         assert value.item() == pytest.approx(expected[kind], rel=1e-5)
 
 
@@ -118,15 +107,15 @@ def test_both_directions_of_kl_agree_with_torch(temperature):
     # F.kl_div(input, target) is KL(target || input): the reverse of the order in the formula
     for kind, log_q, log_p in ("forward_kl", log_s, log_t), ("reverse_kl", log_t, log_s):
         expected = F.kl_div(log_q, log_p, log_target=True, reduction="sum") * temperature**2
-        value = row_loss(kind, *ROWS, temperature=temperature)
-        torch.testing.assert_close(value, expected, **ROUNDING)
+        torch.testing.assert_close(row_loss(kind, *ROWS, temperature=temperature), expected,
+                                   **ROUNDING)
 
 
 # ---- 3. what makes it a divergence ----
 @every_kind
 def test_a_divergence_is_zero_for_equal_inputs_and_positive_otherwise(kind):
-    equal = row_loss(kind, ROWS[0], ROWS[0])
-    assert abs(equal.item()) < 1e-5  # log(p/2 + p/2) differs from log(p) by 1e-7, 35 times
+    # log(p/2 + p/2) differs from log(p) by 1e-7, 35 times
+    assert abs(row_loss(kind, ROWS[0], ROWS[0])) < 1e-5
     assert all(row_loss(kind, *pair) > 0.01 for pair in zip(*ROWS))
 
 
@@ -155,8 +144,7 @@ def sequence_loss(name, student_logits, teacher_logits, labels):
 
 def test_response_rows_gives_each_target_the_position_before_it():
     rows, targets = response_rows(SEQUENCES[0], LABELS)
-    assert targets.tolist() == [3, 4, 2, 6]
-    assert torch.equal(rows, SEQUENCES[0][PREDICTS])
+    assert targets.tolist() == [3, 4, 2, 6] and torch.equal(rows, SEQUENCES[0][PREDICTS])
 
 
 @every_loss
@@ -185,20 +173,19 @@ def test_the_losses_of_the_parts_of_a_batch_add_up_to_the_loss_of_the_batch(name
 @every_loss
 def test_without_supervised_tokens_the_loss_is_zero_and_backward_works(name):
     loss = sequence_loss(name, *SEQUENCES, torch.full_like(LABELS, X))
-    assert loss.item() == 0
-    # DDP needs a backward pass: the other ranks wait for the gradients of this one
-    assert gradient(loss, SEQUENCES[0]).count_nonzero() == 0
+    grad = gradient(loss, SEQUENCES[0])  # in DDP the other ranks wait for it
+    assert loss.item() == 0 and grad.count_nonzero() == 0
 
 
 # ---- 8. precision ----
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_loss_and_ctc
-def test_loss_and_gradient_are_finite_at_logits_of_200(name, dtype):
-    student_logits = (randn(5, 7, seed=4).sign() * 200).to(dtype).requires_grad_()
-    teacher_logits = (randn(5, 7, seed=5).sign() * 200).to(dtype)  # e^-400 is 0 in float32
-    loss = row_loss(name, student_logits, teacher_logits, TARGETS)
-    assert loss.dtype == torch.float32 and 0 < loss < math.inf
-    assert gradient(loss, student_logits).isfinite().all()
+def test_at_logits_of_200_all_is_finite_and_bfloat16_input_loses_nothing(name, dtype):
+    logits = [(randn(5, 7, seed=seed).sign() * 200).to(dtype).requires_grad_() for seed in (4, 5)]
+    loss = row_loss(name, *logits, TARGETS)  # e^-400 is 0 in float32
+    assert 0 < loss < math.inf and gradient(loss, logits[0]).isfinite().all()
+    # to the bit: bfloat16 holds 200 exactly, and what comes after is float32
+    assert torch.equal(loss, row_loss(name, *(x.float() for x in logits), TARGETS))
 
 
 @every_loss_and_ctc
@@ -206,19 +193,16 @@ def test_autocast_to_bfloat16_changes_neither_loss_nor_gradient(name):
     with torch.autocast("cpu", torch.bfloat16):
         loss = row_loss(name, *ROWS, TARGETS)
     expected = row_loss(name, *ROWS, TARGETS)
-    assert torch.equal(loss, expected)  # to the bit: the same float32 operations
+    assert torch.equal(loss, expected)  # to the bit: the same operations
     assert torch.equal(gradient(loss, ROWS[0]), gradient(expected, ROWS[0]))
 
 
 # ---- 9. gradient accumulation and DDP: sum / tokens of the WHOLE step * world size ----
-ANSWER_TOKENS = [[5, 0], [1, 2]]  # of [rank][micro-batch]
-
-
 def ddp_setup():
     """Linear model; inputs, teacher states and labels of a sequence per rank and micro-batch."""
     model, labels = torch.nn.Linear(3, 5, bias=False), torch.full((4, 6), X)
     model.load_state_dict({"weight": randn(5, 3, seed=6)})
-    for row, length in zip(labels, itertools.chain(*ANSWER_TOKENS)):
+    for row, length in zip(labels, (5, 0, 1, 2)):  # rank 0: 5 and 0 tokens, rank 1: 1 and 2
         row[1:1 + length] = torch.arange(length)
     return model, (randn(4, 6, 3, seed=7), randn(4, 6, 4, seed=8), labels)
 
@@ -234,9 +218,9 @@ def ddp_worker(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/init", timedelta(seconds=60), 2, rank)
     model, batch = ddp_setup()
     ddp_model = torch.nn.parallel.DistributedDataParallel(model)
-    num_tokens = torch.tensor(sum(ANSWER_TOKENS[rank]))
-    dist.all_reduce(num_tokens)
     first, last = ([x[2 * rank + i][None] for x in batch] for i in range(2))
+    num_tokens = (first[-1] != X).sum() + (last[-1] != X).sum()
+    dist.all_reduce(num_tokens)
     with ddp_model.no_sync():
         (ddp_loss(ddp_model, *first) * 2 / num_tokens).backward()  # 2 = world size
     (ddp_loss(ddp_model, *last) * 2 / num_tokens).backward()
@@ -250,7 +234,7 @@ def test_two_processes_with_two_uneven_micro_batches_equal_one_with_the_full_bat
     other.join()
     model, batch = ddp_setup()
     (ddp_loss(model, *batch) / 8).backward()  # 5 + 0 + 1 + 2 tokens
-    # float32 rounding of gradients of size 1; the mean of the four means is off by 0.1
+    # float32 rounding of gradients of size 1; a mean of the four means is off by 1.1
     torch.testing.assert_close(grad, model.weight.grad, rtol=1e-6, atol=1e-6)
 
 
@@ -266,15 +250,15 @@ def head_inputs(student_vocab=7, teacher_vocab=9):
 @pytest.mark.parametrize("chunk_rows", [4, 256])      # 4 + 4 + 3 rows, and all at once
 @pytest.mark.parametrize("vocabs", [(7, 9), (9, 7)])  # padded differently, 7 tokens in common
 @every_kind
-def test_ce_kd_equals_the_plain_losses_on_full_logits_in_value_and_gradient(
-        kind, vocabs, chunk_rows):
+def test_ce_kd_equals_the_plain_losses_on_full_logits(kind, vocabs, chunk_rows):
     inputs = head_inputs(*vocabs)
     student_hidden, student_weight, teacher_hidden, teacher_weight, targets = inputs.values()
     loss, *sums = ce_kd(**inputs, kind=kind, temperature=1.5, beta=0.3, ce_weight=0.7,
                         kd_weight=0.2, chunk_rows=chunk_rows)
+    assert not any(x.requires_grad for x in sums)
     student_logits = (student_hidden @ student_weight.T)[:, :7]
     teacher_logits = (teacher_hidden @ teacher_weight.T)[:, :7]
-    ce = row_loss("cross_entropy", student_logits, None, targets)
+    ce = cross_entropy(student_logits=student_logits, targets=targets)
     kd = row_loss(kind, student_logits, teacher_logits, temperature=1.5, beta=0.3)
     expected = 0.7 * ce + 0.2 * kd
     torch.testing.assert_close((loss, *sums), (expected, ce, kd), **ROUNDING)
@@ -299,10 +283,6 @@ def test_ce_kd_keeps_no_logits_for_the_backward_pass():
 
 
 # ---- ctc ----
-CLIPS = dict(student_logits=randn(5, 4, 3, seed=15).requires_grad_(),
-             lengths=torch.tensor([4, 3, 4, 2, 2]), targets=[[1, 2], [2], [1, 1], [], [1, 1]])
-
-
 def test_ctc_equals_the_enumeration_of_all_alignments_and_too_short_a_clip_adds_nothing():
     student_logits, lengths, targets = CLIPS.values()
     expected = torch.zeros(())
@@ -319,23 +299,35 @@ def test_ctc_equals_the_enumeration_of_all_alignments_and_too_short_a_clip_adds_
 
 
 # ---- 10. wrong input ----
-S, T = "student_logits", "teacher_logits"
-
-
 @pytest.mark.parametrize("loss, arguments, found", [
-    (response_rows, {"logits": SEQUENCES[0], "labels": LABELS[:, 1:]}, ["(2, 5, 7)", "(2, 4)"]),
-    (cross_entropy, {S: ROWS[0], "targets": TARGETS[:3]}, ["(5, 7)", "(3,)"]),
-    *((loss, {S: ROWS[0], T: ROWS[1][:, :6]}, ["(5, 7)", "(5, 6)"]) for loss in DIVERGENCES.values()),
-    *((loss, {S: ROWS[0], T: ROWS[1], "temperature": t}, [f"temperature is {t},"])
-      for loss in DIVERGENCES.values() for t in (0, -1)),
-    *((loss, {S: ROWS[0], T: ROWS[1], "beta": beta}, [f"beta is {beta},"])
-      for loss in (jsd, skew_kl) for beta in (-0.1, 0, 1, 2)),
-    (ce_kd, head_inputs() | {"targets": TARGETS}, ["student 11", "targets 5"]),
-    (ce_kd, head_inputs(6, 8), ["target 6", "6 tokens"]),
+    (response_rows, dict(logits=SEQUENCES[0], labels=LABELS[:, 1:]), ["(2, 5, 7)", "(2, 4)"]),
+    (cross_entropy, dict(student_logits=ROWS[0], targets=TARGETS[1:]), ["(5, 7)", "(4,)"]),
+    *((x, PAIR | {"teacher_logits": ROWS[1][:, 1:]}, ["(5, 7)", "(5, 6)"])
+      for x in DIVERGENCES.values()),
+    *((x, PAIR | {"temperature": t}, [f"temperature is {t},"])
+      for x in DIVERGENCES.values() for t in (0, -1)),
+    *((x, PAIR | {"beta": b}, [f"beta is {b},"]) for x in (jsd, skew_kl) for b in (-0.1, 0, 1, 2)),
+    (ce_kd, head_inputs() | {"targets": TARGETS}, ["student 11", "teacher 11", "targets 5"]),
+    (ce_kd, head_inputs(6, 8), ["to 6 lie", "6 tokens"]),
 ])
 def test_wrong_input_raises_and_the_message_says_what_was_found(loss, arguments, found):
     with pytest.raises(ValueError, match=".*".join(map(re.escape, found))):
         loss(**arguments)
+
+
+def test_large_half_precision_states_do_not_overflow_before_the_loss():
+    hidden = torch.full((20, 5), 1000.0, dtype=torch.float16, requires_grad=True)  # their sum is no fp16
+    head = torch.eye(7, 5, dtype=torch.float16)
+    loss, ce_sum, kd_sum = ce_kd(student_hidden=hidden, student_weight=head, teacher_hidden=hidden,
+                                        teacher_weight=head, targets=torch.zeros(20, dtype=torch.long))
+    assert torch.isfinite(torch.stack([loss.detach(), ce_sum, kd_sum])).all()
+
+
+def test_ctc_takes_only_classes_that_exist_and_one_list_a_clip():
+    logits, lengths = torch.zeros(1, 5, 3), torch.tensor([5])
+    for targets in ([[3]], [[0]], [[1], [2]]):  # beyond C, the blank, a clip too many
+        with pytest.raises(ValueError, match=r"logits \(1, 5, 3\)"):
+            ctc(student_logits=logits, lengths=lengths, targets=targets)
 
 
 # ---- copying ----
@@ -347,7 +339,7 @@ def test_a_function_works_when_it_is_pasted_into_an_empty_file(name):
     for part in (losses._log_probs, losses._mixture, function):
         if part is function or part.__name__ in inspect.getsource(function):  # what it calls
             exec(inspect.getsource(part), pasted)
-    values = CLIPS if name == "ctc" else {S: ROWS[0], T: ROWS[1], "targets": TARGETS,
-                                          "logits": SEQUENCES[0], "labels": LABELS}
+    values = PAIR | dict(targets=TARGETS, logits=SEQUENCES[0], labels=LABELS)
+    values.update(CLIPS if name == "ctc" else {})
     arguments = {x: values[x] for x in inspect.signature(function).parameters if x in values}
     torch.testing.assert_close(pasted[name](**arguments), function(**arguments), rtol=0, atol=0)

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers.utils import logging
 
 import losses
 import model as m
@@ -202,7 +203,7 @@ def plan_batches(lengths, batch_size, global_batch_size, steps, seed):
     A function of its arguments alone: neither the number of processes nor a restart changes it. Rows of like length meet.
     """
     per_epoch, plan = len(lengths) // global_batch_size, []
-    for epoch in range(math.ceil(steps / per_epoch)):
+    for epoch in range(math.ceil(steps / max(1, per_epoch))):
         rng = random.Random(f"{seed} {epoch}")
         order = rng.sample(range(len(lengths)), len(lengths))
         span = 20 * global_batch_size
@@ -274,6 +275,7 @@ def evaluate(student, teacher, dataset, indices, channels=("t2t", "s2t"), batch_
     results = {channel: torch.zeros(len(indices), 6, dtype=torch.float64) for channel in channels}
     heads = [x.get_output_embeddings().weight.float() for x in (student.llm, teacher)]
     vocab = min(map(len, heads))
+    autocast = torch.autocast(student.device.type, dtype=teacher.dtype, enabled=teacher.dtype != torch.float32)
     for start in tqdm(range(0, len(indices), batch_size), desc="evaluating", unit="batch", disable=not progress):
         items = [dataset[i] for i in indices[start:start + batch_size]]
         reference = torch.cat(teacher_rows(teacher, items)).float() @ heads[1][:vocab].T      # (N, V)
@@ -282,7 +284,8 @@ def evaluate(student, teacher, dataset, indices, channels=("t2t", "s2t"), batch_
             if channel == "other":  # the neighbour's sound, under this row's prompt and answer
                 chosen = [{**i, "features": j["features"]} if "features" in i else {**i, "mel": j["mel"]}
                           for i, j in zip(items, items[1:] + items[:1])]
-            hidden, _, _ = student(**student_inputs(chosen, "s2t" if channel == "other" else channel))
+            with autocast:
+                hidden, _, _ = student(**student_inputs(chosen, "s2t" if channel == "other" else channel))
             logits = hidden.float() @ heads[0][:vocab].T                                      # (N, V)
             log_student, log_teacher = logits.log_softmax(-1), reference.log_softmax(-1)
             kl = (log_teacher.exp() * (log_teacher - log_student)).sum(-1).double().cpu()     # (N,)
@@ -329,8 +332,7 @@ def check_pair(teacher, teacher_tokenizer, student):
 
 def save_checkpoint(path, student, optimizer, scaler, step, best, args, world):
     """Trainable weights and everything else that a bit-exact continuation needs; complete or not there."""
-    trainable = {k: v for k, v in student.named_parameters() if v.requires_grad}
-    torch.save({"model": {k: v.detach() for k, v in trainable.items()}, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+    torch.save({"model": {k: v.detach() for k, v in student.named_parameters() if k.split(".")[0] in args.train}, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                 "step": step, "best": best, "args": vars(args), "world": world}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -343,7 +345,7 @@ def load_checkpoint(path, student, optimizer, scaler, args, world):
         raise ValueError(f"{path} was written by {saved['world']} processes, this run has {world}; changed options: "
                          f"{', '.join(changed) or 'none'}; repeat the old ones, or start afresh in another --out")
     parameters = dict(student.named_parameters())
-    missing = [k for k, v in parameters.items() if v.requires_grad and k not in saved["model"]]
+    missing = [k for k in parameters if k.split(".")[0] in args.train and k not in saved["model"]]
     if missing:
         raise ValueError(f"{path}: no weights for {missing[0]} and {len(missing) - 1} more; is this the same student?")
     for name, value in saved["model"].items():
@@ -357,6 +359,8 @@ def load_checkpoint(path, student, optimizer, scaler, args, world):
 
 def main(args):
     # ---- processes and device ----
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     ddp = "RANK" in os.environ
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     master = rank == 0
@@ -476,13 +480,15 @@ def main(args):
             if best is None or score < best:
                 best = score
                 m.save_student(student, out / "best", dtype)
-            answers = student.generate([{**r, "prompt": None} for r in eval_rows[:3]], max_new_tokens=40)
+            answers = student.generate(eval_rows[:3], max_new_tokens=40)
             with open(out / "samples.jsonl", "a") as file:
                 for row, text in zip(eval_rows, answers):
                     file.write(json.dumps({"step": step, "prompt": row["prompt"], "by_speech": text, "teacher": row["response"]}) + "\n")
             print(f"      asked: {eval_rows[0]['prompt']!r}\n      by speech: {answers[0]!r}")
 
     # ---- the loop ----
+    if step == 0 and not args.warm_start_steps:
+        measure()
     current, start_time, tokens_seen = None, time.perf_counter(), 0
     while step < total_steps:
         phase = "warm-start" if step < args.warm_start_steps else "distil"
@@ -498,10 +504,8 @@ def main(args):
             model = DistributedDataParallel(student, device_ids=[local_rank] if device.type == "cuda" else None) if ddp else student
             mine = [batch for batches in plan[step - first_step:] for batch in batches[rank::world]]
             stream = iter(DataLoader(rows, batch_sampler=mine, num_workers=args.workers, collate_fn=list))
-            if phase == "distil" and step == first_step:
-                measure()
-                if "t2t" in channels and "llm" not in args.train and master:
-                    print("the LLM is frozen: by text nothing can change, so the text channel is measured but not trained")
+            if "t2t" in channels and "llm" not in args.train and master:
+                print("the LLM is frozen: by text nothing can change, so the text channel is measured but not trained")
         progress = (step - first_step) / len(plan)
         factor = min(1.0, (step - first_step + 1) / max(1, args.lr_warmup_steps)) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
@@ -578,7 +582,8 @@ def main(args):
                 f"{k} {record[k]:.4g}" for k in ("loss", "ce_s2t", "kd_s2t", "ce_t2t", "kd_t2t", "ctc", "grad_norm", "lr") if record[k]) +
                 f" | {record['tokens_per_s']:.0f} tok/s | {memory:.1f} GiB | {left_s / 60:.1f} min left", flush=True)
         at_end = step == total_steps
-        if phase == "distil" and (at_end or (args.eval_every and (step - first_step) % args.eval_every == 0)):
+        due = phase == "distil" and args.eval_every and (step - first_step) % args.eval_every == 0
+        if at_end or step == args.warm_start_steps or due:
             measure()
         if master and (at_end or stop or step % args.save_every == 0):
             save_checkpoint(checkpoint_path, student, optimizer, scaler, step, best, args, world)

@@ -1,0 +1,298 @@
+"""train_kd.py end to end on tiny random models: what must be equal is equal, what must stop stops, what is stopped goes on."""
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import losses
+import model as m
+import train_kd
+
+ROOT = Path(__file__).resolve().parent.parent
+VOLATILE = ("tokens_per_s", "memory")
+
+
+def arguments(tiny, data, out, *more):
+    return ["--teacher", str(tiny.llm), "--student", str(tiny.student_folder), "--data", str(data), "--out", str(out),
+            "--dtype", "float32", "--batch-size", "4", "--log-every", "1", "--workers", "0", "--lr-warmup-steps", "2", "--device", "cpu", *more]
+
+
+def train(*argv):
+    return train_kd.main(train_kd.get_args([str(a) for a in argv]))
+
+
+def launch(argv, processes=0, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else [sys.executable]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([*command, str(ROOT / "train_kd.py"), *map(str, argv)], env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, **options)
+
+
+def read_log(out):
+    records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in VOLATILE} for record in records]
+
+
+def assert_logs_agree(a, b, tolerance):
+    assert [sorted(x) for x in a] == [sorted(x) for x in b] and len(a) > 0
+    for x, y in zip(a, b):
+        for key in x:
+            if isinstance(x[key], float):
+                assert math.isclose(x[key], y[key], rel_tol=tolerance, abs_tol=tolerance), (key, x, y)
+
+
+@pytest.fixture(scope="module")
+def data(tiny, tmp_path_factory):
+    return tiny.manifest(tmp_path_factory.mktemp("manifest"), 16)
+
+
+FULL = ["--train", "adapter", "llm", "--warm-start-steps", "2", "--warm-start-batch-size", "4", "--max-steps", "4", "--eval-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def reference_run(tiny, data, tmp_path_factory):
+    """One uninterrupted run, both phases, global batch 8 in two micro-batches of 4."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    assert train(*arguments(tiny, data, out, *FULL, "--global-batch-size", "8", "--eval-data", data)) == 0
+    return out
+
+
+def test_the_log_has_the_documented_keys_and_the_losses_fall(reference_run):
+    records = read_log(reference_run)
+    steps, evals = [r for r in records if "loss" in r], [r for r in records if "eval_kl_s2t" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6] and [r["step"] for r in evals] == [2, 4, 6]
+    for key in ("loss", "ce_t2t", "kd_t2t", "ce_s2t", "kd_s2t", "ctc", "lr", "grad_norm"):
+        assert all(math.isfinite(r[key]) for r in steps), key
+    for key in ("kl", "kl8", "agree", "agree8"):
+        assert all(f"eval_{key}_{channel}" in r for r in evals for channel in ("t2t", "s2t")), key
+    assert steps[1]["ctc"] < steps[0]["ctc"]
+    assert all(r["eval_gap8"] == pytest.approx(r["eval_kl8_s2t"] - r["eval_kl8_t2t"]) for r in evals)
+    assert {p.name for p in reference_run.iterdir()} >= {"last", "best", "ckpt.pt", "log.jsonl", "samples.jsonl", "args.json"}
+
+
+def test_before_training_the_text_channel_is_the_teacher_itself(reference_run):
+    first = next(r for r in read_log(reference_run) if "eval_kl_t2t" in r)
+    assert first["eval_kl_t2t"] == pytest.approx(0, abs=1e-6) and first["eval_agree_t2t"] == 1
+    assert first["eval_kl_s2t"] > 1e-4
+
+
+def test_accumulation_gives_the_losses_of_the_whole_batch(tiny, data, tmp_path, reference_run):
+    train(*arguments(tiny, data, tmp_path / "run", *FULL, "--batch-size", "8", "--eval-data", data))
+    assert_logs_agree(read_log(tmp_path / "run"), read_log(reference_run), 1e-5)
+
+
+@pytest.mark.parametrize("train_parts", [["adapter", "llm"], ["encoder", "adapter", "llm"], ["adapter"]])
+def test_two_processes_give_the_losses_of_one(tiny, data, tmp_path, train_parts):
+    options = ["--train", *train_parts, "--warm-start-steps", "2", "--max-steps", "3", "--eval-data", data]
+    train(*arguments(tiny, data, tmp_path / "one", *options, "--global-batch-size", "8", "--warm-start-batch-size", "8"))
+    process = launch(arguments(tiny, data, tmp_path / "two", *options, "--warm-start-batch-size", "4", "--feature-cache", tmp_path), processes=2)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert_logs_agree(read_log(tmp_path / "one"), read_log(tmp_path / "two"), 1e-5)
+
+
+def test_a_rank_without_speech_does_not_hang_the_others(tiny, data, tmp_path):
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
+    for row in rows:
+        row["audio"] = row["audio"] if row["id"] == rows[0]["id"] else None  # one row has sound, 15 are text only
+    manifest = Path(data).parent / "mostly-text.jsonl"
+    manifest.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    process = launch(arguments(tiny, manifest, tmp_path / "run", "--max-steps", "2"), processes=2)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+
+
+@pytest.mark.parametrize("after_steps", [1, 3])
+def test_killed_and_resumed_gives_the_same_log_and_weights(tiny, data, tmp_path, reference_run, after_steps):
+    argv = arguments(tiny, data, tmp_path / "run", *FULL, "--global-batch-size", "8", "--eval-data", data, "--save-every", "1", "--resume")
+    process = launch(argv)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if (tmp_path / "run/log.jsonl").exists() and len((tmp_path / "run/log.jsonl").read_text().splitlines()) > after_steps:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert (tmp_path / "run/ckpt.pt").exists() or after_steps == 1
+    assert train(*argv) == 0
+    assert read_log(tmp_path / "run") == read_log(reference_run)
+    a, b = (m.load_student(str(run / "last")).state_dict() for run in (tmp_path / "run", reference_run))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_sigterm_saves_says_how_to_go_on_and_exits_143(tiny, data, tmp_path):
+    process = launch(arguments(tiny, data, tmp_path / "run", "--max-steps", "100000"))
+    for line in process.stdout:
+        if line.startswith("distil     2/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 143 and "--resume" in output
+    assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] >= 2
+
+
+def test_resume_with_other_options_is_refused(tiny, data, reference_run):
+    argv = arguments(tiny, data, reference_run, *FULL, "--global-batch-size", "8", "--eval-data", data)
+    with pytest.raises(ValueError, match="add --resume"):
+        train(*argv)
+    with pytest.raises(ValueError, match=r"lr_llm 2e-05 -> 0.1"):
+        train(*argv, "--resume", "--lr-llm", "0.1")
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rows_and_keeps_the_checkpoint(tiny, data, tmp_path, monkeypatch):
+    argv = arguments(tiny, data, tmp_path / "run", "--max-steps", "3", "--save-every", "1")
+    original, calls = losses.ce_kd, []
+
+    def poisoned(**inputs):
+        calls.append(1)
+        loss, ce, kd = original(**inputs)
+        return (loss * float("nan"), ce, kd) if len(calls) > 2 else (loss, ce, kd)  # two channels a step
+
+    monkeypatch.setattr(losses, "ce_kd", poisoned)
+    with pytest.raises(RuntimeError, match=r"loss nan in step 2.*row-0"):
+        train(*argv)
+    assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] == 1
+
+
+def test_the_teacher_is_read_once_for_both_channels(tiny, data, tmp_path, monkeypatch):
+    original, calls = train_kd.teacher_rows, []
+    monkeypatch.setattr(train_kd, "teacher_rows", lambda *a: calls.append(1) or original(*a))
+    train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "2", "--global-batch-size", "8"))
+    assert len(calls) == 4  # 2 steps x 2 micro-batches, not x 2 channels
+
+
+def test_only_what_is_named_trains(tiny, data, tmp_path):
+    train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "2", "--train", "adapter"))
+    before, after = m.load_student(str(tiny.student_folder)).state_dict(), m.load_student(str(tmp_path / "run/last")).state_dict()
+    changed = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {"adapter"}
+
+
+def test_answers_are_tokenised_once_and_a_cut_answer_teaches_no_stopping(tiny):
+    tokenizer = m.load_llm(str(tiny.llm))[1]
+    row = {"response": "The capital of France is Paris.", "reference": "Paris", "finish": "stop"}
+    whole = train_kd.answer_ids(tokenizer, row, "response", 100)
+    assert whole[-1] == m.end_token(tokenizer)
+    assert train_kd.answer_ids(tokenizer, {**row, "finish": "length"}, "response", 100) == whole[:-1]
+    assert train_kd.answer_ids(tokenizer, row, "response", 3) == whole[:3]
+    assert train_kd.answer_ids(tokenizer, row, "reference", 100)[-1] == m.end_token(tokenizer)
+
+
+def test_rows_without_text_get_cross_entropy_only_and_captions_are_not_spelled(tiny, data, tmp_path):
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
+    for i, row in enumerate(rows):
+        if i % 2:
+            row["prompt"] = None
+        else:
+            row["instruction"] = "What is heard here?"
+    manifest = Path(data).parent / "sounds.jsonl"
+    manifest.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    train(*arguments(tiny, manifest, tmp_path / "run", "--max-steps", "2", "--global-batch-size", "8"))
+    record = read_log(tmp_path / "run")[0]
+    assert record["ctc"] == 0 and record["ce_s2t"] > 0 and record["kd_s2t"] > 0
+
+
+def test_labels_choose_the_sequence_that_ce_and_kl_use(tiny, data, tmp_path):
+    rows = [{**json.loads(line), "reference": "Yes."} for line in Path(data).read_text().splitlines()]
+    manifest = Path(data).parent / "labelled.jsonl"
+    manifest.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    dataset = train_kd.Rows(train_kd.read_manifest(manifest), m.load_student(str(tiny.student_folder)), m.load_llm(str(tiny.llm))[1],
+                            train_kd.get_args(arguments(tiny, manifest, tmp_path, "--labels", "reference")))
+    assert dataset.student.tokenizer.decode(dataset[0]["answer"], skip_special_tokens=True) == "Yes."
+
+
+def test_system_and_instruction_reach_teacher_and_student_alike(tiny, data, tmp_path):
+    rows = [{**json.loads(line), "system": "Answer like a pirate.", "instruction": "Translate:"} for line in Path(data).read_text().splitlines()]
+    manifest = Path(data).parent / "system.jsonl"
+    manifest.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    student = m.load_student(str(tiny.student_folder))
+    item = train_kd.Rows(train_kd.read_manifest(manifest), student, student.tokenizer, train_kd.get_args(arguments(tiny, manifest, tmp_path)))[0]
+    assert item["teacher_prompt"] == item["before"] + item["said"] + item["after"]
+    text = student.tokenizer.decode(item["teacher_prompt"])
+    assert "pirate" in text and "Translate:" in text
+
+
+def test_the_batch_plan_needs_nothing_but_its_arguments_and_uses_each_row_once_an_epoch():
+    lengths = [(7 * i) % 50 for i in range(103)]
+    plan = train_kd.plan_batches(lengths, 4, 8, 30, seed=1)
+    assert plan == train_kd.plan_batches(lengths, 4, 8, 30, seed=1) != train_kd.plan_batches(lengths, 4, 8, 30, seed=2)
+    assert plan[:20] == train_kd.plan_batches(lengths, 4, 8, 20, seed=1)
+    assert plan[0][0] + plan[0][1] == train_kd.plan_batches(lengths, 8, 8, 30, seed=1)[0][0]
+    epoch = [i for step in plan[:12] for micro in step for i in micro]
+    assert len(set(epoch)) == len(epoch) == 96
+
+
+def test_controls_of_evaluate_hear_nothing_or_something_else(tiny, data, tmp_path):
+    student, (teacher, tokenizer) = m.load_student(str(tiny.student_folder)), m.load_llm(str(tiny.llm))
+    rows = train_kd.read_manifest(data)
+    dataset = train_kd.Rows(rows, student, tokenizer, train_kd.get_args(arguments(tiny, data, tmp_path)))
+    results = train_kd.evaluate(student, teacher, dataset, range(8), ["t2t", "s2t", "silent", "other"], batch_size=3)
+    kl, tokens = (results["t2t"][:, i] for i in (0, 2))
+    assert kl.abs().max() < 1e-4 and (tokens == torch.tensor([len(dataset[i]["answer"]) for i in range(8)])).all()
+    assert not torch.equal(results["s2t"], results["other"]) and not torch.equal(results["s2t"], results["silent"])
+    whole = train_kd.evaluate(student, teacher, dataset, range(8), ["s2t"], batch_size=8)["s2t"]
+    assert torch.allclose(whole, results["s2t"], atol=1e-4)
+
+
+def test_half_precision_trains_and_what_trains_stays_float32(tiny, data, tmp_path):
+    assert train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "2", "--dtype", "bfloat16")) == 0
+    weights = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["model"]
+    assert weights and all(v.dtype == torch.float32 for v in weights.values())
+
+
+@pytest.mark.parametrize("content, message", [
+    ("not json\n", r":1: expected a JSON object"),
+    ('{"id": 1, "prompt": "a"}\n', r":1: expected a JSON object"),
+    ('{"id": 1, "prompt": "a", "response": "b", "audio": "../x.wav"}\n', r"\.\./x.wav not found"),
+    ('{"id": 1, "prompt": "a", "response": "b", "audio": "none.wav"}\n', r"none.wav not found"),
+    ('{"id": 1, "prompt": null, "response": "b", "audio": null}\n', r":1: neither prompt nor audio"),
+    ('{"id": 1, "prompt": "a", "response": "b", "audio": null}\n', r"1 rows to distil.*fewer than one"),
+])
+def test_a_bad_manifest_gets_one_line_that_names_the_place(tiny, tmp_path, content, message):
+    manifest = tmp_path / "train.jsonl"
+    manifest.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        train(*arguments(tiny, manifest, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_global_batch_size_must_divide(tiny, data, tmp_path):
+    with pytest.raises(ValueError, match="10 is not a multiple of --batch-size 4 x 1 processes; use 8"):
+        train(*arguments(tiny, data, tmp_path / "run", "--global-batch-size", "10"))
+
+
+def test_models_with_different_vocabularies_are_refused_with_an_example(tiny, data, tmp_path):
+    student = m.load_student(str(tiny.student_folder))
+    teacher, tokenizer = m.load_llm(str(tiny.llm))
+    train_kd.check_pair(teacher, tokenizer, student)
+    spec = json.loads((Path(tiny.llm) / "tokenizer.json").read_text())
+    vocab = spec["model"]["vocab"]
+    a, b = [t for t in vocab if len(t) > 1 and "<" not in t][-2:]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
+    with pytest.raises(RuntimeError, match=re.escape(f"differ, e.g. in {min(a, b)!r}")):
+        train_kd.check_pair(teacher, tokenizer, student)
+    teacher.config.final_logit_softcapping = 30.0
+    with pytest.raises(RuntimeError, match="final_logit_softcapping"):
+        train_kd.check_pair(teacher, m.load_llm(str(tiny.llm))[1], student)
+
+
+@pytest.mark.parametrize("script", ["train_kd.py", "synth_speech.py", "tools/compare.py", "tools/ask.py", "tools/offline_models.py"])
+def test_every_script_answers_help(script):
+    result = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "--" in result.stdout
+
+
+def test_errors_of_a_script_are_one_line_and_exit_code_2(tmp_path):
+    for script, argv in (("train_kd.py", ["--data", tmp_path / "none.jsonl"]), ("synth_speech.py", ["--input", tmp_path / "none.jsonl"])):
+        result = subprocess.run([sys.executable, str(ROOT / script), *map(str, argv), "--out", str(tmp_path / "out")], capture_output=True, text=True)
+        assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1 and "none.jsonl" in result.stderr
+        assert not (tmp_path / "out").exists()

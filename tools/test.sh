@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# All tests, in a virtual environment of their own: bash tools/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+    [ -d .venv ] || python3 -m venv .venv
+    . .venv/bin/activate
+fi
+pip install --quiet -r requirements.txt
+python tools/offline_models.py
+python -m pytest -q "$@"
