@@ -7,7 +7,6 @@ The adapter hears with CTC. Its classes are the short tokens of the LLM's own to
 is tokenised again, and each token of it enters the LLM as its own embedding plus a learned correction from the sound.
 Where no word is heard, the sound itself gives an embedding a second. Nothing here parses arguments or prints.
 """
-import copy
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PretrainedConfig,
                           PreTrainedModel, StaticCache, WhisperFeatureExtractor)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 SAMPLE_RATE = 16_000
@@ -29,6 +29,7 @@ FEATURE_RATE_HZ = 50               # encoder positions a second: its second conv
 STACK = 4                          # encoder positions that become one adapter frame: 12.5 Hz
 WINDOW_FRAMES = 30 * MEL_RATE_HZ   # the encoder was trained on 30 s; longer clips are encoded window by window
 AUDIO_MARK = "<|audio|>"           # stands for the speech while the chat template is rendered; never tokenised
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # byte-level BPE: one character is one byte
 DEFAULT_LLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_STUDENT = f"openai/whisper-base+{DEFAULT_LLM}"
 
@@ -45,9 +46,10 @@ def resolve(name, revision=None):
             return str(folder)
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
     hint = f"{name!r} is no local folder with a config.json, is not under models/ and not in the hub's cache"
     try:
-        return snapshot_download(name, revision=revision, local_files_only=True)
+        return snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=patterns)
     except HFValidationError as error:
         raise RuntimeError(f"{hint}, and is no hub id (ORG/NAME)") from error
     except LocalEntryNotFoundError:
@@ -59,8 +61,7 @@ def resolve(name, revision=None):
         raise RuntimeError(f"{hint}, and the model hub ({url.hostname}) cannot be reached; the default models are made "
                            "without it by: python tools/offline_models.py") from error
     try:
-        return snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model",
-                                                                          "*.txt", "*.py"])
+        return snapshot_download(name, revision=revision, allow_patterns=patterns)
     except HfHubHTTPError as error:
         raise RuntimeError(f"{hint}, and the hub answers: {error}") from error
 
@@ -109,6 +110,8 @@ def chat_parts(tokenizer, system=None, instruction=None):
     messages = [{"role": "system", "content": system}] if system else []
     text = tokenizer.apply_chat_template(messages + [{"role": "user", "content": said}], tokenize=False,
                                          add_generation_prompt=True, enable_thinking=False)
+    if text.count(AUDIO_MARK) != 1:
+        raise ValueError(f"system message or instruction contains {AUDIO_MARK}, or the chat template repeats the question")
     before, after = text.split(AUDIO_MARK)
     return [tokenizer(part, add_special_tokens=False).input_ids for part in (before, after)]
 
@@ -197,9 +200,9 @@ def short_tokenizer(tokenizer, num_merges):
     """
     from tokenizers import Tokenizer
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    if spec["model"]["type"] != "BPE":
-        raise ValueError(f"the LLM's tokenizer is {spec['model']['type']}, expected BPE")
     vocab = spec["model"]["vocab"]
+    if spec["model"]["type"] != "BPE" or "\u0120" not in vocab:  # the space of byte-level BPE
+        raise ValueError(f"the LLM's tokenizer is {spec['model']['type']} of another kind, expected byte-level BPE")
     merges = spec["model"]["merges"] = spec["model"]["merges"][:num_merges]
     spec["model"]["ignore_merges"] = False
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
@@ -323,7 +326,7 @@ class SpeechLLM(PreTrainedModel):
         super().__init__(config)
         c = config
         self.encoder = encoder if encoder is not None else WhisperEncoder(c.encoder)
-        self.llm = llm if llm is not None else AutoModelForCausalLM.from_config(c.llm)
+        self.llm = llm if llm is not None else AutoModelForCausalLM.from_config(c.llm, dtype=torch.get_default_dtype())
         self.adapter = Adapter(c.encoder.d_model, c.adapter_dim, self.llm.get_input_embeddings().embedding_dim,
                                c.adapter_layers, c.adapter_heads, c.adapter_kernel)
         self.processors = None
@@ -331,6 +334,13 @@ class SpeechLLM(PreTrainedModel):
 
     def _init_weights(self, module):
         """Nothing: the adapter keeps what its constructor drew, the pretrained parts what they were loaded with."""
+
+    def train(self, mode=True):
+        """A frozen encoder stays in eval mode: no dropout, no layer drop."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.encoder.parameters()):
+            self.encoder.eval()
+        return self
 
     def load_processors(self, tokenizer=None, feature_extractor=None):
         """Tokenizer and feature extractor: given, or from the folder that the model came from. Idempotent."""
@@ -471,20 +481,21 @@ def read_path(path, processors):
     The spelled pieces are joined to text and tokenised again, so that the LLM meets the tokens that it knows.
     """
     frame_hz = FEATURE_RATE_HZ // STACK
-    pieces, frames, previous = [], [], 0
+    raw, frames, previous = b"", [], 0
     for frame, c in enumerate(path):
         if c and c != previous:
-            token = processors["classes"][c - 1]
-            pieces.append(token)
-            frames += [frame] * len(processors["short"].id_to_token(token))  # byte-level BPE: one character is one byte
+            piece = bytes(BYTES[x] for x in processors["short"].id_to_token(processors["classes"][c - 1]))
+            raw, frames = raw + piece, frames + [frame] * len(piece)
         previous = c
-    text = processors["short"].decode(pieces, skip_special_tokens=False)
+    decoded = raw.decode("utf-8", "surrogateescape")  # a byte that belongs to no character becomes a surrogate: left out
+    kept = [k for k, x in enumerate(decoded) if not "\udc80" <= x <= "\udcff"]
+    text = "".join(decoded[k] for k in kept)
     coded = processors["tokenizer"](text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-    starts = np.cumsum([0] + [len(character.encode()) for character in text])
-    events, heard_until = [], 0
+    starts = np.cumsum([0] + [len(x.encode("utf-8", "surrogateescape")) for x in decoded])
+    events = []
     for token, (first, end) in zip(coded.input_ids, coded.offset_mapping):
-        first, end = (min(int(starts[i]), len(frames) - 1) for i in (first, max(first, end - 1)))
-        events.append((token, frames[first], frames[end]))
+        first, last = kept[first], kept[max(first, end - 1)]
+        events.append((token, frames[starts[first]], frames[starts[last + 1] - 1]))
     gaps, edges = [], [0] + [f for e in events for f in (e[1], e[2] + 1)] + [len(path)]
     for start, stop in zip(edges[::2], edges[1::2]):  # at least one whole second without a word, or no word at all
         seconds = max((stop - start) // frame_hz, 0 if events else 1) if stop - start >= frame_hz or not events else 0
@@ -529,19 +540,22 @@ def save_student(model, folder, dtype=None):
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    state = {k: v.to(dtype) if dtype and not k.startswith("adapter.") else v for k, v in model.state_dict().items()}
-    config, model.config = model.config, copy.deepcopy(model.config)
-    model.config.dtype = dtype or torch.float32
-    try:
-        SpeechLLM.register_for_auto_class("AutoModel")
-        SpeechLLMConfig.register_for_auto_class("AutoConfig")
-        model.save_pretrained(temporary, state_dict=state)
-    finally:
-        model.config = config
+    state = {k: v.to(dtype) if dtype and not k.startswith("adapter.") else v for k, v in model.state_dict().items()
+             if k not in model.all_tied_weights_keys}  # a cast copy is not seen to be tied
+    SpeechLLM.register_for_auto_class("AutoModel")
+    SpeechLLMConfig.register_for_auto_class("AutoConfig")
+    model.save_pretrained(temporary, state_dict=state)
+    config = json.loads((temporary / "config.json").read_text())
+    config["dtype"] = str(dtype or torch.float32).removeprefix("torch.")  # save_pretrained writes the live model's
+    (temporary / "config.json").write_text(json.dumps(config, indent=2))
     model.tokenizer.save_pretrained(temporary)
     model.processors["extractor"].save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
     os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 AutoConfig.register(SpeechLLMConfig.model_type, SpeechLLMConfig, exist_ok=True)

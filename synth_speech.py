@@ -457,7 +457,8 @@ def speak_all(args, stage, rows, out, rank, world):
 def check_all(args, stage, rows, speech, out, rank, world):
     """Word error rates of all rows, or of a sample; sorted by length, in batches of 16."""
     share = 1.0 if args.max_wer else args.wer_sample
-    chosen = [r for r in rows if "audio" in speech[r["id"]] and random.Random(f"wer {args.seed} {r['id']}").random() < share]
+    chosen = [r for r in rows if "audio" in speech[r["id"]] and (args.max_wer or r.get("source") != "drill")
+              and random.Random(f"wer {args.seed} {r['id']}").random() < share]
     chosen.sort(key=lambda r: (speech[r["id"]]["seconds"], r["id"]))
     plan = [chosen[i:i + 16] for i in range(0, len(chosen), 16)]
     todo = [b for i, b in enumerate(plan) if i % world == rank and any(r["id"] not in stage.done for r in b)]

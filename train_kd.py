@@ -2,9 +2,9 @@
 Distil a text LLM (teacher) into a speech LLM (student), by text and by speech.
 
   python train_kd.py --data data/quick/train.jsonl --eval-data data/quick/heldout.jsonl --out out/quick
-  torchrun --nproc_per_node=8 train_kd.py --teacher Qwen/Qwen2.5-7B-Instruct --student ENCODER+LLM --data ... --out out/run
+  torchrun --nproc_per_node=8 train_kd.py --teacher TEXT_LLM --student ENCODER+LLM --data train.jsonl --out out/run
 
-Reads   manifests of synth_speech.py: one JSON object a line with prompt, audio, response, finish (DESIGN: README, "Data")
+Reads   manifests of synth_speech.py: one JSON object a line with id, prompt, audio, response, finish
 Writes  OUT/last and OUT/best (students), OUT/ckpt.pt, OUT/log.jsonl, OUT/samples.jsonl, OUT/args.json
 
 T2T: the student reads the question.   loss = CE(answer) + lambda * tau^2 * KL(teacher || student)
@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -47,12 +48,14 @@ def get_args(argv=None):
     g.add_argument("--revision", help="revision of hub models")
     g.add_argument("--data", nargs="+", required=True, help="manifests to train on")
     g.add_argument("--eval-data", nargs="+", default=[], help="manifests to measure on")
-    g.add_argument("--labels", choices=["response", "reference"], default="response", help="the teacher's answer, or the data set's")
+    g.add_argument("--labels", choices=["response", "reference"], default="response",
+                   help="the teacher's answer, or the data set's")
     g.add_argument("--max-answer-tokens", type=int, default=256, help="longer answers are cut there")
     g.add_argument("--out", required=True, help="output folder")
-    g.add_argument("--feature-cache", help="folder for the frozen encoder's features; default: .features beside the manifest")
+    g.add_argument("--feature-cache", help="folder for the frozen encoder's features; default: DATA/.features")
     g = p.add_argument_group("method")
-    g.add_argument("--channels", nargs="+", choices=["t2t", "s2t"], default=["t2t", "s2t"], help="text to text, speech to text")
+    g.add_argument("--channels", nargs="+", choices=["t2t", "s2t"], default=["t2t", "s2t"],
+                   help="text to text, speech to text")
     g.add_argument("--t2t-weight", type=float, default=1.0, help="weight of the text channel")
     g.add_argument("--s2t-weight", type=float, default=1.0, help="weight of the speech channel")
     g.add_argument("--loss", choices=list(losses.DIVERGENCES), default="forward_kl", help="divergence from the teacher")
@@ -62,22 +65,24 @@ def get_args(argv=None):
     g.add_argument("--beta", type=float, default=0.5, help="of jsd and skew_kl, 0-1")
     g.add_argument("--ctc-weight", type=float, default=0.3, help="CTC beside the speech channel; 0 = off")
     g = p.add_argument_group("what trains")
-    g.add_argument("--train", nargs="+", choices=["encoder", "adapter", "llm"], default=["adapter", "llm"], help="parts that train")
+    g.add_argument("--train", nargs="+", choices=["encoder", "adapter", "llm"], default=["adapter", "llm"],
+                   help="parts that train")
     g.add_argument("--lr-encoder", type=float, default=1e-5, help="peak learning rate; 1e-6 to 5e-5")
     g.add_argument("--lr-adapter", type=float, default=2e-4, help="peak learning rate while distilling; 5e-5 to 1e-3")
-    g.add_argument("--lr-llm", type=float, default=2e-5, help="peak learning rate; the paper has 5e-6 for 7 B parameters")
+    g.add_argument("--lr-llm", type=float, default=2e-5, help="peak learning rate; the paper: 5e-6 for 7 B")
     g.add_argument("--warm-start-steps", type=int, default=0, help="optimizer steps of CTC alone, before distilling")
-    g.add_argument("--warm-start-lr", type=float, default=1e-3, help="peak learning rate of the adapter in the warm start")
+    g.add_argument("--warm-start-lr", type=float, default=1e-3, help="peak learning rate of the warm start")
     g.add_argument("--warm-start-batch-size", type=int, default=24, help="clips per GPU per step of the warm start")
     g = p.add_argument_group("optimisation")
     g.add_argument("--max-steps", type=int, default=0, help="optimizer steps of distillation; 0 = --epochs")
     g.add_argument("--epochs", type=float, default=2, help="passes over the data, if --max-steps is 0")
     g.add_argument("--batch-size", type=int, default=8, help="rows per GPU per forward")
-    g.add_argument("--global-batch-size", type=int, default=0, help="rows per optimizer step over all GPUs; 0 = no accumulation")
-    g.add_argument("--lr-warmup-steps", type=int, default=20, help="linear warm-up of each phase; a cosine to zero follows")
+    g.add_argument("--global-batch-size", type=int, default=0, help="rows per optimizer step over all GPUs; 0: no accumulation")
+    g.add_argument("--lr-warmup-steps", type=int, default=20, help="linear, in each phase; a cosine to zero follows")
     g.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, matrices only")
     g.add_argument("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm")
-    g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of the computation; what trains is float32")
+    g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16",
+                   help="of the computation; what trains is float32")
     g.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
                    help="recompute activations: less memory, about 30%% slower")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the LLM")
@@ -117,7 +122,7 @@ def read_manifest(path):
         if row.get("audio"):
             audio = path.parent / row["audio"]
             if os.path.isabs(row["audio"]) or ".." in Path(row["audio"]).parts or not audio.is_file():
-                raise ValueError(f"{where}: audio file {row['audio']} not found (paths are relative to the manifest's folder)")
+                raise ValueError(f"{where}: audio file {row['audio']} not found (paths are relative to the manifest)")
             row["audio"] = str(audio)
         elif not row["prompt"]:
             raise ValueError(f"{where}: neither prompt nor audio")
@@ -136,7 +141,7 @@ class Rows(torch.utils.data.Dataset):
     """Rows of the manifest with everything that needs no model: ids, spelling, features or log-mel."""
 
     def __init__(self, rows, student, teacher_tokenizer, args, cache=None):
-        self.rows, self.student, self.args, self.cache, self.teacher_tokenizer = rows, student, args, cache, teacher_tokenizer
+        self.rows, self.student, self.teacher_tokenizer, self.args, self.cache = rows, student, teacher_tokenizer, args, cache
 
     def __len__(self):
         return len(self.rows)
@@ -151,7 +156,8 @@ class Rows(torch.utils.data.Dataset):
             before, after = m.chat_parts(self.teacher_tokenizer, row.get("system"), row.get("instruction"))
             item["said"] = m.text_ids(tokenizer, row["prompt"])
             item["teacher_prompt"] = before + m.text_ids(self.teacher_tokenizer, row["prompt"]) + after
-            item["spelling"] = [] if row.get("instruction") else self.student.spelling(row["prompt"])  # a caption is not heard
+            # beside an instruction the prompt may be a caption: nobody says it
+            item["spelling"] = [] if row.get("instruction") else self.student.spelling(row["prompt"])
         if row.get("audio"):
             if self.cache:
                 item["features"] = torch.from_numpy(np.load(self.cache(row["audio"])))
@@ -165,9 +171,8 @@ def feature_cache(args, student, rows, rank, world, dtype):
 
     The file's name depends on the clip and on the encoder, so that neither can change unnoticed.
     """
-    weights = student.encoder.state_dict()
-    encoder = hashlib.sha1(b"".join(weights[k].float().cpu().numpy().tobytes() for k in sorted(weights) if "layer_norm" in k
-                                    or "conv1" in k) + str(dtype).encode()).hexdigest()[:12]
+    weights = [v.float().cpu().numpy().tobytes() for k, v in student.encoder.state_dict().items() if "norm" in k or "conv1" in k]
+    encoder = hashlib.sha1(b"".join(weights) + str(dtype).encode()).hexdigest()[:12]
 
     def path_of(audio):
         stat = os.stat(audio)
@@ -180,8 +185,10 @@ def feature_cache(args, student, rows, rank, world, dtype):
     def load(batch):
         return [(clip, student.mel(m.load_audio(clip))) for clip in batch]
 
-    loader = DataLoader([todo[i:i + 16] for i in range(0, len(todo), 16)], batch_size=None, num_workers=args.workers, collate_fn=load)
-    with tqdm(total=len(todo), desc="encoding", unit="clip", disable=rank > 0 or not todo) as bar, torch.inference_mode():
+    batches = [todo[i:i + 16] for i in range(0, len(todo), 16)]
+    loader = DataLoader(batches, batch_size=None, num_workers=args.workers, collate_fn=load)
+    bar = tqdm(total=len(todo), desc="encoding", unit="clip", disable=rank > 0 or not todo)
+    with bar, torch.inference_mode():
         for batch in loader:
             features = student.features([mel.to(student.device) for _, mel in batch])
             for (clip, _), feature in zip(batch, features):
@@ -200,7 +207,7 @@ def feature_cache(args, student, rows, rank, world, dtype):
 def plan_batches(lengths, batch_size, global_batch_size, steps, seed):
     """Row indices of every micro-batch of every step: list (steps) of lists (micro-batches) of lists (rows).
 
-    A function of its arguments alone: neither the number of processes nor a restart changes it. Rows of like length meet.
+    A function of its arguments alone: no number of processes and no restart changes it. Rows of like length meet.
     """
     per_epoch, plan = len(lengths) // global_batch_size, []
     for epoch in range(math.ceil(steps / max(1, per_epoch))):
@@ -217,7 +224,7 @@ def plan_batches(lengths, batch_size, global_batch_size, steps, seed):
 # ---- one pass through student and teacher ----
 
 def teacher_rows(teacher, items):
-    """One teacher forward for both channels -> hidden rows that predict the answers, list of (n_i, H'), one per item."""
+    """One teacher forward for both channels -> the hidden rows that predict the answers, list of (n_i, H')."""
     sequences = [torch.tensor(item["teacher_prompt"] + item["answer"]) for item in items]
     padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(teacher.device)  # (B, T), right padding
     with torch.no_grad():
@@ -230,17 +237,22 @@ def student_inputs(items, channel):
     inputs = {"before": [i["before"] + (i["said"] if channel == "t2t" else []) for i in items],
               "after": [i["after"] for i in items], "answers": [i["answer"] for i in items]}
     if channel in ("s2t", "ctc"):
-        kind = "features" if "features" in items[0] else "mel"
-        inputs.update({"clips": list(range(len(items))), kind if kind == "features" else "mels": [i[kind] for i in items]})
+        inputs["clips"] = list(range(len(items)))
+        if "features" in items[0]:
+            inputs["features"] = [i["features"] for i in items]
+        else:
+            inputs["mels"] = [i["mel"] for i in items]
     return {**inputs, "llm": channel != "ctc"}
 
 
 def channel_items(items, channel):
-    return [i for i in items if (i["has_text"] if channel == "t2t" else i["audio"]) and (i["answer"] or channel == "ctc")]
+    """The rows of a batch that a channel can use."""
+    usable = [i for i in items if (i["has_text"] if channel == "t2t" else i["audio"])]
+    return [i for i in usable if i["answer"] or channel == "ctc"]
 
 
 def channel_loss(args, items, hidden, head, teacher_hidden, teacher_head):
-    """Sums over the channel's answer tokens -> (loss, ce, kd). Rows that no text stands for have no teacher: CE only."""
+    """Sums over the channel's answer tokens -> (loss, ce, kd). Without a text there is no teacher: CE only."""
     total, hidden = None, hidden.split([len(i["answer"]) for i in items])
     for has_text in (True, False):
         chosen = [k for k, i in enumerate(items) if i["has_text"] is has_text]
@@ -249,9 +261,10 @@ def channel_loss(args, items, hidden, head, teacher_hidden, teacher_head):
         rows = torch.cat([hidden[k] for k in chosen])                                        # (N, H)
         targets = torch.tensor([t for k in chosen for t in items[k]["answer"]], device=rows.device)
         teacher = torch.cat([teacher_hidden[items[k]["id"]] for k in chosen]) if has_text else rows.detach()
-        sums = losses.ce_kd(student_hidden=rows, student_weight=head, teacher_hidden=teacher, targets=targets,
-                            teacher_weight=teacher_head if has_text else head, kind=args.loss, temperature=args.temperature,
-                            beta=args.beta, ce_weight=args.ce_weight, kd_weight=args.kd_weight if has_text else 0.0)
+        sums = losses.ce_kd(student_hidden=rows, student_weight=head, teacher_hidden=teacher,
+                            teacher_weight=teacher_head if has_text else head, targets=targets, kind=args.loss,
+                            temperature=args.temperature, beta=args.beta, ce_weight=args.ce_weight,
+                            kd_weight=args.kd_weight if has_text else 0.0)
         total = sums if total is None else [a + b for a, b in zip(total, sums)]
     return total
 
@@ -327,20 +340,22 @@ def check_pair(teacher, teacher_tokenizer, student):
     for llm in (teacher, student.llm):
         for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(llm.config, key, None) not in (None, 1, 1.0):
-                raise RuntimeError(f"{llm.config.model_type} models scale or cap their logits ({key}); not supported yet")
+                raise RuntimeError(f"{llm.config.model_type}: scaled or capped logits ({key}) are not supported yet")
 
 
 def save_checkpoint(path, student, optimizer, scaler, step, best, args, world):
     """Trainable weights and everything else that a bit-exact continuation needs; complete or not there."""
-    torch.save({"model": {k: v.detach() for k, v in student.named_parameters() if k.split(".")[0] in args.train}, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "step": step, "best": best, "args": vars(args), "world": world}, path.with_suffix(".tmp"))
+    weights = {k: v.detach() for k, v in student.named_parameters() if k.split(".")[0] in args.train}
+    torch.save({"model": weights, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
+                "best": best, "args": vars(args), "world": world}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
 def load_checkpoint(path, student, optimizer, scaler, args, world):
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    free = ("resume", "device", "workers", "tensorboard", "out", "log_every", "eval_every", "save_every", "feature_cache")
-    changed = [f"{k} {saved['args'][k]!r} -> {v!r}" for k, v in vars(args).items() if k not in free and saved["args"].get(k) != v]
+    free = ("resume", "device", "workers", "tensorboard", "out", "log_every", "save_every", "feature_cache")
+    changed = [f"{k} {saved['args'].get(k)!r} -> {v!r}" for k, v in vars(args).items()
+               if k not in free and saved["args"].get(k) != v]
     if saved["world"] != world or changed:
         raise ValueError(f"{path} was written by {saved['world']} processes, this run has {world}; changed options: "
                          f"{', '.join(changed) or 'none'}; repeat the old ones, or start afresh in another --out")
@@ -362,8 +377,8 @@ def main(args):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     ddp = "RANK" in os.environ
-    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    master = rank == 0
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world, master = int(os.environ.get("WORLD_SIZE", 1)), rank == 0
     if args.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("--device cuda, but torch sees no GPU; use --device cpu")
     device = torch.device("cuda", local_rank) if args.device == "cuda" else torch.device(args.device)
@@ -372,15 +387,17 @@ def main(args):
         if device.type == "cpu":  # torchrun sets one thread a process
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
     dtype, out = getattr(torch, args.dtype), Path(args.out)
-    global_batch_size = args.global_batch_size or args.batch_size * world
-    if global_batch_size % (args.batch_size * world):
+    at_once = args.batch_size * world
+    global_batch_size = args.global_batch_size or at_once
+    if global_batch_size % at_once:
         raise ValueError(f"--global-batch-size {global_batch_size} is not a multiple of --batch-size {args.batch_size} x "
-                         f"{world} processes; use {args.batch_size * world * max(1, global_batch_size // (args.batch_size * world))}")
+                         f"{world} processes; use {at_once * max(1, global_batch_size // at_once)}")
     checkpoint_path = out / "ckpt.pt"
     if checkpoint_path.exists() and not args.resume:
         raise ValueError(f"{checkpoint_path} exists: add --resume to go on, or choose another --out")
     train_rows = [row for path in args.data for row in read_manifest(path)]
-    eval_rows = [r for path in args.eval_data for r in read_manifest(path) if r["prompt"] and r["response"] and r.get("audio")]
+    eval_rows = [row for path in args.eval_data for row in read_manifest(path)]
+    eval_rows = [r for r in eval_rows if r["prompt"] and r["response"] and r.get("audio")]
 
     # ---- teacher and student ----
     torch.manual_seed(args.seed)  # the adapter's first weights are the same on every rank
@@ -406,15 +423,15 @@ def main(args):
     cache = None
     if "encoder" not in args.train:
         cache = feature_cache(args, student, train_rows + eval_rows, rank, world, dtype)
-    distil_rows = [r for r in train_rows if r.get(args.labels) and (r.get("audio") if "s2t" in args.channels else r["prompt"])]
-    if {"t2t", "s2t"} <= set(args.channels):
-        distil_rows = [r for r in train_rows if r.get(args.labels)]  # a row without speech still has its text channel
+    needs = {"t2t": "prompt", "s2t": "audio"}  # a row is used if one channel can use it
+    distil_rows = [r for r in train_rows if r.get(args.labels) and any(r.get(needs[c]) for c in args.channels)]
     spoken_rows = [r for r in train_rows if r.get("audio") and r["prompt"] and not r.get("instruction")]
     warm_batch = args.warm_start_batch_size * world
-    for what, rows, size in (("to distil", distil_rows, global_batch_size), ("to hear", spoken_rows, warm_batch * bool(args.warm_start_steps))):
-        if len(rows) < max(size, 1):
-            raise ValueError(f"{len(rows)} rows {what} with --labels {args.labels} in {', '.join(args.data)}, fewer than one "
-                             f"global batch of {size}; give more rows or a smaller batch")
+    for what, rows, size in (("distil", distil_rows, global_batch_size),
+                             ("hear", spoken_rows, warm_batch if args.warm_start_steps else 0)):
+        if len(rows) < size:
+            raise ValueError(f"{len(rows)} rows to {what} with --labels {args.labels} in {', '.join(args.data)}, fewer than "
+                             f"one global batch of {size}; give more rows or a smaller batch")
     distil_steps = args.max_steps or max(1, round(args.epochs * len(distil_rows) / global_batch_size))
     total_steps = args.warm_start_steps + distil_steps
     lengths = [len(r[args.labels]) + 4 * r.get("seconds", 0) for r in distil_rows]
@@ -430,7 +447,7 @@ def main(args):
 
     # ---- optimizer, resume ----
     groups = []
-    for name in args.train if "adapter" in args.train else [*args.train]:
+    for name in args.train:
         trainable = [p for p in parts[name].parameters() if p.requires_grad]
         groups += [{"params": [p for p in trainable if p.dim() >= 2], "weight_decay": args.weight_decay, "part": name},
                    {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0, "part": name}]
@@ -444,11 +461,13 @@ def main(args):
             print(f"going on from step {step}")
     log_path = out / "log.jsonl"
     if master:
-        (out / "args.json").write_text(json.dumps({**vars(args), "world_size": world, "torch": torch.__version__}, indent=1))
-        kept = [line for line in log_path.read_text().splitlines(True) if json.loads(line)["step"] <= step] if log_path.exists() else []
-        log_path.write_text("".join(kept))
-        counts = ", ".join(f"{sum(p.numel() for p in part.parameters() if p.requires_grad) / 1e6:.1f} M of the {name}" for name, part in parts.items())
-        print(f"{len(distil_rows)} rows to distil, {len(spoken_rows)} to hear, {len(eval_rows)} to measure on; trained: {counts}")
+        versions = {"world_size": world, "torch": torch.__version__, "transformers": transformers.__version__}
+        (out / "args.json").write_text(json.dumps({**vars(args), **versions}, indent=1))
+        logged = log_path.read_text().splitlines(True) if log_path.exists() else []
+        log_path.write_text("".join(line for line in logged if json.loads(line)["step"] <= step))
+        sizes = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) / 1e6 for name, part in parts.items()}
+        print(f"{len(distil_rows)} rows to distil, {len(spoken_rows)} to hear, {len(eval_rows)} to measure on; trains: "
+              + ", ".join(f"{name} {size:.1f} M" for name, size in sizes.items() if size))
     writer = None
     if args.tensorboard and master:
         from torch.utils.tensorboard import SummaryWriter
@@ -464,7 +483,7 @@ def main(args):
                 writer.add_scalar(key, value, record["step"])
 
     def measure():
-        """Evaluate on every rank's share; keep the student whose early answers by speech are nearest to the teacher's."""
+        """Every rank evaluates its share; the student with the best early answers by speech is kept in OUT/best."""
         nonlocal best
         if not eval_rows:
             return
@@ -483,7 +502,8 @@ def main(args):
             answers = student.generate(eval_rows[:3], max_new_tokens=40)
             with open(out / "samples.jsonl", "a") as file:
                 for row, text in zip(eval_rows, answers):
-                    file.write(json.dumps({"step": step, "prompt": row["prompt"], "by_speech": text, "teacher": row["response"]}) + "\n")
+                    record = {"step": step, "prompt": row["prompt"], "by_speech": text, "teacher": row["response"]}
+                    file.write(json.dumps(record) + "\n")
             print(f"      asked: {eval_rows[0]['prompt']!r}\n      by speech: {answers[0]!r}")
 
     # ---- the loop ----
@@ -499,15 +519,14 @@ def main(args):
                 part.requires_grad_(name in args.train and name in peaks)
             student.encoder.embed_positions.requires_grad_(False)
             student.train()
-            if "encoder" not in args.train:
-                student.encoder.eval()
-            model = DistributedDataParallel(student, device_ids=[local_rank] if device.type == "cuda" else None) if ddp else student
+            devices = [local_rank] if device.type == "cuda" else None
+            model = DistributedDataParallel(student, device_ids=devices) if ddp else student
             mine = [batch for batches in plan[step - first_step:] for batch in batches[rank::world]]
             stream = iter(DataLoader(rows, batch_sampler=mine, num_workers=args.workers, collate_fn=list))
             if "t2t" in channels and "llm" not in args.train and master:
                 print("the LLM is frozen: by text nothing can change, so the text channel is measured but not trained")
-        progress = (step - first_step) / len(plan)
-        factor = min(1.0, (step - first_step + 1) / max(1, args.lr_warmup_steps)) * 0.5 * (1 + math.cos(math.pi * progress))
+        warm_up = min(1.0, (step - first_step + 1) / max(1, args.lr_warmup_steps))
+        factor = warm_up * 0.5 * (1 + math.cos(math.pi * (step - first_step) / len(plan)))
         for group in optimizer.param_groups:
             group["lr"] = peaks.get(group["part"], 0.0) * factor
 
@@ -515,7 +534,7 @@ def main(args):
         micro_batches = [next(stream) for _ in plan[step - first_step][rank::world]]
         passes = [(channel, chosen, items) for items in micro_batches for channel in channels
                   if (chosen := channel_items(items, channel)) and not (channel == "t2t" and "llm" not in args.train)]
-        # Mean over ALL supervised tokens of the step, per channel. DDP averages gradients over ranks, hence `world` below.
+        # Mean over ALL supervised tokens of the step, per channel. DDP averages over ranks, hence `world` below.
         names = ("t2t", "s2t", "ctc")
         counts = torch.zeros(4, dtype=torch.float64)
         for channel, chosen, _ in passes:
@@ -528,7 +547,7 @@ def main(args):
             counts = counts.to(device)
             dist.all_reduce(counts)
         num_tokens, stop = counts[:3].clamp(min=1).tolist(), counts[3] > 0
-        torch.manual_seed(args.seed + 100_003 * step + rank)  # after the fetch: making a DataLoader iterator draws from it
+        torch.manual_seed(args.seed + 100_003 * step + rank)  # after the fetch: a new DataLoader iterator draws from it
         sums = torch.zeros(6, dtype=torch.float64, device=device)  # loss; ce, kd of t2t; ce, kd of s2t; ctc
         teacher_hidden, done = {}, None
         for number, (channel, chosen, items) in enumerate(passes):
@@ -557,10 +576,12 @@ def main(args):
             dist.all_reduce(sums)
         values = sums.tolist()
         if not all(map(math.isfinite, values)):
-            raise RuntimeError(f"loss {values[0]} in step {step + 1}, learning rates {[g['lr'] for g in optimizer.param_groups]}; rows of "
-                               f"rank {rank}: {[i['id'] for items in micro_batches for i in items]}; {checkpoint_path} keeps the last good state")
+            ids = [i["id"] for items in micro_batches for i in items]
+            raise RuntimeError(f"loss {values[0]} in step {step + 1}, learning rate {optimizer.param_groups[0]['lr']:.2e}; "
+                               f"rows of rank {rank}: {ids}; {checkpoint_path} keeps the last good state")
         scaler.unscale_(optimizer)  # clip the true gradient
-        grad_norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], args.max_grad_norm)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -570,17 +591,20 @@ def main(args):
         tokens_seen += sum(num_tokens)
         if master and (step % args.log_every == 0 or step == total_steps):
             elapsed = time.perf_counter() - start_time
-            memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            record = {"step": step, "phase": phase, "loss": values[0], "lr": max(g["lr"] for g in optimizer.param_groups), "grad_norm": float(grad_norm)}
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            if device.type == "cuda":
+                memory = torch.cuda.max_memory_allocated() / 2**30
+            record = {"step": step, "phase": phase, "loss": values[0], "grad_norm": float(grad_norm),
+                      "lr": max(group["lr"] for group in optimizer.param_groups)}
             for i, key in enumerate(("ce_t2t", "kd_t2t", "ce_s2t", "kd_s2t", "ctc"), 1):
                 record[key] = values[i] / num_tokens[(i - 1) // 2]
             record |= {"tokens_per_s": tokens_seen / elapsed, "memory": memory}
             log(record)
             start_time, tokens_seen = time.perf_counter(), 0
             left_s = elapsed / args.log_every * (len(plan) - step + first_step)
-            print(f"{phase} {step - first_step:5d}/{len(plan)} | " + " | ".join(
-                f"{k} {record[k]:.4g}" for k in ("loss", "ce_s2t", "kd_s2t", "ce_t2t", "kd_t2t", "ctc", "grad_norm", "lr") if record[k]) +
-                f" | {record['tokens_per_s']:.0f} tok/s | {memory:.1f} GiB | {left_s / 60:.1f} min left", flush=True)
+            shown = ("loss", "ce_s2t", "kd_s2t", "ce_t2t", "kd_t2t", "ctc", "grad_norm", "lr")
+            print(f"{phase} {step - first_step:5d}/{len(plan)} | " + " | ".join(f"{k} {record[k]:.4g}" for k in shown if record[k])
+                  + f" | {record['tokens_per_s']:.0f} tok/s | {memory:.1f} GiB | {left_s / 60:.1f} min left", flush=True)
         at_end = step == total_steps
         due = phase == "distil" and args.eval_every and (step - first_step) % args.eval_every == 0
         if at_end or step == args.warm_start_steps or due:
