@@ -1,12 +1,12 @@
 """
 Turn text instructions into training data: teacher answers and speech, checked by a speech recogniser.
 
-  python synth_speech.py --sample-prompts 1000 --out data/quick              # no data set at all: the teacher invents prompts
+  python synth_speech.py --sample-prompts 1000 --out data/quick     # no data set: the teacher invents the prompts
   python synth_speech.py --input alpaca.json --out data/alpaca --max-wer 0.3
   torchrun --nproc_per_node=8 synth_speech.py --hub-dataset Open-Orca/OpenOrca --limit 50000 --out data/orca
 
 Reads   JSON lines or a JSON list; keys: prompt | instruction (+ input) | question (+ system_prompt), response or output
-Writes  OUT/train.jsonl (the manifest), OUT/heldout.jsonl, OUT/wav/*.flac (16 kHz mono), OUT/dropped.jsonl, OUT/summary.json
+Writes  OUT/train.jsonl (the manifest), OUT/heldout.jsonl, OUT/wav/*.flac (16 kHz mono), dropped.jsonl, summary.json
 Stop it at any moment; the same command goes on. Nothing is made twice.
 """
 import argparse
@@ -36,8 +36,9 @@ from transformers.utils import logging
 
 import model as m
 
-VOICES = ["en-us", "en-us+m1", "en-us+m3", "en-us+m6", "en-us+m7", "en-us+m8", "en-us+f1", "en-us+f2", "en-us+f5", "en-us+Gene",
-          "en-us+Mike", "en-us+rob", "en-us+robert", "en-us+edward", "en-gb-x-rp", "en-gb-x-rp+m3", "en-gb-x-rp+f5"]
+VOICES = ["en-us", "en-us+m1", "en-us+m3", "en-us+m6", "en-us+m7", "en-us+m8", "en-us+f1", "en-us+f2", "en-us+f5",
+          "en-us+Gene", "en-us+Mike", "en-us+rob", "en-us+robert", "en-us+edward", "en-gb-x-rp", "en-gb-x-rp+m3",
+          "en-gb-x-rp+f5"]  # those whose words Whisper-base mishears least: 3% to 12%, other espeak voices up to 40%
 RATE_WPM, PITCH = (130, 170), (35, 65)  # words a minute that Whisper hears well; espeak's pitch scale is 0-99
 SAMPLE_CHUNK = 256                      # prompts that are sampled together
 
@@ -48,43 +49,49 @@ def get_args(argv=None):
     g = p.add_argument_group("prompts")
     g.add_argument("--input", help="JSON lines or JSON list")
     g.add_argument("--hub-dataset", help="data set id of the hub, streamed (needs the package datasets)")
-    g.add_argument("--sample-prompts", type=int, default=0, help="prompts to sample from the teacher instead of reading any")
-    g.add_argument("--drill", type=int, default=0, help="extra rows that only teach hearing: prompts with words exchanged for "
-                                                        "random words of the teacher's vocabulary")
+    g.add_argument("--sample-prompts", type=int, default=0, help="prompts that the teacher invents")
+    g.add_argument("--drill", type=int, default=0, help="extra rows that only teach hearing: prompts "
+                   "with words exchanged for random words of the teacher's vocabulary")
     g.add_argument("--limit", type=int, default=0, help="read at most so many rows; 0 = all")
     g.add_argument("--max-words", type=int, default=40, help="longest prompt; 40 words are about 16 s of speech")
-    g.add_argument("--exclude", help="file of prompts to keep out: no row may share a normalised form or 8 words in a row")
-    g.add_argument("--heldout", type=int, default=0, help="rows for OUT/heldout.jsonl; training rows too like them are dropped")
+    g.add_argument("--exclude", help="file of prompts to keep out, and all that share 8 words in a row with them")
+    g.add_argument("--heldout", type=int, default=0, help="rows for OUT/heldout.jsonl")
     g = p.add_argument_group("answers")
     g.add_argument("--teacher", default=m.DEFAULT_LLM, help="text LLM, local folder or hub id")
     g.add_argument("--revision", help="revision of hub models")
-    g.add_argument("--answers", type=int, default=-1, help="rows that get an answer, the held-out first; -1 = all. Rows "
-                                                           "without one still teach hearing (CTC warm start)")
+    g.add_argument("--answers", type=int, default=-1, help="rows that get an answer, the held-out first; -1 = all. "
+                   "Rows without one still teach hearing (CTC warm start)")
     g.add_argument("--max-new-tokens", type=int, default=128, help="longest answer in tokens; longer ones are cut")
     g.add_argument("--batch-size", type=int, default=192, help="answers generated together, at first")
-    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the teacher; auto measures")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for teacher and recogniser")
+    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+                   help="of the teacher; auto measures which is faster")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="for teacher and recogniser")
     g = p.add_argument_group("speech")
-    g.add_argument("--engine", choices=["espeak", "hf", "command"], default="espeak", help="hf: --tts-model, command: --tts-command")
-    g.add_argument("--voices", nargs="+", default=VOICES, help="espeak voices to draw from, or {voice} of --tts-command")
+    g.add_argument("--engine", choices=["espeak", "hf", "command"], default="espeak",
+                   help="hf: --tts-model, command: --tts-command")
+    g.add_argument("--voices", nargs="+", default=VOICES,
+                   help="espeak voices to draw from, or {voice} of --tts-command")
     g.add_argument("--tts-model", help="text-to-speech model of transformers, folder or hub id")
     g.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that synthesise")
     g.add_argument("--language", default="en", help="language of prompts and speech (ISO 639-1)")
-    g.add_argument("--max-wer", type=float, default=0, help="drop rows that the recogniser hears worse, e.g. 0.3; 0 = keep all")
-    g.add_argument("--wer-sample", type=float, default=0, help="measure only this share of the rows, 0-1, and drop none")
+    g.add_argument("--max-wer", type=float, default=0, help="drop rows heard worse, e.g. 0.3; 0 = keep all")
+    g.add_argument("--wer-sample", type=float, default=0, help="measure only this share of rows, 0-1")
     g.add_argument("--asr", default="openai/whisper-base", help="Whisper model that transcribes the speech back")
     p.add_argument("--preview", type=int, default=0, help="write OUT/preview.html to listen to so many rows")
     p.add_argument("--seed", type=int, default=0, help="of sampling, voices and held-out choice")
     p.add_argument("--out", required=True, help="output folder")
     p.add_argument("--tts-command", nargs=argparse.REMAINDER, default=[], metavar="WORD",
-                   help="LAST option: program and arguments with {text} {wav} {voice}, e.g. flite -voice slt -t {text} -o {wav}")
+                   help="LAST option: a program and its arguments with {text} {wav} {voice}, e.g. "
+                   "flite -voice slt -t {text} -o {wav}")
     args = p.parse_args(argv)
     if sum(map(bool, (args.input, args.hub_dataset, args.sample_prompts))) != 1:
         p.error("give exactly one of --input FILE, --hub-dataset ID, --sample-prompts N")
     if args.engine == "hf" and not args.tts_model:
         p.error("--engine hf needs --tts-model")
-    if args.engine == "command" and not ({"{text}", "{wav}"} <= set(args.tts_command) and shutil.which(args.tts_command[0])):
-        p.error(f"--tts-command {' '.join(args.tts_command)!r}: expected an installed program and the words {{text}} and {{wav}}")
+    words = args.tts_command
+    if args.engine == "command" and not ({"{text}", "{wav}"} <= set(words) and shutil.which(words[0])):
+        p.error(f"--tts-command {' '.join(words)!r}: expected an installed program and the words {{text}} and {{wav}}")
     if not 0 <= args.wer_sample <= 1 or args.max_wer < 0 or args.workers < 1 or args.batch_size < 1:
         p.error("--wer-sample must be 0-1, --max-wer >= 0, --workers and --batch-size >= 1")
     return args
@@ -104,7 +111,8 @@ def to_row(raw, row_id):
     row = {"id": str(raw.get("id") or row_id), "prompt": prompt}
     if "finish" in raw:  # a manifest of ours: keep the teacher's answer
         return {**row, **{k: raw[k] for k in ("system", "response", "finish", "reference", "source") if k in raw}}
-    optional = {"system": first_of(raw, "system", "system_prompt"), "reference": first_of(raw, "reference", "response", "output")}
+    optional = {"system": first_of(raw, "system", "system_prompt"),
+                "reference": first_of(raw, "reference", "response", "output")}
     return {**row, **{k: v for k, v in optional.items() if v}}
 
 
@@ -138,7 +146,8 @@ def hub_rows(name, limit):
         raise RuntimeError("--hub-dataset needs the package datasets: pip install datasets") from error
     stream = load_dataset(name, split="train", streaming=True)
     stream = stream.take(limit) if limit else stream
-    return [to_row(raw, f"{name.split('/')[-1]}-{i:06d}") for i, raw in enumerate(tqdm(stream, desc="hub rows", unit="row"))]
+    stream = tqdm(stream, desc="hub rows", unit="row")
+    return [to_row(raw, f"{name.split('/')[-1]}-{i:06d}") for i, raw in enumerate(stream)]
 
 
 def unspeakable(text, max_words, language="en"):
@@ -155,14 +164,16 @@ def unspeakable(text, max_words, language="en"):
         return "table"
     if re.search(r"(?m)^\s*(?:[-*#•]|\d+[.)])\s|\*\*|\[|\]|#", text):
         return "mark-up"
-    if language in ("en", "de", "fr", "es", "it", "pt", "nl") and re.search(r"[^\W\d_]", re.sub(r"[\u0041-\u024f]", "", text)):
+    latin = language in ("en", "de", "fr", "es", "it", "pt", "nl")
+    if latin and re.search(r"[^\W\d_]", re.sub(r"[\u0041-\u024f]", "", text)):
         return "other script"
     return "not plain text" if re.search(r"[\x00-\x08\x0e-\x1f\ufffd\u2190-\U0010ffff]", text) else None
 
 
 def tidy(text):
     """White space and typographic quotes made plain."""
-    return " ".join(text.translate({0x2018: "'", 0x2019: "'", 0x201c: '"', 0x201d: '"', 0x2013: "-", 0x2014: ", "}).split())
+    plain = {0x2018: "'", 0x2019: "'", 0x201c: '"', 0x201d: '"', 0x2013: "-", 0x2014: ", "}
+    return " ".join(text.translate(plain).split())
 
 
 def readable(text):
@@ -174,7 +185,11 @@ def readable(text):
     for sign, word in (("&", " and "), ("%", " percent"), ("+", " plus "), ("$", " dollars "), ("°", " degrees")):
         text = text.replace(sign, word)
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
-    return tidy(re.sub(r"\d+(?:\.\d+)?", lambda n: " " + num2words(float(n[0]) if "." in n[0] else int(n[0])) + " ", text))
+
+    def in_words(number):
+        return f" {num2words(float(number[0]) if '.' in number[0] else int(number[0]))} "
+
+    return tidy(re.sub(r"\d+(?:\.\d+)?", in_words, text))
 
 
 def fingerprints(text):
@@ -207,12 +222,12 @@ def choose(rows, args, drops):
 
 def drill_rows(rows, count, vocabulary, seed):
     """Training prompts with about half of their words exchanged for random ones: many words, no generation."""
-    words = sorted(t[1:] for t in vocabulary if re.fullmatch(r"[\u0120\u2581][A-Za-z][a-z]{2,}", t))  # whole words, by BPE's marks
-    sources, drilled = [r for r in rows if r["split"] == "train"], []
+    words = sorted(t[1:] for t in vocabulary if re.fullmatch(r"[\u0120\u2581][A-Za-z][a-z]{2,}", t))  # BPE marks a word's start
+    sources, drilled = [r["prompt"].split() for r in rows if r["split"] == "train"], []
     for k in range(count if sources else 0):
         rng = random.Random(f"drill {seed} {k}")
-        text = [re.sub(r"^[\w']+", rng.choice(words), w) if rng.random() < 0.45 else w for w in sources[k % len(sources)]["prompt"].split()]
-        drilled.append({"id": f"drill-{k:06d}", "prompt": " ".join(text), "source": "drill", "split": "train"})
+        said = [re.sub(r"^[\w']+", rng.choice(words), w) if rng.random() < 0.45 else w for w in sources[k % len(sources)]]
+        drilled.append({"id": f"drill-{k:06d}", "prompt": " ".join(said), "source": "drill", "split": "train"})
     return drilled
 
 
@@ -262,7 +277,8 @@ def sample_prompts(teacher, tokenizer, seed, chunk):
     start = teacher.get_input_embeddings()(torch.tensor(before, device=teacher.device))
     generator = torch.Generator(teacher.device).manual_seed(1_000_003 * seed + chunk)
     end = m.end_token(tokenizer)
-    outputs = m.generate(teacher, [start] * SAMPLE_CHUNK, max_new_tokens=32, eos_ids=[end], temperature=1.0, generator=generator)
+    outputs = m.generate(teacher, [start] * SAMPLE_CHUNK, max_new_tokens=32, eos_ids=[end], temperature=1.0,
+                         generator=generator)
     return [{"id": f"sampled-{chunk:04d}-{i:03d}", "prompt": tokenizer.decode(ids[:-1])}
             for i, ids in enumerate(outputs) if ids[-1] == end and len(ids) > 1]
 
@@ -293,7 +309,7 @@ def espeak_engine():
             chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
 
-    rate_hz = library.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0)  # 2: synchronous, by callback
+    rate_hz = library.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0)  # 2: synchronous callback
     if rate_hz <= 0:
         raise RuntimeError("espeak-ng did not start; reinstall the package espeakng-loader")
     library.espeak_SetSynthCallback(collect)
@@ -334,7 +350,8 @@ def command_engine(words):
             values = {"{text}": readable(text).lstrip("-"), "{wav}": wav, "{voice}": voice}  # never through a shell
             result = subprocess.run([values.get(w, w) for w in words], capture_output=True, text=True, timeout=300)
             if result.returncode or not os.path.exists(wav):
-                raise ValueError(f"{words[0]} exited {result.returncode}: {result.stderr.strip()[-200:] or 'no audio file'}")
+                said = result.stderr.strip()[-200:] or "no audio file"
+                raise ValueError(f"{words[0]} exited {result.returncode}: {said}")
             return soundfile.read(wav, dtype="float32", always_2d=True)[0].mean(1), soundfile.info(wav).samplerate
 
     return speak
@@ -361,12 +378,13 @@ def synthesise(job):
     if len(samples) < rate_hz // 10 or not np.isfinite(samples).all() or np.abs(samples).max() < 1e-3:
         return {"id": row_id, "error": f"no sound ({len(samples)} samples)"}
     samples = resample(torch.from_numpy(samples), rate_hz, m.SAMPLE_RATE).clamp(-1, 1).numpy()
-    name = row_id if re.fullmatch(r"[\w.-]{1,80}", row_id) and row_id.strip(".") else hashlib.sha1(row_id.encode()).hexdigest()
+    plain = re.fullmatch(r"[\w.-]{1,80}", row_id) and row_id.strip(".")
+    name = row_id if plain else hashlib.sha1(row_id.encode()).hexdigest()
     path = Path(out) / "wav" / f"{name}.flac"
     soundfile.write(path.with_suffix(".tmp"), samples, m.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     os.replace(path.with_suffix(".tmp"), path)
-    return {"id": row_id, "audio": f"wav/{name}.flac", "voice": voice, "seconds": round(len(samples) / m.SAMPLE_RATE, 3),
-            "sample_rate": m.SAMPLE_RATE}
+    return {"id": row_id, "audio": f"wav/{name}.flac", "voice": voice, "sample_rate": m.SAMPLE_RATE,
+            "seconds": round(len(samples) / m.SAMPLE_RATE, 3)}
 
 
 # ---- the recogniser ----
@@ -374,19 +392,20 @@ def synthesise(job):
 def load_recogniser(args):
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
     folder = m.resolve(args.asr, args.revision)
-    whisper = WhisperForConditionalGeneration.from_pretrained(folder, dtype=measured_dtype(args.device)).to(args.device).eval()
-    return whisper, WhisperProcessor.from_pretrained(folder)
+    whisper = WhisperForConditionalGeneration.from_pretrained(folder, dtype=measured_dtype(args.device))
+    return whisper.to(args.device).eval(), WhisperProcessor.from_pretrained(folder)
 
 
 def word_error_rates(whisper, processor, waveforms, texts, language):
     """Transcribe (S_i,) waveforms and compare, after Whisper's own text normalisation -> [(rate, transcript), ...]."""
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
     normalise = EnglishTextNormalizer({}) if language == "en" else BasicTextNormalizer()
-    inputs = processor([w.numpy() for w in waveforms], sampling_rate=m.SAMPLE_RATE, return_tensors="pt", return_attention_mask=True)
+    inputs = processor([w.numpy() for w in waveforms], sampling_rate=m.SAMPLE_RATE, return_tensors="pt",
+                       return_attention_mask=True).to(whisper.device)
     longest = max(len(text.split()) for text in texts)
     with torch.inference_mode():
-        ids = whisper.generate(inputs.input_features.to(whisper.device, whisper.dtype), language=language, task="transcribe",
-                               attention_mask=inputs.attention_mask.to(whisper.device), max_new_tokens=min(400, 4 * longest + 20))
+        ids = whisper.generate(inputs.input_features.to(whisper.dtype), attention_mask=inputs.attention_mask,
+                               language=language, task="transcribe", max_new_tokens=min(400, 4 * longest + 20))
     results = []
     for heard, text in zip(processor.batch_decode(ids, skip_special_tokens=True), texts):
         reference, words = normalise(text).split(), normalise(heard).split()
@@ -413,8 +432,8 @@ def gather_prompts(args, raw, out, rank, world, teacher):
         if len(rows) == args.sample_prompts:
             return rows, drops
         if complete * SAMPLE_CHUNK > 40 * args.sample_prompts + 40 * SAMPLE_CHUNK:
-            raise RuntimeError(f"{len(rows)} usable prompts in {complete * SAMPLE_CHUNK} samples; raise --max-words, or "
-                               "use another teacher")
+            raise RuntimeError(f"{len(rows)} usable prompts in {complete * SAMPLE_CHUNK} samples; raise --max-words, "
+                               "or use another teacher")
         chunk = complete + rank
         if chunk not in chunks:
             stage.add([{"id": chunk, "rows": sample_prompts(*teacher(), args.seed, chunk)}])
@@ -474,6 +493,15 @@ def write_atomically(path, text):
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def preview(rows):
+    """A page to listen to some rows; every text is escaped."""
+    cells = "<tr><td><audio controls preload=none src='{audio}'></audio><td>{prompt}<td>{response}<td>{voice}<td>{wer}"
+    lines = [cells.format(**{k: html.escape(str(v), quote=True) for k, v in row.items()}) for row in rows]
+    return ("<!doctype html><meta charset=utf-8><title>Rows to listen to</title>\n<style>td{padding:.4em;border-bottom:1px "
+            "solid #ccc}</style>\n<table>\n<tr><th>speech<th>prompt<th>teacher's answer<th>voice<th>word error rate\n"
+            + "\n".join(lines) + "\n</table>\n")
+
+
 def write_results(args, out, rows, drops, stages, tokens_per_s):
     """Merge the stages in input order -> manifests, dropped.jsonl, summary.json, preview.html."""
     answers, speech, rates = stages
@@ -482,7 +510,8 @@ def write_results(args, out, rows, drops, stages, tokens_per_s):
         spoken, wer = speech[row["id"]], rates.get(row["id"], {}).get("wer")
         if "error" in spoken or (args.max_wer and wer > args.max_wer):
             reason = "no speech" if "error" in spoken else f"word error rate over {args.max_wer}"
-            drops.append({"id": row["id"], "reason": reason, "prompt": row["prompt"], "detail": spoken.get("error", wer)})
+            detail = spoken.get("error", wer)
+            drops.append({"id": row["id"], "reason": reason, "prompt": row["prompt"], "detail": detail})
             continue
         reply = answers.get(row["id"], {})
         manifests[row.pop("split")].append({
@@ -496,17 +525,15 @@ def write_results(args, out, rows, drops, stages, tokens_per_s):
         if content or name != "heldout":
             write_atomically(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in content))
     measured = [row["wer"] for row in kept if row["wer"] is not None]
-    summary = {"rows": {k: len(v) for k, v in manifests.items()}, "answered": sum(r["response"] is not None for r in kept),
+    summary = {"rows": {k: len(v) for k, v in manifests.items()},
+               "answered": sum(r["response"] is not None for r in kept),
                "hours": round(sum(r["seconds"] for r in kept) / 3600, 3), "voices": len({r["voice"] for r in kept}),
                "mean_wer": round(float(np.mean(measured)), 4) if measured else None, "wer_measured_on": len(measured),
-               "answer_tokens_per_s": round(tokens_per_s, 1), "dropped": collections.Counter(d["reason"] for d in drops)}
+               "answer_tokens_per_s": round(tokens_per_s, 1),
+               "dropped": collections.Counter(d["reason"] for d in drops)}
     write_atomically(out / "summary.json", json.dumps(summary, indent=1))
     if args.preview:
-        cells = ("<tr><td><audio controls preload=none src='{audio}'></audio><td>{prompt}<td>{response}<td>{voice}<td>{wer}</tr>")
-        rows_html = "\n".join(cells.format(**{k: html.escape(str(v), quote=True) for k, v in r.items()}) for r in kept[:args.preview])
-        write_atomically(out / "preview.html", "<!doctype html><meta charset=utf-8><title>Rows to listen to</title><style>td{padding:.4em;"
-                         "border-bottom:1px solid #ccc;font-family:sans-serif}</style><table><tr><th>speech<th>prompt<th>teacher's "
-                         f"answer<th>voice<th>word error rate</tr>\n{rows_html}\n</table>\n")
+        write_atomically(out / "preview.html", preview(kept[:args.preview]))
     print(json.dumps(summary, indent=1))
     return len(drops) and any(d["reason"] == "no speech" for d in drops)
 
@@ -517,15 +544,17 @@ def main(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))  # torchrun says 1
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))  # torchrun sets one
     out = Path(args.out)
-    raw = read_rows(args.input, args.limit) if args.input else hub_rows(args.hub_dataset, args.limit) if args.hub_dataset else []
+    raw = read_rows(args.input, args.limit) if args.input else []
+    raw = hub_rows(args.hub_dataset, args.limit) if args.hub_dataset else raw
     unimportant = ("workers", "preview", "device", "out")
     plan, plan_path = {k: v for k, v in vars(args).items() if k not in unimportant}, out / ".stages" / "args.json"
     if plan_path.exists() and json.loads(plan_path.read_text()) != plan:
         old = json.loads(plan_path.read_text())
-        raise ValueError(f"{out} was begun with other options ({', '.join(k for k in plan if plan[k] != old.get(k))}); repeat "
-                         "them to go on, or choose another --out")
+        changed = ", ".join(k for k in plan if plan[k] != old.get(k))
+        raise ValueError(f"{out} was begun with other options ({changed}); repeat them to go on, or choose another --out")
     (out / ".stages").mkdir(parents=True, exist_ok=True)
     if rank == 0:
         write_atomically(plan_path, json.dumps(plan))
@@ -540,7 +569,8 @@ def main(args):
 
     rows, drops = gather_prompts(args, raw, out, rank, world, teacher)
     if args.drill:
-        rows += drill_rows(rows, args.drill, AutoTokenizer.from_pretrained(m.resolve(args.teacher, args.revision)).get_vocab(), args.seed)
+        tokenizer = AutoTokenizer.from_pretrained(m.resolve(args.teacher, args.revision))
+        rows += drill_rows(rows, args.drill, tokenizer.get_vocab(), args.seed)
     stages = [Stage(out, name, rank) for name in ("answers", "speech", "wer")]
     for stage in stages:
         stage.load()

@@ -270,7 +270,12 @@ def channel_loss(args, items, hidden, head, teacher_hidden, teacher_head):
 
 
 def ctc_loss(items, logits, lengths):
-    return losses.ctc(student_logits=logits, lengths=lengths, targets=[i.get("spelling", []) for i in items])
+    """CTC over the clips whose words are known; a sound without words is not taught to be silence."""
+    spoken = [k for k, item in enumerate(items) if item.get("spelling")]
+    if not spoken:
+        return logits.sum() * 0
+    targets = [items[k]["spelling"] for k in spoken]
+    return losses.ctc(student_logits=logits[spoken], lengths=lengths[spoken], targets=targets)
 
 
 # ---- evaluation ----
@@ -420,9 +425,6 @@ def main(args):
         print("--compile: no C++ compiler (g++) found, running eagerly")
 
     # ---- data ----
-    cache = None
-    if "encoder" not in args.train:
-        cache = feature_cache(args, student, train_rows + eval_rows, rank, world, dtype)
     needs = {"t2t": "prompt", "s2t": "audio"}  # a row is used if one channel can use it
     distil_rows = [r for r in train_rows if r.get(args.labels) and any(r.get(needs[c]) for c in args.channels)]
     spoken_rows = [r for r in train_rows if r.get("audio") and r["prompt"] and not r.get("instruction")]
@@ -432,6 +434,10 @@ def main(args):
         if len(rows) < size:
             raise ValueError(f"{len(rows)} rows to {what} with --labels {args.labels} in {', '.join(args.data)}, fewer than "
                              f"one global batch of {size}; give more rows or a smaller batch")
+    cache = None
+    if "encoder" not in args.train:
+        needed = distil_rows + eval_rows + (spoken_rows if args.warm_start_steps else [])
+        cache = feature_cache(args, student, needed, rank, world, dtype)
     distil_steps = args.max_steps or max(1, round(args.epochs * len(distil_rows) / global_batch_size))
     total_steps = args.warm_start_steps + distil_steps
     lengths = [len(r[args.labels]) + 4 * r.get("seconds", 0) for r in distil_rows]
