@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -121,10 +122,13 @@ def read_rows(path, limit=0):
     path = Path(path)
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
-        objects = list(enumerate(json.loads(text), 1))
+        try:
+            objects = list(enumerate(json.loads(text), 1))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); expected a list of objects") from error
     else:
         objects = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             try:
                 if line.strip():
                     objects.append((number, json.loads(line)))
@@ -167,7 +171,7 @@ def unspeakable(text, max_words, language="en"):
     latin = language in ("en", "de", "fr", "es", "it", "pt", "nl")
     if latin and re.search(r"[^\W\d_]", re.sub(r"[\u0041-\u024f]", "", text)):
         return "other script"
-    return "not plain text" if re.search(r"[\x00-\x08\x0e-\x1f\ufffd\u2190-\U0010ffff]", text) else None
+    return "not plain text" if re.search(r"[\x00-\x08\x0e-\x1f\ufffd\u2190-\u2bff\ue000-\uf8ff\U0001f000-\U0001ffff]", text) else None
 
 
 def tidy(text):
@@ -200,7 +204,7 @@ def fingerprints(text):
 
 def choose(rows, args, drops):
     """Filter rows, drop near-duplicates, split off the held-out ones -> rows in input order, `split` set."""
-    seen = set().union(*(fingerprints(r["prompt"]) for r in read_rows(args.exclude))) if args.exclude else set()
+    seen = set().union(*(fingerprints(tidy(r["prompt"])) for r in read_rows(args.exclude))) if args.exclude else set()
     kept, ids = [], set()
     for row in rows:
         reason = unspeakable(row["prompt"], args.max_words, args.language)
@@ -248,7 +252,7 @@ class Stage:
 
     def load(self):
         for path in sorted(self.folder.glob(f"{self.name}.*.jsonl")):
-            self.done.update((record["id"], record) for record in map(json.loads, path.read_text().splitlines()))
+            self.done.update((record["id"], record) for record in map(json.loads, path.read_text().split("\n")[:-1]))
         return self.done
 
     def add(self, records):
@@ -299,33 +303,40 @@ def answer(teacher, tokenizer, rows, max_new_tokens):
 # ---- speech engines: make_engine(args) -> speak(text, voice, rng) -> (samples float32, Hz) ----
 
 def espeak_engine():
+    import _ctypes
+
     import espeakng_loader
-    library, chunks = ctypes.CDLL(espeakng_loader.get_library_path()), []
     callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
-    @callback_type
-    def collect(samples, count, _events):
-        if samples and count:
-            chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0
-
-    rate_hz = library.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0)  # 2: synchronous callback
-    if rate_hz <= 0:
-        raise RuntimeError("espeak-ng did not start; reinstall the package espeakng-loader")
-    library.espeak_SetSynthCallback(collect)
-
     def speak(text, voice, rng):
-        if library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise ValueError(f"espeak has no voice {voice!r}")
-        library.espeak_SetParameter(1, rng.randint(*RATE_WPM), 0)
-        library.espeak_SetParameter(3, rng.randint(*PITCH), 0)
-        chunks.clear()
-        data = text.encode()
-        library.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None)  # 1: UTF-8
-        library.espeak_Synchronize()
+        chunks = []
+
+        @callback_type
+        def collect(samples, count, _events):
+            if samples and count:
+                chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
+            return 0
+
+        # loaded anew for each row (3 ms): the phase of its oscillators outlives even espeak_Terminate
+        library = ctypes.CDLL(espeakng_loader.get_library_path())
+        rate_hz = library.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0)  # 2: synchronous, by callback
+        try:
+            if rate_hz <= 0:
+                raise RuntimeError("espeak-ng did not start; reinstall the package espeakng-loader")
+            library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # it takes the time otherwise
+            library.espeak_SetSynthCallback(collect)
+            if library.espeak_SetVoiceByName(voice.encode()) != 0:
+                raise ValueError(f"espeak has no voice {voice!r}")
+            library.espeak_SetParameter(1, rng.randint(*RATE_WPM), 0)
+            library.espeak_SetParameter(3, rng.randint(*PITCH), 0)
+            data = text.encode()
+            library.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None)  # 1: UTF-8
+            library.espeak_Synchronize()
+            library.espeak_Terminate()
+        finally:
+            _ctypes.dlclose(library._handle)
         return np.concatenate(chunks or [np.zeros(0, np.int16)]).astype(np.float32) / 32768, rate_hz
 
-    speak.callback = collect  # the library keeps only its address
     return speak
 
 
@@ -360,6 +371,8 @@ def command_engine(words):
 def start_worker(args):
     global speak  # one engine a process
     torch.set_num_threads(1)
+    if multiprocessing.parent_process():  # a killed parent tells its workers nothing
+        threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     speak = {"espeak": espeak_engine, "hf": lambda: hf_engine(args.tts_model, args.revision),
              "command": lambda: command_engine(args.tts_command)}[args.engine]()
 
@@ -373,7 +386,7 @@ def synthesise(job):
     voice = rng.choice(voices)
     try:
         samples, rate_hz = speak(text, voice, rng)
-    except (ValueError, subprocess.TimeoutExpired) as error:
+    except (ValueError, soundfile.LibsndfileError, subprocess.TimeoutExpired) as error:
         return {"id": row_id, "error": str(error)}
     if len(samples) < rate_hz // 10 or not np.isfinite(samples).all() or np.abs(samples).max() < 1e-3:
         return {"id": row_id, "error": f"no sound ({len(samples)} samples)"}
@@ -544,6 +557,8 @@ def main(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo")
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))  # torchrun sets one
     out = Path(args.out)
@@ -551,6 +566,7 @@ def main(args):
     raw = hub_rows(args.hub_dataset, args.limit) if args.hub_dataset else raw
     unimportant = ("workers", "preview", "device", "out")
     plan, plan_path = {k: v for k, v in vars(args).items() if k not in unimportant}, out / ".stages" / "args.json"
+    plan["content of the input"] = hashlib.sha1(json.dumps(raw).encode()).hexdigest()
     if plan_path.exists() and json.loads(plan_path.read_text()) != plan:
         old = json.loads(plan_path.read_text())
         changed = ", ".join(k for k in plan if plan[k] != old.get(k))

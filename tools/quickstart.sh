@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-name=quick prompts=1100 drill=1100 answers=700 warm=450 steps=40
+name=quick prompts=1000 drill=1000 answers=300 warm=430 steps=24
 if [ "${1:-}" = --full ]; then name=full prompts=8000 drill=8000 answers=4000 warm=4000 steps=400; fi
 data=data/$name out=out/$name
 started=$SECONDS

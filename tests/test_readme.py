@@ -1,0 +1,48 @@
+"""What the README and the layout promise."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+TOP = {"README.md", "requirements.txt", "train_kd.py", "synth_speech.py", "eval_voicebench.py", "eval_mmau.py", "model.py", "losses.py",
+       "test_losses.py", "LICENSE", ".gitignore", ".ci", "tests", "tools", "results"}
+
+
+def test_nothing_else_lies_at_the_top_level():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {f.split("/")[0] for f in files} <= TOP
+
+
+def test_every_file_and_function_that_the_readme_names_exists():
+    for path, function in re.findall(r"`([\w/]+\.py):([\w.]+)`", README):
+        name = function.split(".")[-1]
+        assert re.search(rf"^\s*(def|class) {name}\b", (ROOT / path).read_text(), re.M), f"{path}:{function}"
+    for path in re.findall(r"`((?:tools|results|tests)/[\w./-]+\w)`", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_flag_that_the_readme_shows_exists():
+    sources = "".join((ROOT / f).read_text() for f in ("train_kd.py", "synth_speech.py", "tools/compare.py", "tools/ask.py"))
+    ours = set(re.findall(r"--[a-z][\w-]+", README)) - {"--full", "--nproc_per_node"}
+    assert ours and not [flag for flag in sorted(ours) if f'"{flag}"' not in sources]
+
+
+def test_no_placeholder_is_left():
+    assert not re.findall(r"@[A-Z_]+@", README)
+
+
+@pytest.mark.parametrize("script", ["train_kd", "synth_speech", "model", "losses"])
+def test_importing_a_script_does_nothing(script):
+    code = (f"import torch, sys; sys.path.insert(0, {str(ROOT)!r}); state = torch.random.get_rng_state(); import {script}; "
+            "assert torch.equal(state, torch.random.get_rng_state()) and not torch.distributed.is_initialized()")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stdout, result.stderr
+
+
+def test_losses_import_torch_only():
+    imports = re.findall(r"^(?:from|import) (\w+)", (ROOT / "losses.py").read_text(), re.M)
+    assert set(imports) == {"torch"}

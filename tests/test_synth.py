@@ -1,0 +1,320 @@
+"""synth_speech.py: what is read, refused and spoken; split or stopped, a run gives the same data."""
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import model as m
+import synth_speech as synth
+
+KEYS = set("id prompt audio response finish source voice seconds sample_rate wer language".split())
+PROMPTS = [f"What do {who} eat {when}?" for who in ("cats", "bears", "old men", "small birds", "horses")
+           for when in ("in winter", "for breakfast", "at sea", "on Sundays")]
+BAD = {"See www.example.com please": "url", "Run `ls` now": "code", PROMPTS[0].upper(): "near-duplicate",
+       "So: a b c d e f g h": "near-duplicate", "Is this — out—or not?": "near-duplicate"}
+RAW = [{"prompt": "How are you?"}, {"instruction": "Sum this up.", "input": "A long day."},
+       {"id": 7, "instruction": " Why? ", "input": "", "output": "So."},
+       {"question": "Who\u2028is it?", "system_prompt": "Be kind.", "response": "Nobody."}]
+ROWS = [RAW[0], {"prompt": "Sum this up.\nA long day."}, {"prompt": "Why?", "reference": "So."},
+        {"prompt": "Who\u2028is it?", "system": "Be kind.", "reference": "Nobody."}]
+PROGRAM = """import json, sys, numpy, soundfile
+log, text, wav, voice = sys.argv[1:]
+open(log, "a").write(json.dumps([text, voice]) + "\\n")
+if "silence" in text: sys.exit("cannot say that")
+if "noise" in text: open(wav, "w").write("this is no audio file")
+else: soundfile.write(wav, numpy.sin(numpy.arange(8000)[:, None] * [0.1, 0.2]) / 2, 8000)"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers_are_threads():
+    """A worker process imports torch for seconds; here only scripts that are started as such have them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synth, "ProcessPoolExecutor", ThreadPoolExecutor)
+        yield
+
+
+def arguments(teacher, out, *more):
+    return [str(a) for a in ("--teacher", teacher, "--out", out, "--dtype", "float32", "--device", "cpu",
+                             "--workers", 1, "--batch-size", 4, "--max-new-tokens", 4, *more)]
+
+
+def run(teacher, out, *more):
+    return synth.main(synth.get_args(arguments(teacher, out, *more)))
+
+
+def spoken(folder, prompts, *more):
+    """Prompts that have an answer, so that no teacher is needed -> exit code, rows kept, rows dropped."""
+    write(folder / "in.jsonl", [{"prompt": text, "response": "Yes.", "finish": "stop"} for text in prompts])
+    code = run("no/teacher", folder / "out", "--input", folder / "in.jsonl", *more)
+    return code, read(folder, "out/train.jsonl"), read(folder, "out/dropped.jsonl")
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(*path):
+    return [json.loads(line) for line in Path(*path).read_text().splitlines()]
+
+
+def assert_same_data(a, b):
+    for path in (*a.glob("train.jsonl"), *a.glob("heldout.jsonl"), *a.glob("wav/*")):
+        assert path.read_bytes() == (b / path.relative_to(a)).read_bytes(), path.name
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    rows = [{"id": f"row {i}", "question": text} for i, text in enumerate(PROMPTS)]
+    rows[0].update(system_prompt="Answer like a pirate.", response="Mice.")
+    rows += [{"prompt": text} for text in ("a b c d e f g h or i", *BAD)] + [{"id": "row 3", "prompt": "Who"}]
+    write(folder / "not.jsonl", [{"prompt": PROMPTS[-1].lower()}, {"prompt": "Is this—out — or not"}])
+    return ["--input", write(folder / "in.jsonl", rows), "--exclude", folder / "not.jsonl", "--heldout", 3,
+            "--answers", 11, "--drill", 40]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, options, tmp_path_factory):
+    """One uninterrupted run: 20 usable prompts, 3 of them held out, 11 answered; and 40 drills."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    assert run(tiny.llm, out, *options) == 0
+    return out
+
+
+@pytest.mark.parametrize("content", [
+    "\n".join(map(json.dumps, RAW)), "\ufeff\n" + json.dumps(RAW, indent=1),
+    "\ufeff" + "\r\n\n".join(json.dumps(raw, ensure_ascii=False) for raw in RAW)], ids=["1", "list", "BOM"])
+def test_every_key_set_is_read(tmp_path, content):
+    (tmp_path / "in.json").write_text(content, encoding="utf-8")
+    rows = synth.read_rows(tmp_path / "in.json")
+    assert [{k: v for k, v in row.items() if k != "id"} for row in rows] == ROWS
+    assert rows[2]["id"] == "7" and len({row["id"] for row in rows}) == 4
+    assert synth.read_rows(tmp_path / "in.json", limit=2) == rows[:2]
+
+
+@pytest.mark.parametrize("content, message", [
+    ('{"prompt": "a"}\n{"prompt": \n', "2: not JSON"), ('{"prompt": "a"}\n\n{"text": "b"}', "3: no text"),
+    ('{"prompt": " "}', "1: no text"), ('{"prompt": 5}', "1: no text"), ("5", "1: no text"),
+    ('[{"prompt": "a"}, {}]', "2: no text"), ('[{"prompt": "a"},\n oops]', "2: not JSON")])
+def test_a_bad_file_gets_one_line_that_names_the_place(tmp_path, content, message):
+    (tmp_path / "in.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"in\.json:{message}"):
+        run("none", tmp_path / "out", "--input", tmp_path / "in.json")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("argv", [
+    "--sample-prompts 0", "--input a --sample-prompts 3", "--input a --engine hf", "--input a --wer-sample 2",
+    "--input a --engine command --tts-command sh {text}",
+    "--input a --engine command --tts-command no-such-program {text} {wav}"])
+def test_arguments_that_cannot_work_are_refused_at_once(argv):
+    with pytest.raises(SystemExit, match="2"):
+        synth.get_args(["--out", "out", *argv.split()])
+
+
+@pytest.mark.parametrize("reason, texts", {
+    "empty": ["", " \n", "?!", "😀"], "too long": ["word " * 41, "x" * 481], "table": ["| a | b |", "a\tb"],
+    "url": ["see https://x.y", "www.a.b", "mail me@home now", "go to example.com"],
+    "code": ["```\nx\n```", "if x == 1", "call f()", "a_name", "open a.py", "<b>", "{x}", "C:\\x", "a//b"],
+    "mark-up": ["List:\n- one\n- two", "1. one\n2. two", "**bold**", "# Title", "[link]"],
+    "other script": ["Привет", "Say 你好"], "not plain text": ["Hi 😀", "a → b", "bell \x07", "bad \ufffd byte"],
+    None: ["What is 3.5 times 1,200?", "Who said “I don’t know”?", "It's 5% of $20 - or 10 + 2.", "At 7:30?",
+           "Why (really) not; or: so!", "Rock & roll — since 1955…", "café", "cafe\u0301", "a\nb"]}.items())
+def test_what_cannot_be_read_out_loud_is_named(reason, texts):
+    assert {text: synth.unspeakable(text, 40) for text in texts} == dict.fromkeys(texts, reason)
+    for language, text in (("ru", "Как дела?"), ("zh", "你好吗？"), ("hi", "आप कैसे हैं?")):
+        assert synth.unspeakable(text, 40, language) is None
+
+
+@pytest.mark.parametrize("text, tidy, words", [
+    ("2 of\n 1,200", "2 of 1,200", "two of one thousand, two hundred"), ("“it’s”", '"it\'s"', '"it\'s"'),
+    ("so—3.5 & 5%", "so, 3.5 & 5%", "so, three point five and five percent"), ("1–2", "1-2", "one - two")])
+def test_texts_are_made_plain_and_numbers_words_where_the_engine_needs_it(text, tidy, words):
+    assert synth.tidy(text) == tidy
+    pytest.importorskip("num2words")
+    assert synth.readable(tidy) == words
+
+
+def test_the_documented_rows_are_there_and_as_many_as_asked(reference, options):
+    train, heldout = read(reference, "train.jsonl"), read(reference, "heldout.jsonl")
+    for row in train + heldout:
+        assert KEYS == set(row) - {"system", "reference"}
+        samples, rate = soundfile.read(reference / row["audio"], dtype="float32")
+        assert rate == row["sample_rate"] == 16_000 and samples.ndim == 1 and row["audio"].endswith(".flac")
+        assert abs(len(samples) / rate - row["seconds"]) < 1e-3 and np.abs(samples).max() > 0.05
+        assert row["voice"] in synth.VOICES and row["wer"] is None and row["language"] == "en"
+        assert row["source"] == ("drill" if row["id"].startswith("drill-") else str(options[1]))
+    row = next(row for row in train + heldout if row["id"] == "row 0")
+    assert row["reference"] == "Mice." != row["response"] and row["system"] == "Answer like a pirate."
+    a, b = (set().union(*(synth.fingerprints(row["prompt"]) for row in rows)) for rows in (train, heldout))
+    assert not a & b and "b c d e f g h or" in a | b
+    assert len(heldout) == 3 and all(row["response"] for row in heldout)
+    assert len(train) == 17 + 40 and sum(row["response"] is not None for row in train) == 11 - 3
+    drill = [row["prompt"] for row in train if row["source"] == "drill" and row["response"] is None]
+    assert len(drill) == 40 and sum(text in PROMPTS for text in drill) < 8  # nearly all have another word
+    assert {d["prompt"]: d["reason"] for d in read(reference, "dropped.jsonl")} == {
+        PROMPTS[-1]: "near-duplicate", "Who": "duplicate id", **{synth.tidy(k): v for k, v in BAD.items()}}
+    counts = {"url": 1, "code": 1, "near-duplicate": 4, "duplicate id": 1}
+    assert json.loads((reference / "summary.json").read_text())["dropped"] == counts
+
+
+def test_two_processes_with_two_workers_each_write_the_same_data(reference, tiny, options, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, synth.__file__, *arguments(tiny.llm, tmp_path, *options, "--workers", 2)]
+    subprocess.run(command, check=True, timeout=300)
+    assert_same_data(reference, tmp_path)
+    assert len(read(tmp_path, ".stages/speech.1.jsonl")) == 30
+
+
+@pytest.mark.parametrize("stage, rows", [("args.json", 0), ("answers.0.jsonl", 4), ("speech.0.jsonl", 1)])
+def test_killed_at_any_moment_the_same_command_goes_on(reference, tiny, options, tmp_path, stage, rows):
+    command, path = [sys.executable, synth.__file__], tmp_path / ".stages" / stage
+    process = subprocess.Popen(command + arguments(tiny.llm, tmp_path, *options), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, start_new_session=True)
+    while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= rows):
+        time.sleep(0.003)
+    process.kill()
+    try:
+        process.communicate(timeout=20)  # the pipe stays open for as long as a worker process lives
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "train.jsonl").exists()
+    assert run(tiny.llm, tmp_path, *options) == 0
+    assert_same_data(reference, tmp_path)
+    for records in map(read, (tmp_path / ".stages").glob("*.jsonl")):
+        assert len({record["id"] for record in records}) == len(records) > 0
+
+
+@pytest.mark.parametrize("rank", [0, 1], ids=["its own", "of a rank that is gone"])
+def test_a_half_written_last_line_is_cut_off(reference, tiny, options, tmp_path, rank):
+    out = shutil.copytree(reference, tmp_path / "out")
+    for name in ("answers", "speech"):
+        stage = (out / f".stages/{name}.0.jsonl").rename(out / f".stages/{name}.{rank}.jsonl")
+        lines = stage.read_text().splitlines(keepends=True)
+        stage.write_text("".join(lines[:5]) + lines[5][:9])
+    assert run(tiny.llm, out, *options) == 0
+    assert_same_data(reference, out)
+
+
+def test_other_options_or_other_prompts_under_the_same_name_are_refused(reference, tiny, options, tmp_path):
+    with pytest.raises(ValueError, match=r"begun with other options \(max_new_tokens, seed\)"):
+        run(tiny.llm, reference, *options, "--seed", 5, "--max-new-tokens", 9)
+    assert spoken(tmp_path, PROMPTS[:2]) == spoken(tmp_path, PROMPTS[:2], "--workers", 7)
+    with pytest.raises(ValueError, match="begun with other"):
+        spoken(tmp_path, PROMPTS[2:4])
+
+
+def test_a_manifest_as_input_keeps_its_answers_in_other_voices(reference, tmp_path):
+    rows = [row for row in read(reference, "train.jsonl") if row["response"]]
+    rows[0]["response"] = "<script>alert('1')</script> & more"
+    argv = ("--input", write(tmp_path / "in.jsonl", rows), "--voices", "en-us+f3", "--preview", 9)
+    assert run("no/teacher", tmp_path / "out", *argv) == 0
+    for old, new in zip(rows, read(tmp_path, "out/train.jsonl"), strict=True):
+        assert old["voice"] != new["voice"] == "en-us+f3"
+        for key in ("id", "prompt", "response", "finish", "source", "system", "reference"):
+            assert old.get(key) == new.get(key), key
+    page = (tmp_path / "out/preview.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt; &amp; more" in page
+
+
+def test_sampled_prompts_depend_on_seed_and_chunk_alone_and_go_on(tiny, tmp_path):
+    llm, tokenizer = m.load_llm(tiny.llm)  # made to say plain letters only, and to end its turn now and then
+    weight = llm.get_input_embeddings().weight.data
+    weight[[i for i in range(len(weight)) if not re.fullmatch("[A-Za-z ]+", tokenizer.decode([i]))]] = 0
+    weight[m.end_token(tokenizer)] = -1.5 * weight[tokenizer.convert_tokens_to_ids("e")]
+    for part in (llm, tokenizer):
+        part.save_pretrained(tmp_path / "llm")
+    a, b, c, d = (synth.sample_prompts(llm, tokenizer, *key) for key in ((1, 2), (1, 2), (1, 3), (2, 2)))
+    assert a == b and a and len({json.dumps([row["prompt"] for row in x]) for x in (a, c, d)}) == 3
+    argv = (tmp_path / "llm", tmp_path / "out", "--sample-prompts", 40, "--answers", 0, "--heldout", 4)
+    assert run(*argv) == 0
+    manifest, stage = (tmp_path / "out" / name for name in ("train.jsonl", ".stages/prompts.0.jsonl"))
+    first, chunks = manifest.read_bytes(), stage.read_bytes()
+    assert first.count(b'"sampled"') == 36 and chunks.count(b"\n") > 1
+    stage.write_bytes(chunks[:chunks.index(b"\n") + 20])  # stopped in the second chunk
+    assert run(*argv) == 0 and manifest.read_bytes() == first and stage.read_bytes() == chunks
+
+
+def test_espeak_speaks_each_row_alike_whatever_came_before_and_names_a_voice_it_lacks(tmp_path):
+    speak, text = synth.espeak_engine(), "Good morning."
+    sounds = {voice: speak(text, voice, random.Random(3))[0] for voice in synth.VOICES}
+    assert all(np.abs(samples).max() > 0.1 and samples.dtype == np.float32 for samples in sounds.values())
+    assert len({samples.tobytes() for samples in sounds.values()}) == len(synth.VOICES)
+    assert len({len(speak(text, "en-us", random.Random(i))[0]) for i in range(6)}) > 2  # the rate is drawn
+    time.sleep(1.1)  # espeak-ng's own random numbers begin with the second
+    for voice, samples in reversed(sounds.items()):
+        assert np.array_equal(speak(text, voice, random.Random(3))[0], samples), voice
+    code, kept, dropped = spoken(tmp_path, PROMPTS[:6], "--voices", "en-us", "martian")
+    assert {(d["reason"], d["detail"]) for d in dropped} == {("no speech", "espeak has no voice 'martian'")}
+    assert code == 1 and len(kept) + len(dropped) == 6 and {row["voice"] for row in kept} == {"en-us"}
+
+
+def test_a_program_gets_the_text_as_one_argument_and_its_failures_are_listed(tmp_path, monkeypatch):
+    pytest.importorskip("num2words")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "speak.py").write_text(PROGRAM)
+    command = [sys.executable, "speak.py", "log.jsonl", "{text}", "{wav}", "{voice}"]
+    evil = """Say "hi"; touch a 'b' & $(touch c) `touch d` | touch e"""
+    assert len(synth.command_engine(command)(f"--{evil}", "v 1", None)[0]) == 8000
+    assert read("log.jsonl") == [[evil.replace("&", "and").replace("$", "dollars "), "v 1"]]
+    texts = ['A "quoted; word"', "Two cats?", "a silence", "a noise"]
+    code, kept, dropped = spoken(tmp_path, texts, "--engine", "command", "--tts-command", *command)
+    assert code == 1 and [(row["prompt"], row["seconds"]) for row in kept] == [(texts[0], 1), (texts[1], 1)]
+    assert [(d["prompt"], d["reason"]) for d in dropped] == [(text, "no speech") for text in texts[2:]]
+    assert "exited 1: cannot say that" in dropped[0]["detail"] and "speech.wav" in dropped[1]["detail"]
+    assert {p.name for p in tmp_path.iterdir()} == {"speak.py", "log.jsonl", "in.jsonl", "out"}
+
+
+def test_flite_speaks(tmp_path):
+    pytest.importorskip("num2words")
+    if not shutil.which("flite"):
+        pytest.skip("the program flite is not installed")
+    command = "--engine command --voices slt rms --tts-command flite -voice {voice} -t {text} -o {wav}"
+    row = spoken(tmp_path, ["-t is 2 dogs; isn't it?"], *command.split())[1][0]
+    assert 1 < row["seconds"] < 5 and m.load_audio(tmp_path / "out" / row["audio"]).abs().max() > 0.1
+
+
+def test_a_text_to_speech_model_of_transformers_speaks(tmp_path):
+    pytest.importorskip("num2words")
+    from transformers import VitsConfig, VitsModel, VitsTokenizer
+    write(tmp_path / "vocab.json", [{c: i for i, c in enumerate("_ abcdefghijklmnopqrstuvwxyz'?")}])
+    tokenizer = VitsTokenizer(str(tmp_path / "vocab.json"), pad_token="_", unk_token="_", phonemize=False)
+    model = VitsModel(VitsConfig(vocab_size=31, hidden_size=16, num_hidden_layers=1, ffn_dim=16, flow_size=16,
+                                 prior_encoder_num_wavenet_layers=1, upsample_initial_channel=32))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "vits")
+    argv = (tmp_path, PROMPTS[:2], "--engine", "hf", "--tts-model", tmp_path / "vits")
+    rows, first = spoken(*argv)[1], (tmp_path / "out").rename(tmp_path / "first")
+    assert spoken(*argv)[1] == rows and len(rows) == 2
+    assert_same_data(first, tmp_path / "out")
+
+
+def test_bad_speech_is_measured_and_dropped(real, tmp_path):
+    texts = ["There are twenty two dogs here.", "What is the capital of France?", "Zrxq vlkd brwmp tsgh."]
+    argv = (tmp_path, texts, "--asr", real.encoder, "--voices", "en-us")
+    _, kept, dropped = spoken(*argv, "--max-wer", 0.5)
+    assert [row["prompt"] for row in kept] == texts[:2] and all(row["wer"] <= 0.5 for row in kept)
+    assert [d["reason"] for d in dropped] == ["word error rate over 0.5"] and dropped[0]["detail"] > 0.5
+    whisper = synth.load_recogniser(synth.get_args(arguments("none", "none", "--input", "none", *argv[2:])))
+    waveforms = [m.load_audio(tmp_path / "out" / kept[0]["audio"])] * 3
+    said = ["There are 22 dogs, here!", "There are twenty two cats here.", "Completely unlike it"]
+    (same, heard), (one, _), (every, _) = synth.word_error_rates(*whisper, waveforms, said, "en")
+    assert same == 0 and "dogs" in heard and one == 1 / 5 and every >= 1
+    shutil.rmtree(tmp_path / "out")
+    rates = [row["wer"] for row in spoken(*argv, "--wer-sample", 0.5)[1] if row["wer"] is not None]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert 0 < summary["wer_measured_on"] == len(rates) < summary["rows"]["train"] == 3
