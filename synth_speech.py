@@ -226,6 +226,8 @@ def choose(rows, args, drops):
 
 def drill_rows(rows, count, vocabulary, seed):
     """Training prompts with about half of their words exchanged for random ones: many words, no generation."""
+    if any(r["id"].startswith("drill-") for r in rows):
+        raise ValueError("the input has drill rows already, whose ids would be given twice; leave --drill out")
     words = sorted(t[1:] for t in vocabulary if re.fullmatch(r"[\u0120\u2581][A-Za-z][a-z]{2,}", t))  # BPE marks a word's start
     sources, drilled = [r["prompt"].split() for r in rows if r["split"] == "train"], []
     for k in range(count if sources else 0):

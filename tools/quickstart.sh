@@ -7,6 +7,7 @@
 #
 # Stopped anywhere, the same command goes on. Everything lands in data/quick and out/quick (or data/full and out/full).
 set -euo pipefail
+export OMP_WAIT_POLICY=passive  # threads that wait by spinning make two programs on two cores many times slower
 cd "$(dirname "$0")/.."
 
 name=quick prompts=1000 drill=1000 answers=300 warm=430 steps=24
@@ -43,7 +44,7 @@ python synth_speech.py --input $data/heard/heldout.jsonl --voices en-us+klatt2 e
 
 say "warm start with CTC ($warm steps), then distillation by text and by speech ($steps steps)"
 python train_kd.py --data $data/heard/train.jsonl --eval-data $data/heard/heldout.jsonl --out $out \
-    --warm-start-steps $warm --max-steps $steps --resume
+    --warm-start-steps $warm --max-steps $steps --ce-weight 0 --kd-weight 1 --lr-llm 1e-5 --lr-warmup-steps 10 --resume
 
 say "before, after, controls"
 python tools/compare.py --after $out/last --data $data/heard/heldout.jsonl $data/unheard/train.jsonl $data/human/train.jsonl --out $out
