@@ -39,7 +39,7 @@ def get_args(argv=None):
     p.add_argument("--after", required=True, help="folder that train_kd.py wrote")
     p.add_argument("--data", nargs="+", required=True, help="manifests; the name of a file's folder names the set")
     p.add_argument("--limit", type=int, default=64, help="rows of each manifest")
-    p.add_argument("--max-new-tokens", type=int, default=32, help="of the answers for topic recall")
+    p.add_argument("--max-new-tokens", type=int, default=40, help="of the answers for topic recall")
     p.add_argument("--seed", type=int, default=0, help="of the untrained adapter (as in train_kd.py) and of the bootstrap")
     p.add_argument("--out", required=True, help="folder of the report")
     return p.parse_args(argv)
