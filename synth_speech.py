@@ -93,8 +93,14 @@ def get_args(argv=None):
     words = args.tts_command
     if args.engine == "command" and not ({"{text}", "{wav}"} <= set(words) and shutil.which(words[0])):
         p.error(f"--tts-command {' '.join(words)!r}: expected an installed program and the words {{text}} and {{wav}}")
-    if not 0 <= args.wer_sample <= 1 or args.max_wer < 0 or args.workers < 1 or args.batch_size < 1:
-        p.error("--wer-sample must be 0-1, --max-wer >= 0, --workers and --batch-size >= 1")
+    if not 0 <= args.wer_sample <= 1 or args.max_wer < 0:
+        p.error("--wer-sample must be 0-1 and --max-wer >= 0")
+    if min(args.workers, args.batch_size, args.max_new_tokens, args.max_words) < 1:
+        p.error("--workers, --batch-size, --max-new-tokens and --max-words must be at least 1")
+    if min(args.sample_prompts, args.heldout, args.drill, args.limit) < 0:
+        p.error("--sample-prompts, --heldout, --drill and --limit cannot be negative")
+    if args.engine == "espeak" and args.language != "en" and args.voices == VOICES:
+        p.error(f"--language {args.language} needs --voices that speak it, e.g. --voices {args.language}")
     return args
 
 
@@ -111,7 +117,8 @@ def to_row(raw, row_id):
         prompt = f"{prompt}\n{raw['input'].strip()}"
     row = {"id": str(raw.get("id") or row_id), "prompt": prompt}
     if "finish" in raw:  # a manifest of ours: keep the teacher's answer
-        return {**row, **{k: raw[k] for k in ("system", "response", "finish", "reference", "source") if k in raw}}
+        return {**row, **{k: raw[k] for k in ("system", "instruction", "response", "finish", "reference",
+                                                "source") if raw.get(k) is not None}}
     optional = {"system": first_of(raw, "system", "system_prompt"),
                 "reference": first_of(raw, "reference", "response", "output")}
     return {**row, **{k: v for k, v in optional.items() if v}}
@@ -156,7 +163,7 @@ def hub_rows(name, limit):
 
 def unspeakable(text, max_words, language="en"):
     """Why a text cannot be read out loud, or None."""
-    if not text or not re.search(r"\w", text):
+    if not text or not re.search(r"[^\W_]", text):
         return "empty"
     if len(text.split()) > max_words or len(text) > 12 * max_words:
         return "too long"
@@ -327,7 +334,8 @@ def espeak_engine():
                 raise RuntimeError("espeak-ng did not start; reinstall the package espeakng-loader")
             library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # it takes the time otherwise
             library.espeak_SetSynthCallback(collect)
-            if library.espeak_SetVoiceByName(voice.encode()) != 0:
+            variant = Path(espeakng_loader.get_data_path(), "voices", "!v", voice.partition("+")[2])
+            if library.espeak_SetVoiceByName(voice.encode()) != 0 or not variant.exists():  # espeak ignores a variant it lacks
                 raise ValueError(f"espeak has no voice {voice!r}")
             library.espeak_SetParameter(1, rng.randint(*RATE_WPM), 0)
             library.espeak_SetParameter(3, rng.randint(*PITCH), 0)
@@ -361,7 +369,7 @@ def command_engine(words):
         with tempfile.TemporaryDirectory() as folder:
             wav = os.path.join(folder, "speech.wav")
             values = {"{text}": readable(text).lstrip("-"), "{wav}": wav, "{voice}": voice}  # never through a shell
-            result = subprocess.run([values.get(w, w) for w in words], capture_output=True, text=True, timeout=300)
+            result = subprocess.run([values.get(w, w) for w in words], capture_output=True, text=True, errors="replace", timeout=300)
             if result.returncode or not os.path.exists(wav):
                 said = result.stderr.strip()[-200:] or "no audio file"
                 raise ValueError(f"{words[0]} exited {result.returncode}: {said}")
@@ -388,7 +396,7 @@ def synthesise(job):
     voice = rng.choice(voices)
     try:
         samples, rate_hz = speak(text, voice, rng)
-    except (ValueError, soundfile.LibsndfileError, subprocess.TimeoutExpired) as error:
+    except (ValueError, OverflowError, soundfile.LibsndfileError, subprocess.TimeoutExpired) as error:
         return {"id": row_id, "error": str(error)}
     if len(samples) < rate_hz // 10 or not np.isfinite(samples).all() or np.abs(samples).max() < 1e-3:
         return {"id": row_id, "error": f"no sound ({len(samples)} samples)"}
@@ -467,7 +475,7 @@ def answer_all(args, stage, rows, rank, world, teacher):
     with tqdm(total=sum(map(len, plan)), initial=len(stage.done), desc="answers", unit="row", disable=rank > 0) as bar:
         for batch in todo:
             records = answer(*teacher(), batch, args.max_new_tokens)
-            stage.add(records)
+            stage.add([r for r in records if r["id"] not in stage.done])
             tokens += sum(r["tokens"] for r in records)
             bar.update(len(batch))
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tok/s")
@@ -500,7 +508,8 @@ def check_all(args, stage, rows, speech, out, rank, world):
     for batch in tqdm(todo, desc="transcribing", unit="batch", disable=rank > 0):
         waveforms = [m.load_audio(out / speech[r["id"]]["audio"]) for r in batch]
         rates = word_error_rates(*recogniser, waveforms, [r["prompt"] for r in batch], args.language)
-        stage.add([{"id": r["id"], "wer": round(w, 4), "heard": heard} for r, (w, heard) in zip(batch, rates)])
+        stage.add([{"id": r["id"], "wer": round(w, 4), "heard": heard} for r, (w, heard) in zip(batch, rates)
+                   if r["id"] not in stage.done])
 
 
 def write_atomically(path, text):
@@ -563,6 +572,9 @@ def main(args):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))  # torchrun sets one
+    if args.engine == "espeak":  # fail before the teacher works, not after
+        for voice in args.voices:
+            espeak_engine()("a", voice, random.Random(0))
     out = Path(args.out)
     raw = read_rows(args.input, args.limit) if args.input else []
     raw = hub_rows(args.hub_dataset, args.limit) if args.hub_dataset else raw
@@ -576,12 +588,17 @@ def main(args):
     (out / ".stages").mkdir(parents=True, exist_ok=True)
     if rank == 0:
         write_atomically(plan_path, json.dumps(plan))
+    dtype_path = out / ".stages" / "dtype"
+    if rank == 0 and not dtype_path.exists():  # measured once: a restart must not answer in another precision
+        dtype = str(measured_dtype(args.device)) if args.dtype == "auto" else args.dtype
+        write_atomically(dtype_path, dtype.removeprefix("torch."))
+    if world > 1:
+        dist.barrier()
     loaded = []
 
     def teacher():  # only when something is left to generate
         if not loaded:
-            dtype = measured_dtype(args.device) if args.dtype == "auto" else getattr(torch, args.dtype)
-            loaded.append(m.load_llm(args.teacher, dtype, args.revision))
+            loaded.append(m.load_llm(args.teacher, getattr(torch, dtype_path.read_text()), args.revision))
             loaded[0][0].to(args.device)
         return loaded[0]
 
