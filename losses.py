@@ -129,9 +129,10 @@ def ctc(*, student_logits: Tensor, lengths: Tensor, targets: list[list[int]]) ->
     Source: Graves et al. 2006, Connectionist Temporal Classification.
     """
     flat = torch.tensor([c for clip in targets for c in clip], dtype=torch.long)
-    if len(targets) != len(student_logits) or (len(flat) and not 0 < flat.min() <= flat.max() < student_logits.shape[2]):
-        raise ValueError(f"logits {tuple(student_logits.shape)} and targets of {len(targets)} clips with classes "
-                         f"{flat.unique().tolist()[:1]}..{flat.unique().tolist()[-1:]}; expected one list a clip, 0 < class < C")
+    low, high = (int(flat.min()), int(flat.max())) if len(flat) else (1, 1)
+    if len(targets) != len(student_logits) or not 0 < low <= high < student_logits.shape[2]:
+        raise ValueError(f"logits {tuple(student_logits.shape)} and targets of {len(targets)} clips with classes {low} to "
+                         f"{high} disagree; expected one list a clip and 0 < class < C")
     log_probs = F.log_softmax(student_logits.float(), dim=-1).transpose(0, 1)        # (A, B, C)
     target_lengths = torch.tensor([len(clip) for clip in targets], dtype=torch.long, device=student_logits.device)
     flat = flat.to(student_logits.device)
@@ -142,8 +143,8 @@ DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "
 
 
 def ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-          targets: Tensor, kind: str = "forward_kl", temperature: float = 2.0, beta: float = 0.5, ce_weight: float = 1.0,
-          kd_weight: float = 0.5, chunk_rows: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+          targets: Tensor, kind: str = "forward_kl", temperature: float = 2.0, beta: float = 0.5,
+          ce_weight: float = 1.0, kd_weight: float = 0.5, chunk_rows: int = 256) -> tuple[Tensor, Tensor, Tensor]:
     """Output heads and losses together, a chunk of rows at a time, so that no (N, V) tensor outlives its chunk.
 
     Args:
@@ -165,8 +166,9 @@ def ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Ten
     if kind not in DIVERGENCES:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(DIVERGENCES)}")
     vocab = min(len(student_weight), len(teacher_weight))
-    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
-        raise ValueError(f"targets {int(targets.min())} to {int(targets.max())} lie beyond the common vocabulary of {vocab} tokens")
+    low, high = (int(targets.min()), int(targets.max())) if len(targets) else (0, 0)
+    if not 0 <= low <= high < vocab:
+        raise ValueError(f"targets {low} to {high} lie beyond the common vocabulary of {vocab} tokens")
     student_weight, teacher_weight = student_weight[:vocab], teacher_weight[:vocab].detach()
     options = dict(temperature=temperature, **({"beta": beta} if kind in ("jsd", "skew_kl") else {}))
 
@@ -178,7 +180,7 @@ def ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Ten
             return (cross_entropy(student_logits=student_logits, targets=chunk_targets),
                     DIVERGENCES[kind](student_logits=student_logits, teacher_logits=teacher_logits, **options))
 
-    ce_sum = kd_sum = torch.zeros((), device=student_hidden.device)  # N = 0 splits into one empty chunk: the graph stays whole
+    ce_sum = kd_sum = torch.zeros((), device=student_hidden.device)  # N = 0 gives one empty chunk: the graph is whole
     for rows in zip(*(x.split(chunk_rows) for x in (student_hidden, teacher_hidden.detach(), targets))):
         ce, kd = checkpoint(chunk, *rows, use_reentrant=False)
         ce_sum, kd_sum = ce_sum + ce, kd_sum + kd

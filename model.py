@@ -3,8 +3,8 @@ The student: speech encoder -> adapter -> text LLM; how its inputs are made, how
 
   waveform (S,) -> log-mel (F, M) -> encoder (50 Hz) -> adapter (12.5 Hz) -> a few embeddings -> chat template -> LLM
 
-The adapter hears with CTC. Its classes are the short tokens of the LLM's own tokenizer, so it *spells*: the spelled text
-is tokenised again, and each token of it enters the LLM as its own embedding plus a learned correction from the sound.
+The adapter hears with CTC. Its classes are the short tokens of the LLM's own tokenizer, so it *spells*: what is spelled is
+tokenised again, and each token of it enters the LLM as its own embedding plus a learned correction from the sound.
 Where no word is heard, the sound itself gives an embedding a second. Nothing here parses arguments or prints.
 """
 import json
@@ -111,7 +111,7 @@ def chat_parts(tokenizer, system=None, instruction=None):
     text = tokenizer.apply_chat_template(messages + [{"role": "user", "content": said}], tokenize=False,
                                          add_generation_prompt=True, enable_thinking=False)
     if text.count(AUDIO_MARK) != 1:
-        raise ValueError(f"system message or instruction contains {AUDIO_MARK}, or the chat template repeats the question")
+        raise ValueError(f"{AUDIO_MARK} stands in a system message or instruction, or the template repeats the question")
     before, after = text.split(AUDIO_MARK)
     return [tokenizer(part, add_special_tokens=False).input_ids for part in (before, after)]
 
@@ -256,7 +256,7 @@ def encode(encoder, mel, mel_lengths):
 
 
 class Adapter(nn.Module):
-    """Encoder features -> states at 12.5 Hz, their spelling (CTC logits), and what each stretch adds to the LLM's input.
+    """Encoder features -> states at 12.5 Hz, their spelling (CTC logits), what each stretch adds to the LLM's input.
 
     `llm_dim` H is the width of the LLM's embeddings, whose rows are the CTC classes (cosine logits, blank beside them).
     """
@@ -428,7 +428,8 @@ class SpeechLLM(PreTrainedModel):
         """
         speech, logits, lengths, zero = {}, None, None, 0
         if self.training and torch.is_grad_enabled():  # DDP waits for every parameter that trains, used or not
-            zero = 0 * sum(p.sum() for part in (self.adapter, self.encoder) for p in part.parameters() if p.requires_grad)
+            idle = [p for part in (self.adapter, self.encoder) for p in part.parameters() if p.requires_grad]
+            zero = 0 * sum(p.sum() for p in idle)
         if clips:
             states, logits, lengths = self.spell(self.features(mels) if features is None else features)
             if not llm:
@@ -437,7 +438,7 @@ class SpeechLLM(PreTrainedModel):
         embeds = self.splice(before, [a + y for a, y in zip(after, answers)], speech)
         padded = nn.utils.rnn.pad_sequence(embeds, batch_first=True)              # (B, T, H), padded on the right
         hidden = self.llm.base_model(inputs_embeds=padded, use_cache=False).last_hidden_state  # causal: needs no mask
-        rows = [h[len(e) - len(y) - 1:len(e) - 1] for h, e, y in zip(hidden, embeds, answers)]  # predict y, shifted once
+        rows = [h[len(e) - len(y) - 1:len(e) - 1] for h, e, y in zip(hidden, embeds, answers)]  # they predict y: the shift
         return torch.cat(rows) + zero, logits, lengths                            # (N, H)
 
     def splice(self, before, after, speech):
@@ -449,7 +450,7 @@ class SpeechLLM(PreTrainedModel):
                 for row in range(len(before))]
 
     def prompt(self, row):
-        """A row of the manifest -> (before, after, waveform or None); text is part of `before`, audio a path or (S,)."""
+        """A row of the manifest -> (before, after, waveform or None). Audio is a path or (S,); text joins `before`."""
         before, after = chat_parts(self.tokenizer, row.get("system"), row.get("instruction"))
         if row.get("audio") is None:
             return before + text_ids(self.tokenizer, row["prompt"]), after, None
@@ -476,7 +477,7 @@ def text_ids(tokenizer, text):
 
 
 def read_path(path, processors):
-    """Best CTC path (A ints, 0 = blank) -> (text, events); an event is (token id or -1 for sound, first frame, last frame).
+    """Best CTC path (A ints, 0 = blank) -> (text, events); an event is (token id, or -1 for sound, first, last frame).
 
     The spelled pieces are joined to text and tokenised again, so that the LLM meets the tokens that it knows.
     """
@@ -487,10 +488,11 @@ def read_path(path, processors):
             piece = bytes(BYTES[x] for x in processors["short"].id_to_token(processors["classes"][c - 1]))
             raw, frames = raw + piece, frames + [frame] * len(piece)
         previous = c
-    decoded = raw.decode("utf-8", "surrogateescape")  # a byte that belongs to no character becomes a surrogate: left out
+    decoded = raw.decode("utf-8", "surrogateescape")  # a byte of no character becomes a surrogate, which is left out
     kept = [k for k, x in enumerate(decoded) if not "\udc80" <= x <= "\udcff"]
     text = "".join(decoded[k] for k in kept)
-    coded = processors["tokenizer"](text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    coded = processors["tokenizer"](text, add_special_tokens=False, split_special_tokens=True,
+                                    return_offsets_mapping=True)
     starts = np.cumsum([0] + [len(x.encode("utf-8", "surrogateescape")) for x in decoded])
     events = []
     for token, (first, end) in zip(coded.input_ids, coded.offset_mapping):
@@ -506,7 +508,7 @@ def read_path(path, processors):
 # ---- build, load, save ----
 
 def build_student(name=DEFAULT_STUDENT, revision=None, **adapter):
-    """ENCODER+LLM, by hub ids or folders -> SpeechLLM in fp32, with an untrained adapter drawn from torch's generator."""
+    """ENCODER+LLM, by hub ids or folders -> SpeechLLM in fp32; torch's generator draws the untrained adapter."""
     from transformers import WhisperModel
     encoder_name, _, llm_name = name.partition("+")
     folder = resolve(encoder_name, revision)
@@ -527,13 +529,13 @@ def load_student(name, revision=None):
     folder = resolve(name, revision)
     config = json.loads((Path(folder) / "config.json").read_text())
     if config.get("model_type") != SpeechLLMConfig.model_type:
-        raise RuntimeError(f"{name}: a model of type {config.get('model_type')!r}, expected ENCODER+LLM or a folder that "
-                           "train_kd.py wrote")
+        raise RuntimeError(f"{name}: a model of type {config.get('model_type')!r}, expected ENCODER+LLM or a folder "
+                           "that train_kd.py wrote")
     return SpeechLLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def save_student(model, folder, dtype=None):
-    """Write an ordinary transformers folder; AutoModel.from_pretrained(folder, trust_remote_code=True) loads it anywhere.
+    """Write a transformers folder that AutoModel.from_pretrained(folder, trust_remote_code=True) loads anywhere.
 
     The folder is written beside its place and renamed: it is complete or not there at all.
     """

@@ -77,7 +77,8 @@ def get_args(argv=None):
     g.add_argument("--max-steps", type=int, default=0, help="optimizer steps of distillation; 0 = --epochs")
     g.add_argument("--epochs", type=float, default=2, help="passes over the data, if --max-steps is 0")
     g.add_argument("--batch-size", type=int, default=8, help="rows per GPU per forward")
-    g.add_argument("--global-batch-size", type=int, default=0, help="rows per optimizer step over all GPUs; 0: no accumulation")
+    g.add_argument("--global-batch-size", type=int, default=0,
+                   help="rows per optimizer step over all GPUs; 0: no accumulation")
     g.add_argument("--lr-warmup-steps", type=int, default=20, help="linear, in each phase; a cosine to zero follows")
     g.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, matrices only")
     g.add_argument("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm")
@@ -141,7 +142,8 @@ class Rows(torch.utils.data.Dataset):
     """Rows of the manifest with everything that needs no model: ids, spelling, features or log-mel."""
 
     def __init__(self, rows, student, teacher_tokenizer, args, cache=None):
-        self.rows, self.student, self.teacher_tokenizer, self.args, self.cache = rows, student, teacher_tokenizer, args, cache
+        self.rows, self.student, self.teacher_tokenizer = rows, student, teacher_tokenizer
+        self.args, self.cache = args, cache
 
     def __len__(self):
         return len(self.rows)
@@ -171,8 +173,9 @@ def feature_cache(args, student, rows, rank, world, dtype):
 
     The file's name depends on the clip and on the encoder, so that neither can change unnoticed.
     """
-    weights = [v.float().cpu().numpy().tobytes() for k, v in student.encoder.state_dict().items() if "norm" in k or "conv1" in k]
-    encoder = hashlib.sha1(b"".join(weights) + str(dtype).encode()).hexdigest()[:12]
+    some = [v for k, v in student.encoder.state_dict().items() if "norm" in k or "conv1" in k]
+    weights = b"".join(v.float().cpu().numpy().tobytes() for v in some)
+    encoder = hashlib.sha1(weights + str(dtype).encode()).hexdigest()[:12]
 
     def path_of(audio):
         stat = os.stat(audio)
@@ -395,8 +398,8 @@ def main(args):
     at_once = args.batch_size * world
     global_batch_size = args.global_batch_size or at_once
     if global_batch_size % at_once:
-        raise ValueError(f"--global-batch-size {global_batch_size} is not a multiple of --batch-size {args.batch_size} x "
-                         f"{world} processes; use {at_once * max(1, global_batch_size // at_once)}")
+        raise ValueError(f"--global-batch-size {global_batch_size} is not a multiple of --batch-size {args.batch_size} "
+                         f"x {world} processes; use {at_once * max(1, global_batch_size // at_once)}")
     checkpoint_path = out / "ckpt.pt"
     if checkpoint_path.exists() and not args.resume:
         raise ValueError(f"{checkpoint_path} exists: add --resume to go on, or choose another --out")
@@ -432,8 +435,8 @@ def main(args):
     for what, rows, size in (("distil", distil_rows, global_batch_size),
                              ("hear", spoken_rows, warm_batch if args.warm_start_steps else 0)):
         if len(rows) < size:
-            raise ValueError(f"{len(rows)} rows to {what} with --labels {args.labels} in {', '.join(args.data)}, fewer than "
-                             f"one global batch of {size}; give more rows or a smaller batch")
+            raise ValueError(f"{len(rows)} rows to {what} with --labels {args.labels} in {', '.join(args.data)}, fewer "
+                             f"than one global batch of {size}; give more rows or a smaller batch")
     cache = None
     if "encoder" not in args.train:
         needed = distil_rows + eval_rows + (spoken_rows if args.warm_start_steps else [])
@@ -471,12 +474,15 @@ def main(args):
         (out / "args.json").write_text(json.dumps({**vars(args), **versions}, indent=1))
         logged = log_path.read_text().splitlines(True) if log_path.exists() else []
         log_path.write_text("".join(line for line in logged if json.loads(line)["step"] <= step))
-        sizes = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) / 1e6 for name, part in parts.items()}
+        sizes = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items()}
         print(f"{len(distil_rows)} rows to distil, {len(spoken_rows)} to hear, {len(eval_rows)} to measure on; trains: "
-              + ", ".join(f"{name} {size:.1f} M" for name, size in sizes.items() if size))
+              + ", ".join(f"{name} {size / 1e6:.1f} M" for name, size in sizes.items() if size))
     writer = None
     if args.tensorboard and master:
-        from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise RuntimeError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
         writer = SummaryWriter(out / "tensorboard")
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
@@ -583,8 +589,8 @@ def main(args):
         values = sums.tolist()
         if not all(map(math.isfinite, values)):
             ids = [i["id"] for items in micro_batches for i in items]
-            raise RuntimeError(f"loss {values[0]} in step {step + 1}, learning rate {optimizer.param_groups[0]['lr']:.2e}; "
-                               f"rows of rank {rank}: {ids}; {checkpoint_path} keeps the last good state")
+            raise RuntimeError(f"loss {values[0]} in step {step + 1}, learning rate {group['lr']:.2e}; rows of rank "
+                               f"{rank}: {ids}; {checkpoint_path} keeps the last good state")
         scaler.unscale_(optimizer)  # clip the true gradient
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
@@ -609,8 +615,9 @@ def main(args):
             start_time, tokens_seen = time.perf_counter(), 0
             left_s = elapsed / args.log_every * (len(plan) - step + first_step)
             shown = ("loss", "ce_s2t", "kd_s2t", "ce_t2t", "kd_t2t", "ctc", "grad_norm", "lr")
-            print(f"{phase} {step - first_step:5d}/{len(plan)} | " + " | ".join(f"{k} {record[k]:.4g}" for k in shown if record[k])
-                  + f" | {record['tokens_per_s']:.0f} tok/s | {memory:.1f} GiB | {left_s / 60:.1f} min left", flush=True)
+            cells = [f"{phase} {step - first_step:5d}/{len(plan)}", *(f"{k} {record[k]:.4g}" for k in shown if record[k]),
+                     f"{record['tokens_per_s']:.0f} tok/s", f"{memory:.1f} GiB", f"{left_s / 60:.1f} min left"]
+            print(" | ".join(cells), flush=True)
         at_end = step == total_steps
         due = phase == "distil" and args.eval_every and (step - first_step) % args.eval_every == 0
         if at_end or step == args.warm_start_steps or due:
