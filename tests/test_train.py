@@ -49,6 +49,15 @@ def assert_logs_agree(a, b, tolerance):
                 assert math.isclose(x[key], y[key], rel_tol=tolerance, abs_tol=tolerance), (key, x, y)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the processes that are launched: sums over another number of threads round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def data(tiny, tmp_path_factory):
     return tiny.manifest(tmp_path_factory.mktemp("manifest"), 16)
