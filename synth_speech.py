@@ -39,7 +39,7 @@ import model as m
 
 VOICES = ["en-us", "en-us+m1", "en-us+m3", "en-us+m6", "en-us+m7", "en-us+m8", "en-us+f1", "en-us+f2", "en-us+f5",
           "en-us+Gene", "en-us+Mike", "en-us+rob", "en-us+robert", "en-us+edward", "en-gb-x-rp", "en-gb-x-rp+m3",
-          "en-gb-x-rp+f5"]  # those whose words Whisper-base mishears least: 3% to 12%, other espeak voices up to 40%
+          "en-gb-x-rp+f5"]  # of 57 tried, the ones that Whisper-base hears best
 RATE_WPM, PITCH = (130, 170), (35, 65)  # words a minute that Whisper hears well; espeak's pitch scale is 0-99
 SAMPLE_CHUNK = 256                      # prompts that are sampled together
 
@@ -178,7 +178,8 @@ def unspeakable(text, max_words, language="en"):
     latin = language in ("en", "de", "fr", "es", "it", "pt", "nl")
     if latin and re.search(r"[^\W\d_]", re.sub(r"[\u0041-\u024f]", "", text)):
         return "other script"
-    return "not plain text" if re.search(r"[\x00-\x08\x0e-\x1f\ufffd\u2190-\u2bff\ue000-\uf8ff\U0001f000-\U0001ffff]", text) else None
+    symbols = r"[\x00-\x08\x0e-\x1f\ufffd\u2190-\u2bff\ue000-\uf8ff\U0001f000-\U0001ffff]"
+    return "not plain text" if re.search(symbols, text) else None
 
 
 def tidy(text):
@@ -235,7 +236,8 @@ def drill_rows(rows, count, vocabulary, seed):
     """Training prompts with about half of their words exchanged for random ones: many words, no generation."""
     if any(r["id"].startswith("drill-") for r in rows):
         raise ValueError("the input has drill rows already, whose ids would be given twice; leave --drill out")
-    words = sorted(t[1:] for t in vocabulary if re.fullmatch(r"[\u0120\u2581][A-Za-z][a-z]{2,}", t))  # BPE marks a word's start
+    word = re.compile(r"[\u0120\u2581][A-Za-z][a-z]{2,}")  # the first sign is BPE's mark of a word's start
+    words = sorted(token[1:] for token in vocabulary if word.fullmatch(token))
     sources, drilled = [r["prompt"].split() for r in rows if r["split"] == "train"], []
     for k in range(count if sources else 0):
         rng = random.Random(f"drill {seed} {k}")
@@ -335,7 +337,8 @@ def espeak_engine():
             library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # it takes the time otherwise
             library.espeak_SetSynthCallback(collect)
             variant = Path(espeakng_loader.get_data_path(), "voices", "!v", voice.partition("+")[2])
-            if library.espeak_SetVoiceByName(voice.encode()) != 0 or not variant.exists():  # espeak ignores a variant it lacks
+            # espeak ignores a variant that it lacks
+            if library.espeak_SetVoiceByName(voice.encode()) != 0 or not variant.exists():
                 raise ValueError(f"espeak has no voice {voice!r}")
             library.espeak_SetParameter(1, rng.randint(*RATE_WPM), 0)
             library.espeak_SetParameter(3, rng.randint(*PITCH), 0)
@@ -369,7 +372,8 @@ def command_engine(words):
         with tempfile.TemporaryDirectory() as folder:
             wav = os.path.join(folder, "speech.wav")
             values = {"{text}": readable(text).lstrip("-"), "{wav}": wav, "{voice}": voice}  # never through a shell
-            result = subprocess.run([values.get(w, w) for w in words], capture_output=True, text=True, errors="replace", timeout=300)
+            result = subprocess.run([values.get(w, w) for w in words], capture_output=True, text=True, errors="replace",
+                                    timeout=300)
             if result.returncode or not os.path.exists(wav):
                 said = result.stderr.strip()[-200:] or "no audio file"
                 raise ValueError(f"{words[0]} exited {result.returncode}: {said}")

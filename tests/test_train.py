@@ -251,10 +251,17 @@ def test_controls_of_evaluate_hear_nothing_or_something_else(tiny, data, tmp_pat
     assert torch.allclose(whole, results["s2t"], atol=1e-4)
 
 
-def test_half_precision_trains_and_what_trains_stays_float32(tiny, data, tmp_path):
-    assert train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "2", "--dtype", "bfloat16")) == 0
+@pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--dtype", "float16"]])
+def test_half_precision_trains_and_what_trains_stays_float32(tiny, data, tmp_path, options):
+    assert train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "2", *options)) == 0
     weights = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["model"]
     assert weights and all(v.dtype == torch.float32 for v in weights.values())
+
+
+def test_gradient_checkpointing_changes_no_number(tiny, data, tmp_path):
+    for name, options in (("plain", []), ("checkpointed", ["--gradient-checkpointing"])):
+        train(*arguments(tiny, data, tmp_path / name, "--max-steps", "2", *options))
+    assert_logs_agree(read_log(tmp_path / "plain"), read_log(tmp_path / "checkpointed"), 1e-6)
 
 
 @pytest.mark.parametrize("content, message", [
