@@ -3,12 +3,14 @@ Every loss of cross-modal knowledge distillation, as plain functions: tensors in
 
 Copy one function, or the file: it imports torch only. All losses take rows, one for each supervised token, and return
 SUMS; divide once, in the training loop, by the number of tokens over all GPUs and micro-batches. Student comes before
-teacher, and everything is passed by keyword. `ce_kd` is the one place through which train_kd.py calls the others.
+teacher, and everything is passed by keyword. `fused_ce_kd` is the one place through which train_kd.py calls the others.
 """
+import functools
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 
@@ -142,46 +144,144 @@ def ctc(*, student_logits: Tensor, lengths: Tensor, targets: list[list[int]]) ->
 DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "skew_kl": skew_kl}
 
 
-def ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-          targets: Tensor, kind: str = "forward_kl", temperature: float = 2.0, beta: float = 0.5,
-          ce_weight: float = 1.0, kd_weight: float = 0.5, chunk_rows: int = 256) -> tuple[Tensor, Tensor, Tensor]:
-    """Output heads and losses together, a chunk of rows at a time, so that no (N, V) tensor outlives its chunk.
+CPU_BLOCK_ROWS = 8    # rows whose point-wise work is done together on a CPU: they stay in its cache
+HALF_HEAD_TILE = 8192  # tokens of a half-precision head that are upcast together on a CPU
+
+
+def _tiles(head):
+    on_cpu = head.device.type == "cpu"
+    step = HALF_HEAD_TILE if on_cpu and head.dtype in (torch.bfloat16, torch.float16) else max(1, len(head))
+    return [slice(i, i + step) for i in range(0, len(head), step)]
+
+
+def _addmm(out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
+    """out = beta * out + a @ b in out's float32 or float64: half-precision factors, no half-precision result."""
+    if b.is_cuda and b.dtype in (torch.bfloat16, torch.float16):
+        product = torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
+        out.add_(product) if beta else out.copy_(product)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
+
+
+def _ce_kd_rows(student_logits, teacher_logits, targets, row_weights, kind, temperature, beta, ce_weight, kd_weight):
+    """Logits (n, V) -> sums (2,) of CE and KD, and the gradient (n, V) of ce_weight * CE + kd_weight * KD."""
+    log_student = (student_logits / temperature).log_softmax(-1)
+    log_teacher = (teacher_logits / temperature).log_softmax(-1)
+    student, teacher = log_student.exp(), log_teacher.exp()
+    # Beside each KL(a || b) stands sum(b - a) = 0: with it, rounded normalisers have no first-order effect.
+    if kind == "forward_kl":
+        gradient = student - teacher
+        kd = (teacher * (log_teacher - log_student)).sum(-1) + gradient.sum(-1)
+    else:
+        if kind == "reverse_kl":
+            slope = log_student - log_teacher                  # d kd / d student, up to a constant
+            kd = (student * slope).sum(-1) + (teacher - student).sum(-1)
+        else:
+            log_mixture = _mixture(log_student, log_teacher, beta)
+            mixture = log_mixture.exp()
+            kd = (teacher * (log_teacher - log_mixture)).sum(-1) + (mixture - teacher).sum(-1)
+            slope = (beta - 1) * (log_teacher - log_mixture).exp()
+            if kind == "jsd":
+                slope = (1 - beta) * (log_student - log_mixture)
+                kd = beta * kd + (student * slope).sum(-1) + (1 - beta) * (mixture - student).sum(-1)
+        gradient = student * (slope - (student * slope).sum(-1, keepdim=True))
+    gradient *= (kd_weight * temperature * row_weights)[:, None]
+    log_probs = log_student if temperature == 1 else student_logits.log_softmax(-1)
+    ce = -log_probs.gather(-1, targets[:, None])[:, 0]
+    if ce_weight:
+        scale = (ce_weight * row_weights)[:, None]
+        gradient += log_probs.exp() * scale
+        gradient.scatter_add_(-1, targets[:, None], -scale)
+    return torch.stack([row_weights @ ce, row_weights @ kd * temperature**2]), gradient
+
+
+@functools.cache
+def _point_wise(device_type):
+    compiled = device_type == "cuda" and importlib.util.find_spec("triton")
+    return torch.compile(_ce_kd_rows, dynamic=True) if compiled else _ce_kd_rows
+
+
+class _FusedCeKd(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, student_hidden, student_weight, teacher_hidden, teacher_weight, targets, row_weights,
+                needs_grad, chunk_rows, scales, *options):
+        needs_hidden, needs_weight = (needs_grad and needed for needed in ctx.needs_input_grad[:2])
+        dtype, device = torch.promote_types(student_hidden.dtype, torch.float32), student_hidden.device
+        vocab, row_weights = min(len(student_weight), len(teacher_weight)), row_weights.to(dtype)
+        hiddens, heads = (student_hidden, teacher_hidden), (student_weight[:vocab], teacher_weight[:vocab])
+        buffers = [torch.empty(min(chunk_rows, len(targets)), vocab, dtype=dtype, device=device) for _ in heads]
+        block_rows = CPU_BLOCK_ROWS if device.type == "cpu" else chunk_rows
+        sums = torch.zeros(2, dtype=torch.float64, device=device)                             # CE, KD
+        grad_hidden = torch.zeros(student_hidden.shape, dtype=dtype, device=device) if needs_hidden else None
+        grad_weight = torch.zeros(student_weight.shape, dtype=dtype, device=device) if needs_weight else None
+        for start in range(0, len(targets), chunk_rows):
+            stop = min(start + chunk_rows, len(targets))
+            logits = [buffer[:stop - start] for buffer in buffers]                            # 2 x (n, V)
+            for hidden, head, scale, out in zip(hiddens, heads, scales, logits):
+                for tile in _tiles(head):
+                    _addmm(out[:, tile], hidden[start:stop], head[tile].T, beta=0)
+                if scale != 1:
+                    out *= scale
+            for first in range(start, stop, block_rows):
+                block = slice(first, min(first + block_rows, stop))
+                rows = slice(first - start, block.stop - start)
+                values, gradient = _point_wise(device.type)(logits[0][rows], logits[1][rows], targets[block],
+                                                            row_weights[block], *options)
+                logits[0][rows] = gradient                                                    # takes the logits' place
+                sums += values
+            gradient = logits[0] if scales[0] == 1 else logits[0].mul_(scales[0])
+            for tile in _tiles(heads[0]) if needs_hidden else []:
+                _addmm(grad_hidden[start:stop], gradient[:, tile], heads[0][tile])            # (n, H)
+            if needs_weight:
+                _addmm(grad_weight[:vocab], gradient.T, student_hidden[start:stop])           # (V, H)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ce_sum, kd_sum = sums.to(dtype).unbind()
+        ctx.mark_non_differentiable(ce_sum, kd_sum)
+        return options[3] * ce_sum + options[4] * kd_sum, ce_sum, kd_sum
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _ce, _kd):
+        grads = [None if grad is None else grad * grad_loss for grad in ctx.saved_tensors]
+        return *grads, *[None] * 12
+
+
+def fused_ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
+                targets: Tensor, kind: str = "forward_kl", temperature: float = 2.0, beta: float = 0.5,
+                ce_weight: float = 1.0, kd_weight: float = 0.5, row_weights: Tensor | None = None,
+                chunk_rows: int = 256, student_logit_scale: float = 1.0,
+                teacher_logit_scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Output heads, losses and their gradient together, a chunk of rows at a time: no (N, V) tensor ever exists.
 
     Args:
         student_hidden: (N, H) answer rows of the student before its output head. Gradient flows.
-        student_weight: (V, H) its head; gets a gradient if it requires one.
+        student_weight: (V, H) its head; gets a gradient, summed in float32, if it requires one.
         teacher_hidden, teacher_weight: (N, H'), (V', H') of the teacher. No gradient.
         targets: (N,) int64 answer tokens.
         kind: one of DIVERGENCES; beta is for jsd and skew_kl only.
-        chunk_rows: rows whose logits exist at the same time; they are formed again in the backward pass.
+        row_weights: (N,) multiplies CE and KD of a row; None = 1.
+        chunk_rows: rows whose two (rows, V) float32 logits exist at the same time.
+        student_logit_scale, teacher_logit_scale: logits = scale * hidden @ weight.T.
     Returns:
-        loss = ce_weight * ce_sum + kd_weight * kd_sum, and the detached ce_sum and kd_sum (T^2 included); () float32.
-        Both vocabularies are cut to the smaller one, since models pad them differently.
+        loss = ce_weight * ce_sum + kd_weight * kd_sum, which alone carries a gradient (once: no second derivative), and
+        ce_sum and kd_sum for the log (row weights and T^2 included); () float32. Logits are float32, also of half-precision
+        inputs and under autocast. Both vocabularies are cut to the smaller one, since models pad them differently.
     Raises:
-        ValueError: if a target is negative or beyond the common vocabulary, or the numbers of rows differ.
+        ValueError: if a target is negative or beyond the common vocabulary (on a GPU, where looking would wait for it:
+            CUDA's own assertion), if the numbers of rows differ, or an option is out of range.
     """
     if not len(student_hidden) == len(teacher_hidden) == len(targets):
         raise ValueError(f"rows differ: student {len(student_hidden)}, teacher {len(teacher_hidden)}, "
                          f"targets {len(targets)}; same answer ids on both sides?")
-    if kind not in DIVERGENCES:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(DIVERGENCES)}")
+    if kind not in DIVERGENCES or not temperature > 0 or chunk_rows < 1 or not 0 < beta < 1:
+        raise ValueError(f"kind {kind!r}, temperature {temperature}, beta {beta}, chunk_rows {chunk_rows}; expected one of "
+                         f"{', '.join(DIVERGENCES)}, temperature > 0, 0 < beta < 1, chunk_rows >= 1")
     vocab = min(len(student_weight), len(teacher_weight))
-    low, high = (int(targets.min()), int(targets.max())) if len(targets) else (0, 0)
-    if not 0 <= low <= high < vocab:
-        raise ValueError(f"targets {low} to {high} lie beyond the common vocabulary of {vocab} tokens")
-    student_weight, teacher_weight = student_weight[:vocab], teacher_weight[:vocab].detach()
-    options = dict(temperature=temperature, **({"beta": beta} if kind in ("jsd", "skew_kl") else {}))
-
-    def chunk(student_rows, teacher_rows, chunk_targets):
-        with torch.autocast(student_rows.device.type, enabled=False):  # bf16 logits would ruin a small KL's gradient
-            student_logits = student_rows.float() @ student_weight.float().T        # (n, V)
-            with torch.no_grad():
-                teacher_logits = teacher_rows.float() @ teacher_weight.float().T    # (n, V)
-            return (cross_entropy(student_logits=student_logits, targets=chunk_targets),
-                    DIVERGENCES[kind](student_logits=student_logits, teacher_logits=teacher_logits, **options))
-
-    ce_sum = kd_sum = torch.zeros((), device=student_hidden.device)  # N = 0 gives one empty chunk: the graph is whole
-    for rows in zip(*(x.split(chunk_rows) for x in (student_hidden, teacher_hidden.detach(), targets))):
-        ce, kd = checkpoint(chunk, *rows, use_reentrant=False)
-        ce_sum, kd_sum = ce_sum + ce, kd_sum + kd
-    return ce_weight * ce_sum + kd_weight * kd_sum, ce_sum.detach(), kd_sum.detach()
+    if targets.device.type == "cpu" and len(targets) and not 0 <= targets.min() <= targets.max() < vocab:
+        raise ValueError(f"targets {targets.min()} to {targets.max()} lie beyond the common vocabulary of {vocab} tokens")
+    row_weights = torch.ones(len(targets), device=targets.device) if row_weights is None else row_weights
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        return _FusedCeKd.apply(student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(), targets,
+                                row_weights.detach(), torch.is_grad_enabled(), chunk_rows,
+                                (student_logit_scale, teacher_logit_scale), kind, temperature, beta, ce_weight, kd_weight)

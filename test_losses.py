@@ -15,11 +15,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import losses
-from losses import (DIVERGENCES, IGNORE_INDEX, ce_kd, cross_entropy, ctc, jsd, response_rows,
+from losses import (DIVERGENCES, IGNORE_INDEX, fused_ce_kd, cross_entropy, ctc, jsd, response_rows,
                     skew_kl)
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
-LOSSES = ["cross_entropy", *DIVERGENCES, "ce_kd"]
+LOSSES = ["cross_entropy", *DIVERGENCES, "fused_ce_kd"]
 every_loss = pytest.mark.parametrize("name", LOSSES)
 every_loss_and_ctc = pytest.mark.parametrize("name", [*LOSSES, "ctc"])
 every_kind = pytest.mark.parametrize("kind", DIVERGENCES)
@@ -44,7 +44,7 @@ def gradient(loss, tensor):
 
 
 def row_loss(name, student_logits, teacher_logits, targets=None, beta=None, **options):
-    """Any loss on rows (N, V), by name. ce_kd gets logits too: its heads are the identity."""
+    """Any loss on rows (N, V), by name. fused_ce_kd gets logits too: its heads are the identity."""
     if name in DIVERGENCES:
         options.update({"beta": beta} if beta and name in ("jsd", "skew_kl") else {})
         return DIVERGENCES[name](student_logits=student_logits, teacher_logits=teacher_logits,
@@ -54,7 +54,7 @@ def row_loss(name, student_logits, teacher_logits, targets=None, beta=None, **op
     if name == "ctc":  # one clip of N frames
         return ctc(student_logits=student_logits[None], lengths=torch.tensor([5]), targets=[[1, 2]])
     head = torch.eye(student_logits.shape[-1], dtype=student_logits.dtype)
-    return ce_kd(student_hidden=student_logits, student_weight=head, teacher_weight=head,
+    return fused_ce_kd(student_hidden=student_logits, student_weight=head, teacher_weight=head,
                  teacher_hidden=teacher_logits, targets=targets, chunk_rows=2)[0]
 
 
@@ -209,7 +209,7 @@ def ddp_setup():
 
 def ddp_loss(model, inputs, teacher_states, labels):
     student_hidden, targets = response_rows(model(inputs), labels)
-    return ce_kd(student_hidden=student_hidden, student_weight=randn(7, 5, seed=9),
+    return fused_ce_kd(student_hidden=student_hidden, student_weight=randn(7, 5, seed=9),
                  teacher_hidden=response_rows(teacher_states, labels)[0],
                  teacher_weight=randn(7, 4, seed=10), targets=targets, chunk_rows=2)[0]
 
@@ -238,7 +238,7 @@ def test_two_processes_with_two_uneven_micro_batches_equal_one_with_the_full_bat
     torch.testing.assert_close(grad, model.weight.grad, rtol=1e-6, atol=1e-6)
 
 
-# ---- ce_kd: heads and losses in one, by chunks ----
+# ---- fused_ce_kd: heads and losses in one, by chunks ----
 def head_inputs(student_vocab=7, teacher_vocab=9):
     return dict(student_hidden=randn(11, 5, seed=11).requires_grad_(),
                 student_weight=randn(student_vocab, 5, seed=12).requires_grad_(),
@@ -250,10 +250,10 @@ def head_inputs(student_vocab=7, teacher_vocab=9):
 @pytest.mark.parametrize("chunk_rows", [4, 256])      # 4 + 4 + 3 rows, and all at once
 @pytest.mark.parametrize("vocabs", [(7, 9), (9, 7)])  # padded differently, 7 tokens in common
 @every_kind
-def test_ce_kd_equals_the_plain_losses_on_full_logits(kind, vocabs, chunk_rows):
+def test_fused_ce_kd_equals_the_plain_losses_on_full_logits(kind, vocabs, chunk_rows):
     inputs = head_inputs(*vocabs)
     student_hidden, student_weight, teacher_hidden, teacher_weight, targets = inputs.values()
-    loss, *sums = ce_kd(**inputs, kind=kind, temperature=1.5, beta=0.3, ce_weight=0.7,
+    loss, *sums = fused_ce_kd(**inputs, kind=kind, temperature=1.5, beta=0.3, ce_weight=0.7,
                         kd_weight=0.2, chunk_rows=chunk_rows)
     assert not any(x.requires_grad for x in sums)
     student_logits = (student_hidden @ student_weight.T)[:, :7]
@@ -266,19 +266,19 @@ def test_ce_kd_equals_the_plain_losses_on_full_logits(kind, vocabs, chunk_rows):
     torch.testing.assert_close(*grads, **ROUNDING)
 
 
-def test_ce_kd_gives_no_gradient_to_a_frozen_head_nor_to_the_teacher():
+def test_fused_ce_kd_gives_no_gradient_to_a_frozen_head_nor_to_the_teacher():
     trainable, frozen = head_inputs(), head_inputs()
     frozen["student_weight"].requires_grad_(False)
     for inputs in (trainable, frozen):
-        ce_kd(**inputs)[0].backward()
+        fused_ce_kd(**inputs)[0].backward()
     assert torch.equal(frozen["student_hidden"].grad, trainable["student_hidden"].grad)
     assert all(frozen[x].grad is None for x in frozen if x != "student_hidden")
 
 
-def test_ce_kd_keeps_no_logits_for_the_backward_pass():
+def test_fused_ce_kd_keeps_no_logits_for_the_backward_pass():
     shapes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(x.shape), lambda x: x):
-        ce_kd(**head_inputs(), chunk_rows=4)
+        fused_ce_kd(**head_inputs(), chunk_rows=4)
     assert not [shape for shape in shapes if shape[-1:] == (7,)]
 
 
@@ -307,8 +307,8 @@ def test_ctc_equals_the_enumeration_of_all_alignments_and_too_short_a_clip_adds_
     *((x, PAIR | {"temperature": t}, [f"temperature is {t},"])
       for x in DIVERGENCES.values() for t in (0, -1)),
     *((x, PAIR | {"beta": b}, [f"beta is {b},"]) for x in (jsd, skew_kl) for b in (-0.1, 0, 1, 2)),
-    (ce_kd, head_inputs() | {"targets": TARGETS}, ["student 11", "teacher 11", "targets 5"]),
-    (ce_kd, head_inputs(6, 8), ["to 6 lie", "6 tokens"]),
+    (fused_ce_kd, head_inputs() | {"targets": TARGETS}, ["student 11", "teacher 11", "targets 5"]),
+    (fused_ce_kd, head_inputs(6, 8), ["to 6 lie", "6 tokens"]),
 ])
 def test_wrong_input_raises_and_the_message_says_what_was_found(loss, arguments, found):
     with pytest.raises(ValueError, match=".*".join(map(re.escape, found))):
@@ -318,7 +318,7 @@ def test_wrong_input_raises_and_the_message_says_what_was_found(loss, arguments,
 def test_large_half_precision_states_do_not_overflow_before_the_loss():
     hidden = torch.full((20, 5), 1000.0, dtype=torch.float16, requires_grad=True)  # their sum is no fp16
     head = torch.eye(7, 5, dtype=torch.float16)
-    loss, ce_sum, kd_sum = ce_kd(student_hidden=hidden, student_weight=head, teacher_hidden=hidden,
+    loss, ce_sum, kd_sum = fused_ce_kd(student_hidden=hidden, student_weight=head, teacher_hidden=hidden,
                                         teacher_weight=head, targets=torch.zeros(20, dtype=torch.long))
     assert torch.isfinite(torch.stack([loss.detach(), ce_sum, kd_sum])).all()
 

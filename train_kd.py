@@ -264,7 +264,7 @@ def channel_loss(args, items, hidden, head, teacher_hidden, teacher_head):
         rows = torch.cat([hidden[k] for k in chosen])                                        # (N, H)
         targets = torch.tensor([t for k in chosen for t in items[k]["answer"]], device=rows.device)
         teacher = torch.cat([teacher_hidden[items[k]["id"]] for k in chosen]) if has_text else rows.detach()
-        sums = losses.ce_kd(student_hidden=rows, student_weight=head, teacher_hidden=teacher,
+        sums = losses.fused_ce_kd(student_hidden=rows, student_weight=head, teacher_hidden=teacher,
                             teacher_weight=teacher_head if has_text else head, targets=targets, kind=args.loss,
                             temperature=args.temperature, beta=args.beta, ce_weight=args.ce_weight,
                             kd_weight=args.kd_weight if has_text else 0.0)

@@ -158,14 +158,14 @@ def test_resume_with_other_options_is_refused(tiny, data, reference_run):
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows_and_keeps_the_checkpoint(tiny, data, tmp_path, monkeypatch):
     argv = arguments(tiny, data, tmp_path / "run", "--max-steps", "3", "--save-every", "1")
-    original, calls = losses.ce_kd, []
+    original, calls = losses.fused_ce_kd, []
 
     def poisoned(**inputs):
         calls.append(1)
         loss, ce, kd = original(**inputs)
         return (loss * float("nan"), ce, kd) if len(calls) > 2 else (loss, ce, kd)  # two channels a step
 
-    monkeypatch.setattr(losses, "ce_kd", poisoned)
+    monkeypatch.setattr(losses, "fused_ce_kd", poisoned)
     with pytest.raises(RuntimeError, match=r"loss nan in step 2.*'train-0\d\d'.*last good state"):
         train(*argv)
     assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] == 1
