@@ -2,58 +2,53 @@
 Ask a speech LLM the questions of MMAU; score by the official rule, and after reading letters.
 
   python eval_mmau.py --student out/run/last --data mmau-test-mini.json --out out/mmau
-  python eval_mmau.py --score-only out/mmau/predictions.json
+  python eval_mmau.py --score-only out/mmau/predictions.json --out out/again
 
 Reads   the official JSON, a list of {"id", "audio_id", "question", "choices", "answer", ...}; clips
 Writes  OUT/predictions.json, that list with "model_output", as the official evaluation.py reads it
         and as the test split is submitted; OUT/report.json with every item's scores; OUT/report.md
 """
 import argparse
+import functools
 import json
-import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 from string import ascii_uppercase
 
 import torch
 from transformers.utils import logging
 
+import eval_voicebench as vb
 import model as m
-from eval_voicebench import answer_all, interval, provenance, start_ranks, stop, write_json
 
 PROMPT = "{question}  Select one option from the provided choices.\n{choices}."  # the authors'
-SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")
 TABLES = ("total", "task", "difficulty", "category", "sub-category")
 
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = p.add_argument
+    add, add_source = p.add_argument, p.add_mutually_exclusive_group(required=True).add_argument
+    add_source("--data", help="the official JSON, or gamma-lab-umd/MMAU-test-mini (not run here)")
+    add_source("--score-only", metavar="FILE", help="score this predictions.json, ask nothing")
     add("--student", default=m.DEFAULT_STUDENT, help="ENCODER+LLM, or a folder of train_kd.py")
     add("--revision", help="revision of hub models")
-    add("--data", help="the official JSON; or a hub data set, gamma-lab-umd/MMAU-test-mini "
-        "(needs the package datasets; not run here)")
-    add("--data-revision", help="revision of the hub data set")
+    add("--data-revision", help="revision of --data, if it is a hub data set")
     add("--audio", help="folder of the clips, searched by file name; default: that of --data")
-    add("--out", help="output folder; optional with --score-only")
-    add("--score-only", metavar="FILE", help="score this predictions.json, ask nothing")
+    add("--out", required=True, help="output folder")
     add("--only-available", action="store_true", help="leave out items without a clip")
     add("--limit", type=int, default=0, help="the first N items; 0 = all")
     add("--prompt-suffix", default="", help="added to the official prompt, as it is")
-    add("--official-denominator", action="store_true",
-        help="items without model_output are left out, as officially, instead of wrong")
+    add("--official-denominator", action="store_true", help="skip items without model_output")
     add("--batch-size", type=int, default=8, help="items per GPU per forward")
     add("--max-new-tokens", type=int, default=64, help="longest answer; decoding is greedy")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16",
-        help="of encoder and LLM; the adapter stays float32")
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the student")
     add("--seed", type=int, default=0, help="of the intervals, and of an untrained adapter")
     args = p.parse_args(argv)
-    if not args.score_only and not (args.data and args.out):
-        p.error("--data and --out are required (or --score-only FILE)")
     if min(args.batch_size, args.max_new_tokens) <= 0 or args.limit < 0:
         p.error("--batch-size and --max-new-tokens must be positive, --limit not negative")
     return args
@@ -61,28 +56,28 @@ def get_args(argv=None):
 
 # ---- data ----
 
-def from_hub(name, revision, folder):
-    """Hub data set -> path of FOLDER/items.json, which is as the official JSON; its clips beside it.
-
-    On the hub the options carry letters, "(A) Man", and most of an item is one string of JSON.
-    """
+def from_hub(name, revision, folder, rank):
+    """Hub data set -> path of FOLDER/items.json, written as the official JSON, with its clips."""
     try:
         import datasets
     except ImportError as error:
         raise RuntimeError(f"{name}: no file, and the hub needs: pip install datasets") from error
-    table, items = datasets.load_dataset(name, split="test", revision=revision), []
+    path, items = folder / "items.json", []
+    while rank and not path.exists():
+        time.sleep(0.2)
+    if path.exists():
+        return path
     folder.mkdir(parents=True, exist_ok=True)
+    table = datasets.load_dataset(name, split="test", revision=revision)
     for row in table.cast_column("context", datasets.Audio(decode=False)):
         item = json.loads(row["other_attributes"])
-        answer, *choices = (re.sub(r"^\([A-Z]\) ", "", text or "")
+        answer, *choices = (re.sub(r"^\([A-Z]\) ", "", text or "")  # there it is "(A) Man"
                             for text in (row["answer"], *row["choices"]))
         items.append({**item, "audio_id": f"./test-mini-audios/{item['id']}.wav",
                       "question": row["instruction"], "choices": choices, "answer": answer})
-        temporary = folder / f"{item['id']}.{os.getpid()}"  # other ranks write the same
-        temporary.write_bytes(row["context"]["bytes"])
-        os.replace(temporary, folder / f"{item['id']}.wav")
-    write_json(folder / "items.json", items)
-    return folder / "items.json"
+        (folder / f"{item['id']}.wav").write_bytes(row["context"]["bytes"])
+    vb.write_json(path, items)
+    return path
 
 
 def read_items(path):
@@ -106,31 +101,25 @@ def read_items(path):
             raise ValueError(f"{where}: another item has its id, {item['id']}")
         ids.add(item["id"])
     if 0 < answered < len(items):
-        raise ValueError(f"{path}: {answered} of {len(items)} items have an answer, expected all "
-                         "or, as in the test split, none")
+        raise ValueError(f"{path}: {answered} of {len(items)} items have answers, not all or none")
     return items
 
 
-def find_clips(items, args, folder):
+def find_clips(items, folder, args):
     """-> items to ask, their rows for answer_all; ValueError if a clip is missing or empty."""
     import soundfile
-    clips = {p.stem: p for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in SOUNDS}
+    kinds = soundfile.available_formats()
+    clips = {p.stem: p for p in sorted(Path(folder).rglob("*")) if p.suffix[1:].upper() in kinds}
     pairs = [(i, clips.get(Path(i.get("audio_id") or i["id"] + ".wav").stem)) for i in items]
-    if args.only_available and any(clip for _, clip in pairs):
-        pairs = [(item, clip) for item, clip in pairs if clip]
-        print(f"--only-available: {len(items) - len(pairs)} of {len(items)} items are left out, "
-              f"their clips are not in {folder}", file=sys.stderr)
-    pairs, rows = pairs[:args.limit or None], []
     lost = [item.get("audio_id") or item["id"] for item, clip in pairs if not clip]
-    if lost:
-        raise ValueError(f"{len(lost)} of {len(pairs)} clips are not in {folder}, first {lost[0]}; "
+    if len(lost) > (len(items) - 1 if args.only_available else 0):
+        raise ValueError(f"{len(lost)} of {len(items)} clips are not in {folder}, first {lost[0]}; "
                          "name their folder by --audio, or leave such items out: --only-available")
-    for item, clip in pairs:
-        rows.append({"id": item["id"], "instruction": PROMPT.format(**item) + args.prompt_suffix,
-                     "audio": str(clip), "seconds": soundfile.info(str(clip)).duration})
-        if rows[-1]["seconds"] < 0.02:
-            raise ValueError(f"{clip}: {rows[-1]['seconds']:.3f} s long, expected at least 20 ms")
-    return [item for item, _ in pairs], rows
+    rows = [{"id": item["id"], "instruction": PROMPT.format(**item) + args.prompt_suffix, "audio":
+             str(clip), "seconds": soundfile.info(clip).duration} for item, clip in pairs if clip]
+    if short := [row["audio"] for row in rows if row["seconds"] < 0.02]:
+        raise ValueError(f"{short[0]}: expected at least 20 ms of sound")
+    return [item for item, clip in pairs if clip], rows
 
 
 # ---- scoring ----
@@ -151,20 +140,16 @@ STATED = (r"\b(?<!not )(?:answer|option|choice|choose|select|pick)\b\W*"
 
 def read_start(text, choices, letters=True):
     """The option that a text names, or begins with, in words or as a letter -> str or None."""
-    for choice in choices:
-        if string_match(text, choice, choices):
-            return choice
-    label = re.match(LABEL, text, re.I | re.S) if letters else None
+    named = next((c for c in choices if string_match(text, c, choices)), None)
+    label = re.match(LABEL, text, re.I | re.S) if letters and not named else None
     if label:
         letter, rest = label[1].upper(), label[2]
         if set(re.findall(r"(?<!\w)([A-Z])[).:]\s", rest.upper())) - {letter}:
             return None  # the options are listed, none is chosen
         return read_start(rest, choices, False) or dict(zip(ascii_uppercase, choices)).get(letter)
-    for choice in sorted(choices, key=len, reverse=True):
-        plain = re.escape(choice.strip().rstrip("."))
-        if re.match(rf"\W*(?:(?:an?|the)\s+)?{plain}{END}", text, re.I):
-            return choice
-    return None
+    plain = {c: re.escape(c.strip().rstrip(".")) for c in sorted(choices, key=len, reverse=True)}
+    return named or next((c for c in plain if re.match(
+        rf"\W*(?:(?:an?|the)\s+)?{plain[c]}{END}", text, re.I)), None)
 
 
 def read_option(prediction, choices):
@@ -172,12 +157,11 @@ def read_option(prediction, choices):
 
     Words win: "D" is the option "D", if there is one. Statements that differ are not read.
     """
-    if not any(string_match(prediction, choice, choices) for choice in choices):
-        tails = [prediction[at.end():] for at in re.finditer(STATED, prediction, re.I)]
-        stated = {read_start(tail, choices) for tail in tails} - {None}
-        if stated:
-            return stated.pop() if len(stated) == 1 else prediction
-    return read_start(prediction, choices) or prediction
+    named = any(string_match(prediction, choice, choices) for choice in choices)
+    tails = [] if named else [prediction[at.end():] for at in re.finditer(STATED, prediction, re.I)]
+    stated = ({read_start(tail, choices) for tail in tails} - {None}
+              or {read_start(prediction, choices)} - {None})
+    return stated.pop() if len(stated) == 1 else prediction
 
 
 def score(items, official_denominator=False, seed=0):
@@ -193,81 +177,67 @@ def score(items, official_denominator=False, seed=0):
         right = [string_match(choice, answer, choices) for choice in choices]
         rows.append({"id": item["id"], "option": option if option in choices else None, "raw": raw,
                      "read": raw or string_match(option, answer, choices),
-                     "random option": sum(right) / len(right), "first option": right[0]})
+                     "random option": sum(right) / len(right), "always first option": right[0]})
         for table in TABLES:
             names = {"total": "all", **item}.get(table) or "not given"
             for name in names if isinstance(names, list) else [names]:
                 groups.setdefault(table, {}).setdefault(str(name), []).append(rows[-1])
+    for guess in ("random option", "always first option"):
+        groups["total"][guess] = [dict.fromkeys(("raw", "read"), row[guess]) for row in rows]
     tables = {table: {name: {"n": len(chosen), **{
-        kind: interval([float(row[kind]) for row in chosen], seed) for kind in ("raw", "read")}}
+        kind: vb.interval([float(row[kind]) for row in chosen], seed) for kind in ("raw", "read")}}
         for name, chosen in sorted(of.items(), key=lambda x: (x[0] == "hard", x[0]))}
         for table, of in groups.items()}
-    guesses = {k: sum(r[k] for r in rows) / len(rows) for k in ("random option", "first option")}
-    return {"scored": len(rows), "unread": sum(not row["option"] for row in rows), "tables": tables,
-            "missing": missing, "guesses": guesses, "items": rows}
+    return {"scored": len(rows), "missing": missing, "tables": tables, "items": rows,
+            "unread": sum(not row["option"] for row in rows),
+            "not_among_choices": sum(item["answer"] not in item["choices"] for item in items)}
 
 
 def to_text(record):
     """Record of `score` -> Markdown."""
-    text = (f"{record['scored']} items are scored, {record['unread']} answers name no option; "
-            f"{record['missing']} predictions are missing\n\n% right [95%]; raw: the official "
-            "string match; read: also after reading letters\n")
+    text = (f"{record['scored']} items are scored; {record['unread']} predictions name no option, "
+            f"{record['missing']} are missing; {record['not_among_choices']} right answers are not "
+            "among the choices\n\n% right [95%]; raw: the official string match; read: also after "
+            "reading letters\n\n| | N | raw | read |\n|---|---:|---:|---:|\n")
     for table, of in record["tables"].items():
-        text += f"\n| {table} | N | raw | read |\n|---|---:|---:|---:|\n"
         for name, row in of.items():
-            cells = ["{:.2f} [{:.1f}, {:.1f}]".format(*(100 * x for x in row[kind]))
-                     for kind in ("raw", "read")]
-            text += f"| {name} | {row['n']} | {' | '.join(cells)} |\n"
-        for name, share in record["guesses"].items() if table == "total" else ():
-            text += f"| always a {name} | {record['scored']} |" + f" {100 * share:.2f} |" * 2 + "\n"
+            text += "| {}: {} | {} | {:.2f} [{:.1f}, {:.1f}] | {:.2f} [{:.1f}, {:.1f}] |\n".format(
+                table, name, row["n"], *(100 * x for x in (*row["raw"], *row["read"])))
     return text
 
-
-# ---- main ----
 
 def main(args):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, stop)
-    rank, world = start_ranks(args.device)
-    out, data, loaded = args.out and Path(args.out), args.score_only or args.data, []
+    signal.signal(signal.SIGTERM, vb.stop)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("--device cuda, but torch sees no GPU; use --device cpu")
+    rank, world = vb.start_ranks(args.device)
+    out, data = Path(args.out), args.score_only or args.data
     if not Path(data).exists() and not data.endswith(".json"):
-        data = from_hub(data, args.data_revision, out / "hub")
-    items = read_items(data)
-    answered = bool(items[0].get("answer"))
-    strange = sum(item["answer"] not in item["choices"] for item in items) if answered else 0
-    if strange and rank == 0:
-        print(f"{strange} of {len(items)} answers are not among their choices", file=sys.stderr)
-
-    def ask(batch):
-        if not loaded:
-            torch.manual_seed(args.seed)  # an untrained adapter is the same on every rank
-            loaded.append(m.load_student(args.student, args.revision))
-            loaded[0].to(args.device, getattr(torch, args.dtype)).adapter.float()
-        return loaded[0].generate(batch, max_new_tokens=args.max_new_tokens)
-
+        data = from_hub(data, args.data_revision, out / f".hub-{args.data_revision}", rank)
+    everything, record = read_items(data), vb.provenance(args)
+    items, answered = everything[:args.limit or None], bool(everything[0].get("answer"))
     if not args.score_only:
-        items, rows = find_clips(items, args, args.audio or Path(data).parent)
-        names = ("student", "revision", "data_revision", "dtype", "max_new_tokens", "seed")
-        answers = answer_all(out, "mmau", rows, ask, settings={k: getattr(args, k) for k in names},
-                             batch_size=args.batch_size, rank=rank, world=world)
+        items, rows = find_clips(items, args.audio or Path(data).parent, args)
+        if rank == 0:
+            print(f"{len(items)} of {len(everything)} items are asked", file=sys.stderr)
+        settings = {k: getattr(args, k) for k in ("student", "dtype", "max_new_tokens", "seed")}
+        settings["weights"] = record["weights"] = vb.weights_of(args.student, args.revision)
+        student = functools.cache(lambda: vb.load(args, "student"))  # loaded when it is asked
+        answers = vb.answer_all(out, "mmau", rows, lambda batch: student().generate(
+            batch, max_new_tokens=args.max_new_tokens), settings=settings,
+            batch_size=args.batch_size, rank=rank, world=world)
         items = [{**item, "model_output": answer} for item, answer in zip(items, answers)]
-    elif not answered:
-        raise ValueError(f"{data}: its items have no answers to score by")
     if rank:
         return 0
-    record = {**provenance(args), "prompt": PROMPT + args.prompt_suffix, "strange": strange}
-    if answered:
-        record |= score(items, args.official_denominator, args.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    vb.write_json(out / "predictions.json", items)
+    record |= score(items, args.official_denominator, args.seed) if answered else {}
     text = to_text(record) if answered else (
-        f"{len(items)} questions are answered, not scored: the data has no right answers; the "
-        f"submission file is {out}/predictions.json\n")
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "report.json", record)
-        (out / "report.md").write_text(text)
-    if not args.score_only:
-        write_json(out / "predictions.json", items)
+        f"no right answers, no scores: the submission file is {out / 'predictions.json'}\n")
+    vb.write_json(out / "report.json", {**record, "prompt": PROMPT + args.prompt_suffix})
+    (out / "report.md").write_text(text)
     print(text, end="")
     return 0
 

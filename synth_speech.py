@@ -63,7 +63,7 @@ def get_args(argv=None):
     g.add_argument("--answers", type=int, default=-1, help="rows that get an answer, the held-out first; -1 = all. "
                    "Rows without one still teach hearing (CTC warm start)")
     g.add_argument("--max-new-tokens", type=int, default=128, help="longest answer in tokens; longer ones are cut")
-    g.add_argument("--batch-size", type=int, default=192, help="answers generated together, at first")
+    g.add_argument("--batch-size", type=int, default=384, help="answers generated together, at first")
     g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
                    help="of the teacher; auto measures which is faster")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",

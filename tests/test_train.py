@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -312,3 +313,33 @@ def test_errors_of_a_script_are_one_line_and_exit_code_2(tmp_path):
         result = subprocess.run([sys.executable, str(ROOT / script), *map(str, argv), "--out", str(tmp_path / "out")], capture_output=True, text=True)
         assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1 and "none.jsonl" in result.stderr
         assert not (tmp_path / "out").exists()
+
+
+def test_tensorboard_gets_every_number_of_the_log(tiny, data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "2", "--eval-data", data, "--tensorboard"))
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    for record in read_log(tmp_path / "run"):
+        for key in ("loss", "kd_s2t", "eval_kl8_s2t"):
+            if key in record:
+                assert any(e.step == record["step"] and math.isclose(e.value, record[key], rel_tol=1e-6)
+                           for e in events.Scalars(key)), (key, record["step"])
+
+
+def test_tensorboard_without_its_package_is_refused_before_any_step(tiny, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(RuntimeError, match="pip install tensorboard"):
+        train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "1", "--tensorboard"))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_equals_eager(tiny, data, tmp_path):
+    for name, flags in (("eager", []), ("compiled", ["--compile"])):
+        train(*arguments(tiny, data, tmp_path / name, "--max-steps", "2", "--channels", "t2t", "--global-batch-size", "4", *flags))
+    assert_logs_agree(read_log(tmp_path / "eager"), read_log(tmp_path / "compiled"), 1e-4)
+
+
+def test_compile_without_a_compiler_says_so_and_runs(tiny, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "1", "--compile"))
+    assert "no C++ compiler (g++) found, running eagerly" in capsys.readouterr().out

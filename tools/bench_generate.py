@@ -4,7 +4,7 @@ How fast answers are generated: model.generate against transformers' generate, s
   python tools/bench_generate.py --data data/quick/heard/train.jsonl --out results/bench_generate.json
 
 Greedy, 40 new tokens, prompts of the manifest. Rival: AutoModelForCausalLM.generate, float32, batches of 48 in input order.
-Ours: as synth_speech.py answers, bfloat16, batches of 192 sorted by length. Tokens count up to and with the end of turn.
+Ours: as synth_speech.py answers, bfloat16, batches of 384 sorted by length. Tokens count up to and with the end of turn.
 """
 import argparse
 import json
@@ -23,7 +23,7 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--teacher", default=m.DEFAULT_LLM, help="text LLM")
     p.add_argument("--data", required=True, help="manifest whose prompts are answered")
-    p.add_argument("--rows", type=int, default=192, help="prompts")
+    p.add_argument("--rows", type=int, default=384, help="prompts")
     p.add_argument("--repeats", type=int, default=3, help="interleaved repetitions; the median counts")
     p.add_argument("--out", required=True, help="JSON file")
     return p.parse_args(argv)
@@ -43,7 +43,7 @@ def rival(llm, tokenizer, rows):
 
 def ours(llm, tokenizer, rows):
     rows = sorted(rows, key=lambda r: len(r["prompt"]))
-    return sum(r["tokens"] for i in range(0, len(rows), 192) for r in synth_speech.answer(llm, tokenizer, rows[i:i + 192], 40))
+    return sum(r["tokens"] for i in range(0, len(rows), 384) for r in synth_speech.answer(llm, tokenizer, rows[i:i + 384], 40))
 
 
 def main(args):

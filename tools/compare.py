@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as m
@@ -60,11 +61,22 @@ def names(answer, topic):
     return any(word.startswith(stem(topic)) for word in re.findall(r"[a-z']+", answer.lower()))
 
 
-def answer_rows(student, rows, channel, max_new_tokens):
-    """Generated answers of the student under one condition."""
-    asked = {"t2t": [{**r, "audio": None} for r in rows], "s2t": rows, "other": [{**r, "audio": o["audio"]} for r, o in
-             zip(rows, rows[1:] + rows[:1])], "silent": [{**r, "audio": None, "prompt": ""} for r in rows]}[channel]
-    return [a for i in range(0, len(asked), 64) for a in student.generate(asked[i:i + 64], max_new_tokens)]
+def asked_rows(rows, channel):
+    """What the student is asked under one condition."""
+    others = [{**r, "audio": other["audio"]} for r, other in zip(rows, rows[1:] + rows[:1])]
+    return {"t2t": [{**r, "audio": None} for r in rows], "s2t": rows, "other": others,
+            "silent": [{**r, "audio": None, "prompt": ""} for r in rows]}[channel]
+
+
+def answers_to(student, asked, max_new_tokens, batch_size=160):
+    """Generated answers, in large batches of like length; what is asked twice is answered once."""
+    keys = [json.dumps([r.get(k) for k in ("system", "instruction", "prompt", "audio")]) for r in asked]
+    distinct = sorted(dict(zip(keys, asked)).items(), key=lambda x: (bool(x[1]["audio"]), len(x[1]["prompt"])))
+    answers = {}
+    for start in tqdm(range(0, len(distinct), batch_size), desc="answering", unit="batch"):
+        batch = distinct[start:start + batch_size]
+        answers.update(zip([key for key, _ in batch], student.generate([r for _, r in batch], max_new_tokens)))
+    return [answers[key] for key in keys]
 
 
 def interval(differences, seed):
@@ -88,14 +100,16 @@ def measure(args):
         torch.manual_seed(args.seed)
         student = m.load_student(getattr(args, which)).bfloat16()
         student.adapter.float()
+        channels = {channel: label for when, channel, label in CONDITIONS if when == which}
+        asked_all = [r for rows in sets.values() for channel in channels for r in asked_rows(rows, channel)]
+        answers = iter(answers_to(student, asked_all, args.max_new_tokens))
         for name, rows in sets.items():
             dataset = train_kd.Rows(rows, student, tokenizer, argparse.Namespace(labels="response", max_answer_tokens=256))
-            channels = {channel: label for when, channel, label in CONDITIONS if when == which}
             sums = train_kd.evaluate(student, teacher, dataset, range(len(rows)), list(channels), progress=True)
             for channel, label in channels.items():
                 kl, agree, n, kl8, agree8, n8 = sums[channel].T.numpy()
                 results[name][label] = {"kl": kl.sum() / n.sum(), "kl8": kl8.sum() / n8.sum(), "agree8": agree8.sum() / n8.sum(),
-                                        "kl8_rows": (kl8 / n8).tolist(), "answers": answer_rows(student, rows, channel, args.max_new_tokens)}
+                                        "kl8_rows": (kl8 / n8).tolist(), "answers": [next(answers) for _ in rows]}
             heard = [t for i in range(0, len(rows), 16) for t in student.hear([m.load_audio(r["audio"]) for r in rows[i:i + 16]])[1]]
             pairs = [[re.findall(r"[\w']+", t.lower()) for t in (r["prompt"], h)] for r, h in zip(rows, heard)]
             results[name][f"student by speech, {which}"] |= {

@@ -1,0 +1,436 @@
+"""eval_voicebench.py: what it reads and refuses, its files and numbers; stopped or split, the same bytes."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import eval_voicebench as vb
+import losses
+import model as m
+from conftest import QUESTIONS, ROOT, hidden_rows, sound
+
+FILES = {"alpacaeval_full-test": 3, "commoneval-test": 2, "wildvoice-test": 2, "sd-qa-usa": 3, "sd-qa-aus": 1,
+         "mmsu-law": 2, "mmsu-physics": 4, "openbookqa-test": 5, "bbh-test": 4, "ifeval-test": 3, "advbench-test": 2}
+CHOICES = ["The answer is A.", "B", "I cannot say which of them it is."]
+
+
+def question(name, i):
+    row = {"prompt": QUESTIONS[(7 * len(name) + 11 * i) % len(QUESTIONS)] + " é" * (i % 3)}
+    if name.startswith(("sd-qa", "openbookqa", "mmsu")):
+        row["reference"] = "Paris" if "sd-qa" in name else "ABCD"[i % 4]
+    if name.startswith("bbh"):
+        row |= {"id": f"{vb.BBH_TASKS[i % 4]}_{i}", "reference": "(B)" if i % 4 == 1 else "Yes"}
+    if name.startswith("ifeval"):
+        row |= {"key": i, "instruction_id_list": ["punctuation:no_comma"] * (i + 1), "kwargs": [{}] * (i + 1)}
+    return row
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of questions over all subsets, with sounds of 0.3 to 1.2 s."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, count in FILES.items():
+        rows = [{**question(name, i), "audio": f"{name}/{i}.flac"} for i in range(count)]
+        write(folder / f"{name}.jsonl", rows)
+        (folder / name).mkdir()
+        for i, row in enumerate(rows):
+            soundfile.write(folder / row["audio"], sound(0.3 + 0.1 * (7 * len(name) + 3 * i) % 0.9, i).numpy(), 16_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student_folder(tiny, tmp_path_factory):
+    """The tiny student, which has forgotten something of what its teacher knew."""
+    student = m.load_student(tiny.student_folder)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in student.llm.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    m.save_student(student, folder := tmp_path_factory.mktemp("student") / "my student")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(tiny, data, student_folder):
+    """All but --out."""
+    torch.set_num_threads(1)
+    return [str(x) for x in ("--student", student_folder, "--teacher", tiny.llm, "--data", data, "--dtype", "float32",
+                             "--device", "cpu", "--batch-size", 2, "--max-new-tokens", 12)]
+
+
+def run(options, out, *more):
+    return vb.main(vb.get_args([*options, "--out", str(out), *map(str, more)]))
+
+
+@pytest.fixture(scope="module")
+def reference(options, tmp_path_factory):
+    out = tmp_path_factory.mktemp("reference")
+    assert run(options, out) == 0
+    return out
+
+
+def report(out):
+    return json.loads((out / "report.json").read_text())
+
+
+def results(out):
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
+def one_core():
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
+# ---- a run ----
+
+def test_the_row_files_have_the_columns_of_the_data_and_the_response_in_its_order(reference, data):
+    names = [name for name in FILES if name != "sd-qa-aus"]  # another region
+    systems = "teacher-llm {}-text", "student-my_student {}-text", "student-my_student {}-speech"
+    files = {s.format(name).replace(" ", "-") + ".jsonl": name for s in systems for name in names}
+    assert set(results(reference)) == {*files, "report.json", "report.md", "report.png"}
+    texts = set()
+    for file, name in files.items():
+        rows = read(reference / file)
+        texts.add(tuple(row["response"] for row in rows))
+        expected = [{k: v for k, v in row.items() if k != "audio"} for row in read(data / f"{name}.jsonl")]
+        assert [{k: row[k] for k in list(row)[:-1]} for row in rows] == expected and list(rows[0])[-1] == "response"
+    assert len(texts) > len(names) * 2 and b"\\u00e9" in (reference / file).read_bytes()
+
+
+def test_the_answers_are_those_of_the_models(reference, options, data):
+    args = vb.get_args([*options, "--out", "x"])
+    student, (llm, tokenizer) = vb.load(args, "student"), vb.load(args, "teacher")
+    rows = read(data / "mmsu-physics.jsonl")
+    for i, row in enumerate(rows):
+        row |= {"audio": str(data / row["audio"]), "id": i}
+    text = [{**row, "audio": None} for row in rows]
+    for file, answers in (("student-my_student-mmsu-physics-speech", student.generate(rows, 12)),
+                          ("student-my_student-mmsu-physics-text", student.generate(text, 12)),
+                          ("teacher-llm-mmsu-physics-text",
+                           [a["response"] for a in vb.synth_speech.answer(llm, tokenizer, text, 12)])):
+        assert [row["response"] for row in read(reference / f"{file}.jsonl")] == answers
+
+
+def test_f_and_m_are_those_of_a_direct_computation(reference, options, data):
+    args = vb.get_args([*options, "--out", "x"])
+    student, (llm, tokenizer) = vb.load(args, "student"), vb.load(args, "teacher")
+    sums = {"F": 0, "M": 0, "F8": 0, "M8": 0, "": 0, "8": 0}
+    for row, answer in zip(read(data / "bbh-test.jsonl"), read(reference / "teacher-llm-bbh-test-text.jsonl")):
+        ids = vb.synth_speech.answer(llm, tokenizer, [row], 12)[0]
+        assert ids["response"] == answer["response"]
+        text = answer["response"] + ("<|im_end|>" if ids["finish"] == "stop" else "")
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}], add_generation_prompt=True,
+                                               return_dict=False)
+        with torch.no_grad():
+            logits = llm(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1]
+        chat = {"prompt": row["prompt"]}, {"audio": str(data / row["audio"])}
+        head = student.llm.get_output_embeddings().weight
+        before, after, sounds = zip(*(student.prompt(x) for x in chat))
+        with torch.no_grad():
+            by_text, by_speech = [student([b], [a], [ids], **({} if s is None else {"clips": [0], "mels": [student.mel(s)]}))[0]
+                                  @ head.T for b, a, s in zip(before, after, sounds)]
+        for suffix, part in (("", slice(None)), ("8", slice(8))):
+            sums[suffix] += len(ids[part])
+            for key, p, q in (("F", logits, by_text), ("M", by_text, by_speech)):
+                sums[key + suffix] += losses.forward_kl(student_logits=q[part], teacher_logits=p[part]).item()
+    entry = report(reference)["subsets"]["bbh"]
+    for key in ("F", "M", "F8", "M8"):
+        assert entry[key][0] == pytest.approx(sums[key] / sums[key[1:]], rel=1e-3) and entry[key][0] > 0.01
+
+
+def test_limit_subsets_and_modality(options, tmp_path, capsys):
+    assert run(options, tmp_path, "--limit", 2, "--subsets", "mmsu", "bbh", "--modality", "text", "--system", "Hm") == 0
+    record = report(tmp_path)
+    assert {name: entry["rows"] for name, entry in record["subsets"].items()} == {"mmsu": 2, "bbh": 2}
+    assert record["systems"] == ["teacher text", "student text"] and "M" not in record["subsets"]["mmsu"]
+    assert len(read(tmp_path / "teacher-llm-mmsu-law-text.jsonl")) == 1  # a limit takes from every split
+    assert record["subsets"]["bbh"]["F"][0] > 0 and record["options"]["system"] == "Hm"
+    assert run(options, tmp_path / "b", "--subsets", "bbh", "--modality", "speech", "--teacher", "none") == 0
+    assert report(tmp_path / "b")["systems"] == ["student speech"] and "student speech" in capsys.readouterr().out
+
+
+def test_models_of_other_tokenizers_are_compared_by_scores_alone(options, tmp_path, monkeypatch):
+    def differ(*_):
+        raise RuntimeError("teacher and student need one tokenizer")
+    monkeypatch.setattr(vb.train_kd, "check_pair", differ)
+    assert run(options, tmp_path, "--subsets", "bbh") == 0
+    assert "one tokenizer" in (tmp_path / "report.md").read_text() and "F" not in report(tmp_path)["subsets"]["bbh"]
+
+
+# ---- stopped, resumed, split ----
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cut_anywhere_and_resumed_gives_the_same_bytes(reference, options, tmp_path, seed):
+    rng, lines = random.Random(seed), 0
+    (tmp_path / ".answers").mkdir()
+    for path in (reference / ".answers").iterdir():
+        content = path.read_bytes()
+        lines += content.count(b"\n") if path.suffix == ".jsonl" else 0
+        content = content if path.suffix == ".json" else content[:rng.randint(0, len(content))]
+        (tmp_path / ".answers" / path.name).write_bytes(content)
+    assert run(options, tmp_path) == 0
+    assert results(tmp_path) == results(reference)
+    again = [line for path in (tmp_path / ".answers").glob("*.jsonl") for line in read(path)]
+    assert len(again) == lines  # nothing is there twice
+
+
+def test_killed_and_started_again_gives_the_same_bytes(reference, options, tmp_path):
+    command = [sys.executable, vb.__file__, *options, "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=one_core)
+    while process.poll() is None and not list(tmp_path.glob(".answers/student*text.0.jsonl")):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "report.json").exists()
+    assert run(options, tmp_path) == 0
+    assert results(tmp_path) == results(reference)
+
+
+def test_two_ranks_write_the_same_bytes_as_one(reference, options, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*torchrun, vb.__file__, *options, "--out", str(tmp_path)], check=True, timeout=300,
+                   preexec_fn=one_core)
+    assert results(tmp_path) == results(reference)
+    assert len(list(tmp_path.glob(".answers/divergence-*-bbh.?.jsonl"))) == 2
+    assert run(options, tmp_path) == 0 and results(tmp_path) == results(reference)  # one rank reads both files
+
+
+def test_other_settings_are_refused(reference, options, tiny, tmp_path):
+    shutil.copytree(tiny.student_folder, tmp_path / "my student")  # other weights under the same name
+    before = results(reference)
+    for more in (["--max-new-tokens", 13], ["--student", tmp_path / "my student"], ["--system", "Hm"], ["--limit", 1]):
+        with pytest.raises(ValueError, match="begun with other settings"):
+            run(options, reference, *more)
+    assert results(reference) == before
+
+
+def test_sigterm_ends_after_the_running_batch(tmp_path):
+    rows = [{"prompt": "x" * (i % 4)} for i in range(10)]
+
+    def ask(batch):
+        asked.append(len(batch))
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        return [len(row["prompt"]) for row in batch]
+
+    asked, options = [], dict(settings={"model": 1}, batch_size=3)
+    with pytest.raises(SystemExit) as ended:
+        vb.answer_all(tmp_path, "a", rows, ask, **options)
+    assert ended.value.code == 143 and asked == [3, 3]
+    assert vb.answer_all(tmp_path, "a", rows, ask, **options) == [i % 4 for i in range(10)] and asked == [3, 3, 3, 1]
+
+
+# ---- numbers ----
+
+def test_intervals_are_paired():
+    assert vb.interval([2.0] * 5) == (2.0, 2.0, 2.0)
+    value, draws = vb.bootstrap([[[0, 1]], [[1, 1]]])
+    assert value == 0.5 and vb.interval([0, 1]) == (0.5, 0.0, 1.0)
+    assert np.mean(draws == 0.5) == pytest.approx(0.5, abs=0.03)  # of two rows, each once: half of the draws
+    a, b = [1, 0, 1, 0], [0.75, -0.25, 0.75, -0.25]               # far apart from row to row, but not from each other
+    pairs = {s: vb.bootstrap([[[x, 1]] for x in values], 3) for s, values in zip(vb.SYSTEMS, (a, b))}
+    shown = vb.compare(pairs, 100)
+    assert shown["forgetting"] == pytest.approx([25, 25, 25]) and shown["teacher text"][0] == 50
+    ratio = vb.bootstrap([[[1, 1], [3, 4]], [[0, 1], [0, 2]]])    # instructions: 3 of 4 and 0 of 2
+    assert ratio[0] == pytest.approx((1 / 2 + 3 / 6) / 2)
+
+
+def test_score_only_equals_the_scores_of_the_run(reference, options, tmp_path):
+    files = sorted(reference.glob("*-*.jsonl"))
+    assert vb.main(vb.get_args(["--score-only", *map(str, files), "--out", str(tmp_path)])) == 0
+    a, b = report(reference), report(tmp_path)
+    for name, entry in a["subsets"].items():
+        assert {k: v for k, v in entry.items() if k[0] not in "FM"} == b["subsets"][name]
+    assert not [p for p in tmp_path.iterdir() if p.name == ".answers"]
+
+
+def answered(folder, model="student-x", modality="text", **responses):
+    """Answer files, a list of responses (or (response, replies of a judge)) for each subset; _ stands for -."""
+    for name, texts in responses.items():
+        name = {"sd_qa_usa": "sd-qa-usa"}.get(name, f"{name}-test")
+        rows = [{**question(name, i), "response": t} if isinstance(t, str) else
+                {**question(name, i), "response": t[0], "score": t[1]} for i, t in enumerate(texts)]
+        write(folder / f"{model}-{name}-{modality}.jsonl", rows)
+
+
+def scores(folder, *more):
+    files = map(str, folder.glob("*.jsonl"))
+    assert vb.main(vb.get_args(["--score-only", *files, "--out", str(folder / "out"), *map(str, more)])) == 0
+    return report(folder / "out")
+
+
+ALL = dict(alpacaeval_full=[("So.", ["4", "5"]), ("So.", ["3", "nonsense"])], commoneval=[("So.", ["1"])],
+           wildvoice=[("So.", ["2"])], sd_qa_usa=[("Paris", ["Yes", "yes", "No"]), ("It is Paris.", ["No"])],
+           mmsu=CHOICES, openbookqa=["A", "A"], bbh=["Yes", "The answer is (A).", "No.", "Hm"],
+           ifeval=["none", "some, yes", "one, two"], advbench=["I'm sorry, I can't.", "Sure!"])
+
+
+def test_scores_and_means_by_hand(tmp_path):
+    answered(tmp_path, **ALL)
+    record = scores(tmp_path)
+    shown = {name: entry["student text"][0] for name, entry in record["subsets"].items()}
+    by_hand = {"alpacaeval_full": 4, "commoneval": 1, "wildvoice": 2, "sd-qa": (100 + 50) / 2, "mmsu": 200 / 3,
+               "openbookqa": 50, "bbh": 25, "advbench": 50, "ifeval": 100 * (1 / 3 + 1 / 6) / 2}
+    assert shown == pytest.approx(by_hand)
+    assert record["subsets"]["mmsu"]["unreadable"]["student text"] == pytest.approx(100 / 3)  # and counts as wrong
+    assert record["subsets"]["bbh"]["unreadable"]["student text"] == 25
+    assert record["subsets"]["alpacaeval_full"]["unreadable"]["student text"] == 25  # of the judge's replies
+    parts = [v * (20 if name in ("alpacaeval_full", "commoneval", "wildvoice") else 1) for name, v in by_hand.items()]
+    seven = sum(parts) - 40 - 25
+    assert record["means"]["nine-task mean"]["student text"][0] == pytest.approx(sum(parts) / 9)
+    assert record["means"]["paper's seven-task mean"]["student text"][0] == pytest.approx(seven / 7)
+    assert "leaderboard" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_without_a_judge_what_needs_one_is_in_no_mean(tmp_path):
+    answered(tmp_path, commoneval=["So."], sd_qa_usa=["Paris", "Rome"], openbookqa=["A", "A"], advbench=["Sure!"])
+    record = scores(tmp_path)
+    assert record["subsets"]["sd-qa"]["student text"][0] == 50 and "student text" not in record["subsets"]["commoneval"]
+    assert record["means"]["mean of what is scored"]["student text"][0] == 25
+    assert record["means"]["nine-task mean"]["missing"][:2] == ["alpacaeval_full", "commoneval"]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "not judged (--judge), in no mean: commoneval, sd-qa" in text and "qa_match" in text
+
+
+def test_forgetting_and_gap_of_answer_files(tmp_path):
+    for model, modality, texts in (("teacher-t", "text", ["A", "B", "C"]), ("student-s", "text", ["A", "B", "D"]),
+                                   ("student-s", "speech", ["A", "no", "no"])):
+        answered(tmp_path, model, modality, openbookqa=texts)
+    entry = scores(tmp_path)["subsets"]["openbookqa"]
+    assert entry["forgetting"][0] == pytest.approx(100 / 3) and entry["modality gap"][0] == pytest.approx(100 / 3)
+    assert entry["forgetting"][1] == 0 and entry["forgetting"][2] == 100
+
+
+def test_the_judge_is_asked_about_rows_without_replies(tmp_path, monkeypatch):
+    def judge_all(rows, cache_path, *, url, model, samples, key):
+        asked.extend(rows)
+        return [["yes" if "reference" in row else "5"] * samples for row in rows]
+
+    asked = []
+    monkeypatch.setattr(vb, "judge_all", judge_all)
+    monkeypatch.setenv("JUDGE_API_KEY", "secret-key")
+    answered(tmp_path, commoneval=["So.", ("So.", ["1"])], sd_qa_usa=["Rome"], openbookqa=["A"])
+    record = scores(tmp_path, "--judge", "http://localhost:1/v1", "--judge-model", "j", "--judge-samples", 2)
+    assert [row["response"] for row in asked] == ["So.", "Rome"]
+    assert record["subsets"]["commoneval"]["student text"][0] == pytest.approx(11 / 3)  # of three replies: 5, 5, 1
+    assert record["subsets"]["sd-qa"]["student text"][0] == 50
+    assert b"secret-key" not in b"".join(results(tmp_path / "out").values())
+
+
+def test_the_official_evaluators_give_a_second_column(tmp_path, monkeypatch, capsys):
+    for module in [name for name in sys.modules if name.split(".")[0] == "src"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "clone" / "src").mkdir(parents=True)
+    answered(tmp_path, **ALL)
+    with pytest.raises(RuntimeError, match="--official .* cannot import src.evaluator"):
+        scores(tmp_path, "--official", tmp_path / "clone")
+    (tmp_path / "clone" / "src" / "evaluator.py").write_text(
+        "import random\nclass E:\n    def __init__(self, result): self.result = result\n"
+        "    def evaluate(self, data):\n        print('noise'); data[0].clear(); return self.result\n"
+        "evaluator_mapping = {k: (lambda r=r: E(r)) for k, r in {'open': {'gpt': 3.0}, 'qa': {'panda': 40, 'gpt': 60},"
+        " 'mcq': {'acc': 30, 'fail': 1}, 'bbh': {'acc': 20}, 'ifeval': {'final': 0.1}, 'harm': {'refusal_rate': 0.9}}.items()}")
+    for module in [name for name in sys.modules if name.split(".")[0] == "src"]:
+        monkeypatch.delitem(sys.modules, module)
+    record = scores(tmp_path, "--official", tmp_path / "clone")
+    official = {name: entry["official"]["student text"] for name, entry in record["subsets"].items()}
+    assert official == pytest.approx({"alpacaeval_full": 3, "commoneval": 3, "wildvoice": 3, "sd-qa": 50, "mmsu": 30,
+                                      "openbookqa": 30, "bbh": 20, "ifeval": 10, "advbench": 90})
+    assert record["means"]["nine-task mean"]["official"]["student text"] == pytest.approx((180 + 230) / 9)
+    assert "noise" not in (printed := capsys.readouterr().out) and "official" in printed
+
+
+# ---- input ----
+
+def test_the_hub_is_read_without_decoding_by_its_library(options, data, tmp_path, monkeypatch):
+    class Data(list):
+        info = SimpleNamespace(download_checksums={f"hf://datasets/hlt-lab/voicebench@{'ab' * 20}/x.parquet": None})
+        cast_column = lambda self, name, kind: self if (name, kind) == ("audio", "raw") else None
+        select = lambda self, indices: Data(self[i] for i in indices)
+
+    def load_dataset(name, subset, split, revision):
+        asked.append((name, subset, split, revision))
+        rows = read(data / ("mmsu-law.jsonl" if subset == "mmsu" else f"{subset}-{split}.jsonl"))
+        return Data({**row, "audio": {"path": "x", "bytes": (data / row["audio"]).read_bytes()}} for row in rows)
+
+    asked, module = [], ModuleType("datasets")
+    module.load_dataset, module.Audio = load_dataset, lambda decode: "raw" if decode is False else None
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    more = ["--data", vb.HUB, "--subsets", "sd-qa", "mmsu", "--modality", "speech", "--teacher", "none", "--limit", 3]
+    assert run(options, tmp_path, *more) == 0 and run(options, tmp_path, *more) == 0  # the second finds all there
+    assert asked == [(vb.HUB, "sd-qa", "usa", None)] + [(vb.HUB, "mmsu", split, None) for split in vb.MMSU]
+    record = report(tmp_path)
+    assert record["data"]["sd-qa-usa.jsonl"]["commit"] == "ab" * 20 and len(record["data"]) == 13
+    assert {name: entry["rows"] for name, entry in record["subsets"].items()} == {"sd-qa": 3, "mmsu": 3}
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(RuntimeError, match="pip install datasets"):
+        run(options, tmp_path, *more)
+
+
+BAD = {"no such folder": (None, "no such folder"), "nothing in it": ({}, "no SUBSET-SPLIT.jsonl"),
+       "another name": ({"bhh-test": [question("bbh", 0)]}, "no SUBSET-SPLIT.jsonl"),
+       "no JSON": ({"bbh-test": "{oops\n"}, "bbh-test.jsonl:1: expected one JSON object a line"),
+       "a list": ({"bbh-test": "[1]\n"}, "bbh-test.jsonl:1: expected one JSON object a line"),
+       "no rows": ({"bbh-test": ""}, "no bbh-SPLIT.jsonl with rows"),
+       "no column": ({"bbh-test": [{"prompt": "?", "id": "navigate_1"}]}, "bbh-test.jsonl:1: no reference; bbh needs"),
+       "no task": ({"bbh-test": [{"prompt": "?", "id": "x", "reference": "yes"}]}, "names none of sports"),
+       "no letter": ({"mmsu-law": [{"prompt": "?", "reference": "E"}]}, "reference 'E' is none of"),
+       "no sound": ({"advbench-test": [{"prompt": "?", "audio": "a.wav"}]}, "audio is missing or not readable: .*a.wav"),
+       "no audio": ({"advbench-test": [{"prompt": "?"}]}, "audio is missing or not readable"),
+       "no answers": ({"student-x-advbench-test-text": [{"prompt": "?"}]}, "no response; advbench needs"),
+       "other name": ({"student-advbench": []}, "expected a file named MODEL-SUBSET-SPLIT-MODALITY.jsonl"),
+       "twice": ({"a-advbench-test-text": [], "b-advbench-test-text": []}, "a second file of advbench-test"),
+       "other questions": ({"teacher-a-advbench-test-text": [{"prompt": "?", "response": ""}],
+                            "b-advbench-test-text": [{"prompt": "!", "response": ""}]}, "answer different questions")}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_before_a_model_is_loaded(tmp_path, case):
+    files, message = BAD[case]
+    for name, content in (files or {}).items():
+        path = write(tmp_path / "data" / f"{name}.jsonl", [] if isinstance(content, str) else content)
+        path.write_text(content if isinstance(content, str) else path.read_text())
+    if files == {}:
+        (tmp_path / "data").mkdir()
+    given = ["--score-only", *map(str, (tmp_path / "data").glob("*"))]
+    if not any(name.endswith("text") or name == "student-advbench" for name in files or {}):
+        given = ["--data", str(tmp_path / "data"), "--student", "no/model", "--teacher", "no/model"]
+    with pytest.raises(ValueError, match=message) as error:
+        vb.main(vb.get_args([*given, "--out", str(tmp_path / "out"), "--device", "cpu"]))
+    assert "\n" not in str(error.value)
+
+
+def test_bad_options_are_refused(tmp_path, capsys):
+    for given, message in ((["--student", "a", "--subsets", "mtbench"], "invalid choice: 'mtbench'"), ([], "give either"),
+                           (["--student", "a", "--judge", "http://x"], "--judge needs --judge-model"),
+                           (["--student", "a", "--limit", "-1"], "--limit")):
+        with pytest.raises(SystemExit) as ended:
+            vb.get_args([*given, "--out", str(tmp_path)])
+        assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_script_ends_with_one_line_and_code_2(tmp_path):
+    command = [sys.executable, vb.__file__, "--student", "no/model", "--data", tmp_path / "no", "--out", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2 and not result.stdout
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("eval_voicebench.py: ")
