@@ -182,7 +182,8 @@ def feature_cache(args, student, rows, rank, world, dtype):
         folder = Path(args.feature_cache or Path(audio).parent.parent / ".features") / encoder
         return folder / (hashlib.sha1(f"{audio} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest() + ".npy")
 
-    clips = sorted({row["audio"] for row in rows if row.get("audio")}, key=lambda a: (os.path.getsize(a), a))
+    seconds = {row["audio"]: row.get("seconds", 0) for row in rows if row.get("audio")}
+    clips = sorted(seconds, key=lambda clip: (seconds[clip], clip))  # like lengths: little padding
     todo = [clip for clip in clips[rank::world] if not path_of(clip).exists()]
 
     def load(batch):

@@ -318,3 +318,31 @@ def test_whisper_hears_what_espeak_says(real):
 
 def test_the_default_llm_knows_paris(real_student):
     assert "Paris" in real_student.generate([{"prompt": ENGLISH}], 30)[0]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_decode_attention_equals_sdpa_where_heads_share_keys(masked):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 6, 1, 8), torch.randn(3, 2, 7, 8), torch.randn(3, 2, 7, 8)
+    mask = torch.rand(3, 1, 1, 7) < 0.6
+    mask[..., -1] = True
+    module = SimpleNamespace(num_key_value_groups=3)
+    arguments = module, query, key, value, mask if masked else None
+    ours, expected = (f(*arguments, scaling=0.3)[0] for f in (m.decode_attention, m.sdpa_attention_forward))
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_generate_gives_back_the_models_own_attention_also_after_an_error(tiny):
+    llm, tokenizer = m.load_llm(str(tiny.llm))
+    prompt, used = torch.randn(4, llm.config.hidden_size), []
+
+    def spy(*args, **options):
+        used.append(llm.config._attn_implementation)
+        raise RuntimeError("stop here")
+
+    llm.forward, forward = spy, llm.forward
+    with pytest.raises(RuntimeError, match="stop here"):
+        m.generate(llm, [prompt], max_new_tokens=2, eos_ids=[0])
+    llm.forward = forward
+    m.generate(llm, [prompt], max_new_tokens=2, eos_ids=[0])
+    assert used == ["decode"] and llm.config._attn_implementation == "sdpa"
