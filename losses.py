@@ -1,9 +1,10 @@
 """
 Every loss of cross-modal knowledge distillation, as plain functions: tensors in, a float32 sum out.
 
-Copy one function, or the file: it imports torch only. All losses take rows, one for each supervised token, and return
-SUMS; divide once, in the training loop, by the number of tokens over all GPUs and micro-batches. Student comes before
-teacher, and everything is passed by keyword. `fused_ce_kd` is the one place through which train_kd.py calls the others.
+Copy one function, or the file: it imports torch only. All losses take rows, one for each supervised
+token, and return SUMS; divide once, in the training loop, by the number of tokens over all GPUs and
+micro-batches. Student comes before teacher, and everything is passed by keyword. `fused_ce_kd` is
+the one place through which train_kd.py calls the others.
 """
 import functools
 import importlib.util
@@ -27,7 +28,8 @@ def response_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: if the two disagree on (B, T).
     """
     if logits.shape[:2] != labels.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} disagree on (B, T)")
+        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} "
+                         "disagree on (B, T)")
     targets = labels[:, 1:]            # position t is predicted from t-1
     keep = targets != IGNORE_INDEX     # (B, T-1), 1 = the loss sees it
     return logits[:, :-1][keep], targets[keep]
@@ -45,13 +47,16 @@ def cross_entropy(*, student_logits: Tensor, targets: Tensor) -> Tensor:
         ValueError: if the lengths differ.
     """
     if student_logits.shape[:1] != targets.shape:
-        raise ValueError(f"student rows {tuple(student_logits.shape)} and targets {tuple(targets.shape)} disagree on N")
+        raise ValueError(f"student rows {tuple(student_logits.shape)} "
+                         f"and targets {tuple(targets.shape)} disagree on N")
     return F.cross_entropy(student_logits.float(), targets, reduction="sum")
 
 
-def _log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _log_probs(student_logits: Tensor, teacher_logits: Tensor,
+               temperature: float) -> tuple[Tensor, Tensor]:
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"student rows {tuple(student_logits.shape)} != teacher rows {tuple(teacher_logits.shape)}")
+        raise ValueError(f"student rows {tuple(student_logits.shape)} "
+                         f"!= teacher rows {tuple(teacher_logits.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, expected > 0")
     return (F.log_softmax(student_logits.float() / temperature, dim=-1),
@@ -66,24 +71,28 @@ def _mixture(log_student: Tensor, log_teacher: Tensor, beta: float) -> Tensor:
     return torch.logaddexp(log_teacher + log_beta[0], log_student + log_beta[1])
 
 
-def forward_kl(*, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def forward_kl(*, student_logits: Tensor, teacher_logits: Tensor,
+               temperature: float = 1.0) -> Tensor:
     """Sum over rows of KL(teacher || student), times T^2. Mode-covering; the method's loss.
 
     Args:
         student_logits: (N, V) float, any dtype; one row per supervised token. Gradient flows.
         teacher_logits: (N, V) float, same V and token order. Compute it under no_grad.
-        temperature: T > 0 divides both logits. T^2 keeps the size of the gradient comparable across T.
+        temperature: T > 0 divides both logits. T^2 keeps the size of the gradient
+            comparable across T.
     Returns:
         () float32, in nats x tokens; exactly 0 for N = 0.
     Raises:
-        ValueError: if the shapes differ, or T is not positive. Logits must be finite: 0 * inf is NaN.
+        ValueError: if the shapes differ, or T is not positive.
+            Logits must be finite: 0 * inf is NaN.
     Source: Hinton et al. 2015 (arXiv:1503.02531), section 2.
     """
     log_student, log_teacher = _log_probs(student_logits, teacher_logits, temperature)
     return (log_teacher.exp() * (log_teacher - log_student)).sum() * temperature**2
 
 
-def reverse_kl(*, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def reverse_kl(*, student_logits: Tensor, teacher_logits: Tensor,
+               temperature: float = 1.0) -> Tensor:
     """Sum over rows of KL(student || teacher), times T^2. Mode-seeking. Arguments as in forward_kl.
 
     Source: Gu et al. 2023, MiniLLM (arXiv:2306.08543), section 2.
@@ -92,7 +101,8 @@ def reverse_kl(*, student_logits: Tensor, teacher_logits: Tensor, temperature: f
     return (log_student.exp() * (log_student - log_teacher)).sum() * temperature**2
 
 
-def jsd(*, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, beta: float = 0.5) -> Tensor:
+def jsd(*, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0,
+        beta: float = 0.5) -> Tensor:
     """Sum over rows of beta * KL(teacher || m) + (1 - beta) * KL(student || m), times T^2.
 
     m = beta * teacher + (1 - beta) * student with 0 < beta < 1; other arguments as in forward_kl.
@@ -106,10 +116,13 @@ def jsd(*, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 
     return (beta * teacher_term + (1 - beta) * student_term) * temperature**2
 
 
-def skew_kl(*, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, beta: float = 0.1) -> Tensor:
-    """Sum over rows of KL(teacher || beta * teacher + (1 - beta) * student), times T^2; 0 < beta < 1.
+def skew_kl(*, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0,
+            beta: float = 0.1) -> Tensor:
+    """Sum over rows of KL(teacher || beta * teacher + (1 - beta) * student), times T^2;
+    0 < beta < 1.
 
-    Bounded gradients where the student gives a teacher token almost no probability. Arguments as in forward_kl.
+    Bounded gradients where the student gives a teacher token almost no probability.
+    Arguments as in forward_kl.
 
     Source: Ko et al. 2024, DistiLLM (arXiv:2402.03898), equation 3.
     """
@@ -133,10 +146,12 @@ def ctc(*, student_logits: Tensor, lengths: Tensor, targets: list[list[int]]) ->
     flat = torch.tensor([c for clip in targets for c in clip], dtype=torch.long)
     low, high = (int(flat.min()), int(flat.max())) if len(flat) else (1, 1)
     if len(targets) != len(student_logits) or not 0 < low <= high < student_logits.shape[2]:
-        raise ValueError(f"logits {tuple(student_logits.shape)} and targets of {len(targets)} clips with classes {low} to "
-                         f"{high} disagree; expected one list a clip and 0 < class < C")
+        raise ValueError(f"logits {tuple(student_logits.shape)} and targets of {len(targets)} "
+                         f"clips with classes {low} to {high} disagree; expected one list a clip "
+                         "and 0 < class < C")
     log_probs = F.log_softmax(student_logits.float(), dim=-1).transpose(0, 1)        # (A, B, C)
-    target_lengths = torch.tensor([len(clip) for clip in targets], dtype=torch.long, device=student_logits.device)
+    target_lengths = torch.tensor([len(clip) for clip in targets], dtype=torch.long,
+                                  device=student_logits.device)
     flat = flat.to(student_logits.device)
     return F.ctc_loss(log_probs, flat, lengths, target_lengths, reduction="sum", zero_infinity=True)
 
@@ -150,12 +165,14 @@ HALF_HEAD_TILE = 8192  # tokens of a half-precision head that are upcast togethe
 
 def _tiles(head):
     on_cpu = head.device.type == "cpu"
-    step = HALF_HEAD_TILE if on_cpu and head.dtype in (torch.bfloat16, torch.float16) else max(1, len(head))
+    step = (HALF_HEAD_TILE if on_cpu and head.dtype in (torch.bfloat16, torch.float16)
+            else max(1, len(head)))
     return [slice(i, i + step) for i in range(0, len(head), step)]
 
 
 def _addmm(out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
-    """out = beta * out + a @ b in out's float32 or float64: half-precision factors, no half-precision result."""
+    """out = beta * out + a @ b in out's float32 or float64:
+    half-precision factors, no half-precision result."""
     if b.is_cuda and b.dtype in (torch.bfloat16, torch.float16):
         product = torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
         out.add_(product) if beta else out.copy_(product)
@@ -163,12 +180,15 @@ def _addmm(out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
         out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
 
 
-def _ce_kd_rows(student_logits, teacher_logits, targets, row_weights, kind, temperature, beta, ce_weight, kd_weight):
-    """Logits (n, V) -> sums (2,) of CE and KD, and the gradient (n, V) of ce_weight * CE + kd_weight * KD."""
+def _ce_kd_rows(student_logits, teacher_logits, targets, row_weights, kind, temperature, beta,
+                ce_weight, kd_weight):
+    """Logits (n, V) -> sums (2,) of CE and KD,
+    and the gradient (n, V) of ce_weight * CE + kd_weight * KD."""
     log_student = (student_logits / temperature).log_softmax(-1)
     log_teacher = (teacher_logits / temperature).log_softmax(-1)
     student, teacher = log_student.exp(), log_teacher.exp()
-    # Beside each KL(a || b) stands sum(b - a) = 0: with it, rounded normalisers have no first-order effect.
+    # Beside each KL(a || b) stands sum(b - a) = 0:
+    # with it, rounded normalisers have no first-order effect.
     if kind == "forward_kl":
         gradient = student - teacher
         kd = (teacher * (log_teacher - log_student)).sum(-1) + gradient.sum(-1)
@@ -183,7 +203,8 @@ def _ce_kd_rows(student_logits, teacher_logits, targets, row_weights, kind, temp
             slope = (beta - 1) * (log_teacher - log_mixture).exp()
             if kind == "jsd":
                 slope = (1 - beta) * (log_student - log_mixture)
-                kd = beta * kd + (student * slope).sum(-1) + (1 - beta) * (mixture - student).sum(-1)
+                kd = (beta * kd + (student * slope).sum(-1)
+                      + (1 - beta) * (mixture - student).sum(-1))
         gradient = student * (slope - (student * slope).sum(-1, keepdim=True))
     gradient *= (kd_weight * temperature * row_weights)[:, None]
     log_probs = log_student if temperature == 1 else student_logits.log_softmax(-1)
@@ -204,20 +225,25 @@ def _point_wise(device_type):
 class _FusedCeKd(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, student_hidden, student_weight, teacher_hidden, teacher_weight, targets, row_weights,
-                needs_grad, chunk_rows, scales, *options):
+    def forward(ctx, student_hidden, student_weight, teacher_hidden, teacher_weight, targets,
+                row_weights, needs_grad, chunk_rows, scales, *options):
         needs_hidden, needs_weight = (needs_grad and needed for needed in ctx.needs_input_grad[:2])
-        dtype, device = torch.promote_types(student_hidden.dtype, torch.float32), student_hidden.device
+        dtype, device = (torch.promote_types(student_hidden.dtype, torch.float32),
+                         student_hidden.device)
         vocab, row_weights = min(len(student_weight), len(teacher_weight)), row_weights.to(dtype)
-        hiddens, heads = (student_hidden, teacher_hidden), (student_weight[:vocab], teacher_weight[:vocab])
-        buffers = [torch.empty(min(chunk_rows, len(targets)), vocab, dtype=dtype, device=device) for _ in heads]
+        hiddens, heads = ((student_hidden, teacher_hidden),
+                          (student_weight[:vocab], teacher_weight[:vocab]))
+        buffers = [torch.empty(min(chunk_rows, len(targets)), vocab, dtype=dtype, device=device)
+                   for _ in heads]
         block_rows = CPU_BLOCK_ROWS if device.type == "cpu" else chunk_rows
-        sums = torch.zeros(2, dtype=torch.float64, device=device)                             # CE, KD
-        grad_hidden = torch.zeros(student_hidden.shape, dtype=dtype, device=device) if needs_hidden else None
-        grad_weight = torch.zeros(student_weight.shape, dtype=dtype, device=device) if needs_weight else None
+        sums = torch.zeros(2, dtype=torch.float64, device=device)                     # CE, KD
+        grad_hidden = (torch.zeros(student_hidden.shape, dtype=dtype, device=device)
+                       if needs_hidden else None)
+        grad_weight = (torch.zeros(student_weight.shape, dtype=dtype, device=device)
+                       if needs_weight else None)
         for start in range(0, len(targets), chunk_rows):
             stop = min(start + chunk_rows, len(targets))
-            logits = [buffer[:stop - start] for buffer in buffers]                            # 2 x (n, V)
+            logits = [buffer[:stop - start] for buffer in buffers]                    # 2 x (n, V)
             for hidden, head, scale, out in zip(hiddens, heads, scales, logits):
                 for tile in _tiles(head):
                     _addmm(out[:, tile], hidden[start:stop], head[tile].T, beta=0)
@@ -226,15 +252,15 @@ class _FusedCeKd(torch.autograd.Function):
             for first in range(start, stop, block_rows):
                 block = slice(first, min(first + block_rows, stop))
                 rows = slice(first - start, block.stop - start)
-                values, gradient = _point_wise(device.type)(logits[0][rows], logits[1][rows], targets[block],
-                                                            row_weights[block], *options)
-                logits[0][rows] = gradient                                                    # takes the logits' place
+                values, gradient = _point_wise(device.type)(
+                    logits[0][rows], logits[1][rows], targets[block], row_weights[block], *options)
+                logits[0][rows] = gradient                        # takes the logits' place
                 sums += values
             gradient = logits[0] if scales[0] == 1 else logits[0].mul_(scales[0])
             for tile in _tiles(heads[0]) if needs_hidden else []:
-                _addmm(grad_hidden[start:stop], gradient[:, tile], heads[0][tile])            # (n, H)
+                _addmm(grad_hidden[start:stop], gradient[:, tile], heads[0][tile])    # (n, H)
             if needs_weight:
-                _addmm(grad_weight[:vocab], gradient.T, student_hidden[start:stop])           # (V, H)
+                _addmm(grad_weight[:vocab], gradient.T, student_hidden[start:stop])   # (V, H)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ce_sum, kd_sum = sums.to(dtype).unbind()
         ctx.mark_non_differentiable(ce_sum, kd_sum)
@@ -247,12 +273,14 @@ class _FusedCeKd(torch.autograd.Function):
         return *grads, *[None] * 12
 
 
-def fused_ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-                targets: Tensor, kind: str = "forward_kl", temperature: float = 2.0, beta: float = 0.5,
-                ce_weight: float = 1.0, kd_weight: float = 0.5, row_weights: Tensor | None = None,
+def fused_ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor,
+                teacher_weight: Tensor, targets: Tensor, kind: str = "forward_kl",
+                temperature: float = 2.0, beta: float = 0.5, ce_weight: float = 1.0,
+                kd_weight: float = 0.5, row_weights: Tensor | None = None,
                 chunk_rows: int = 256, student_logit_scale: float = 1.0,
                 teacher_logit_scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Output heads, losses and their gradient together, a chunk of rows at a time: no (N, V) tensor ever exists.
+    """Output heads, losses and their gradient together, a chunk of rows at a time:
+    no (N, V) tensor ever exists.
 
     Args:
         student_hidden: (N, H) answer rows of the student before its output head. Gradient flows.
@@ -264,24 +292,33 @@ def fused_ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidde
         chunk_rows: rows whose two (rows, V) float32 logits exist at the same time.
         student_logit_scale, teacher_logit_scale: logits = scale * hidden @ weight.T.
     Returns:
-        loss = ce_weight * ce_sum + kd_weight * kd_sum, which alone carries a gradient (once: no second derivative), and
-        ce_sum and kd_sum for the log (row weights and T^2 included); () float32. Logits are float32, also of half-precision
-        inputs and under autocast. Both vocabularies are cut to the smaller one, since models pad them differently.
+        loss = ce_weight * ce_sum + kd_weight * kd_sum, which alone carries a gradient (once: no
+        second derivative), and ce_sum and kd_sum for the log (row weights and T^2 included);
+        () float32. Logits are float32, also of half-precision inputs and under autocast. Both
+        vocabularies are cut to the smaller one, since models pad them differently.
     Raises:
-        ValueError: if a target is negative or beyond the common vocabulary (on a GPU, where looking would wait for it:
-            CUDA's own assertion), if the numbers of rows differ, or an option is out of range.
+        ValueError: if a target is negative or beyond the common vocabulary (on a GPU, where looking
+            would wait for it: CUDA's own assertion), if the numbers of rows differ, or an option
+            is out of range.
     """
     if not len(student_hidden) == len(teacher_hidden) == len(targets):
-        raise ValueError(f"rows differ: student {len(student_hidden)}, teacher {len(teacher_hidden)}, "
-                         f"targets {len(targets)}; same answer ids on both sides?")
+        raise ValueError(f"rows differ: student {len(student_hidden)}, "
+                         f"teacher {len(teacher_hidden)}, targets {len(targets)}; "
+                         "same answer ids on both sides?")
     if kind not in DIVERGENCES or not temperature > 0 or chunk_rows < 1 or not 0 < beta < 1:
-        raise ValueError(f"kind {kind!r}, temperature {temperature}, beta {beta}, chunk_rows {chunk_rows}; expected one of "
-                         f"{', '.join(DIVERGENCES)}, temperature > 0, 0 < beta < 1, chunk_rows >= 1")
+        raise ValueError(f"kind {kind!r}, temperature {temperature}, beta {beta}, "
+                         f"chunk_rows {chunk_rows}; expected one of {', '.join(DIVERGENCES)}, "
+                         "temperature > 0, 0 < beta < 1, chunk_rows >= 1")
     vocab = min(len(student_weight), len(teacher_weight))
-    if targets.device.type == "cpu" and len(targets) and not 0 <= targets.min() <= targets.max() < vocab:
-        raise ValueError(f"targets {targets.min()} to {targets.max()} lie beyond the common vocabulary of {vocab} tokens")
-    row_weights = torch.ones(len(targets), device=targets.device) if row_weights is None else row_weights
+    if (targets.device.type == "cpu" and len(targets)
+            and not 0 <= targets.min() <= targets.max() < vocab):
+        raise ValueError(f"targets {targets.min()} to {targets.max()} lie beyond "
+                         f"the common vocabulary of {vocab} tokens")
+    row_weights = (torch.ones(len(targets), device=targets.device)
+                   if row_weights is None else row_weights)
     with torch.autocast(student_hidden.device.type, enabled=False):
-        return _FusedCeKd.apply(student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(), targets,
-                                row_weights.detach(), torch.is_grad_enabled(), chunk_rows,
-                                (student_logit_scale, teacher_logit_scale), kind, temperature, beta, ce_weight, kd_weight)
+        return _FusedCeKd.apply(
+            student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(),
+            targets, row_weights.detach(), torch.is_grad_enabled(), chunk_rows,
+            (student_logit_scale, teacher_logit_scale),
+            kind, temperature, beta, ce_weight, kd_weight)

@@ -1,11 +1,14 @@
 """
-The student: speech encoder -> adapter -> text LLM; how its inputs are made, how it is loaded, saved and asked.
+The student: speech encoder -> adapter -> text LLM;
+how its inputs are made, how it is loaded, saved and asked.
 
-  waveform (S,) -> log-mel (F, M) -> encoder (50 Hz) -> adapter (12.5 Hz) -> a few embeddings -> chat template -> LLM
+  waveform (S,) -> log-mel (F, M) -> encoder (50 Hz) -> adapter (12.5 Hz)
+                -> a few embeddings -> chat template -> LLM
 
-The adapter hears with CTC. Its classes are the short tokens of the LLM's own tokenizer, so it *spells*: what is spelled is
-tokenised again, and each token of it enters the LLM as its own embedding plus a learned correction from the sound.
-Where no word is heard, the sound itself gives an embedding a second. Nothing here parses arguments or prints.
+The adapter hears with CTC. Its classes are the short tokens of the LLM's own tokenizer, so it
+*spells*: what is spelled is tokenised again, and each token of it enters the LLM as its own
+embedding plus a learned correction from the sound. Where no word is heard, the sound itself gives
+an embedding a second. Nothing here parses arguments or prints.
 """
 import json
 import os
@@ -18,8 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache,
-                          PretrainedConfig, PreTrainedModel, StaticCache, WhisperFeatureExtractor)
+from transformers import (AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM,
+                          AutoTokenizer, DynamicCache, PretrainedConfig, PreTrainedModel,
+                          StaticCache, WhisperFeatureExtractor)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -29,9 +33,10 @@ SAMPLE_RATE = 16_000
 MEL_RATE_HZ = 100                  # log-mel frames a second: hop of 160 samples
 FEATURE_RATE_HZ = 50               # encoder positions a second: its second convolution has stride 2
 STACK = 4                          # encoder positions that become one adapter frame: 12.5 Hz
-WINDOW_FRAMES = 30 * MEL_RATE_HZ   # the encoder was trained on 30 s; longer clips are encoded window by window
-AUDIO_MARK = "<|audio|>"           # stands for the speech while the chat template is rendered; never tokenised
-BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # byte-level BPE: one character is one byte
+WINDOW_FRAMES = 30 * MEL_RATE_HZ   # encoder was trained on 30 s; longer clips go window by window
+AUDIO_MARK = "<|audio|>"           # stands for the speech in the rendered template; never tokenised
+# byte-level BPE: one character is one byte
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 DEFAULT_LLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_STUDENT = f"openai/whisper-base+{DEFAULT_LLM}"
 
@@ -39,9 +44,11 @@ DEFAULT_STUDENT = f"openai/whisper-base+{DEFAULT_LLM}"
 # ---- names, audio, text ----
 
 def resolve(name, revision=None):
-    """A model's name -> a local folder: the folder itself, models/NAME, the hub's cache, the hub, in this order.
+    """A model's name -> a local folder: the folder itself, models/NAME, the hub's cache,
+    the hub, in this order.
 
-    Raises: RuntimeError within seconds when the name is in none of them and the hub cannot be reached.
+    Raises: RuntimeError within seconds when the name is in none of them and the hub
+        cannot be reached.
     """
     for folder in (Path(name), Path("models") / name, Path(__file__).parent / "models" / name):
         if (folder / "config.json").is_file():
@@ -49,9 +56,11 @@ def resolve(name, revision=None):
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
-    hint = f"{name!r} is no local folder with a config.json, is not under models/ and not in the hub's cache"
+    hint = (f"{name!r} is no local folder with a config.json, is not under models/ "
+            "and not in the hub's cache")
     try:
-        return snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=patterns)
+        return snapshot_download(name, revision=revision, local_files_only=True,
+                                 allow_patterns=patterns)
     except HFValidationError as error:
         raise RuntimeError(f"{hint}, and is no hub id (ORG/NAME)") from error
     except LocalEntryNotFoundError:
@@ -60,8 +69,9 @@ def resolve(name, revision=None):
     try:  # transformers would retry for half a minute
         socket.create_connection((url.hostname, url.port or 443), timeout=5).close()
     except OSError as error:
-        raise RuntimeError(f"{hint}, and the model hub ({url.hostname}) cannot be reached; the default models are made "
-                           "without it by: python tools/offline_models.py") from error
+        raise RuntimeError(f"{hint}, and the model hub ({url.hostname}) cannot be reached; "
+                           "the default models are made without it by: "
+                           "python tools/offline_models.py") from error
     try:
         return snapshot_download(name, revision=revision, allow_patterns=patterns)
     except HfHubHTTPError as error:
@@ -73,12 +83,14 @@ def load_llm(name, dtype=torch.float32, revision=None):
     folder = resolve(name, revision)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.chat_template:
-        raise RuntimeError(f"{name}: its tokenizer has no chat template; use an instruction-tuned model")
+        raise RuntimeError(f"{name}: its tokenizer has no chat template; "
+                           "use an instruction-tuned model")
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), tokenizer
 
 
 def load_audio(path):
-    """Audio file -> waveform (S,) float32 at 16 kHz, mono. Raises ValueError if it is no usable audio."""
+    """Audio file -> waveform (S,) float32 at 16 kHz, mono.
+    Raises ValueError if it is no usable audio."""
     import soundfile
     try:
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
@@ -86,7 +98,8 @@ def load_audio(path):
         raise ValueError(f"{path}: not a readable audio file ({error})") from error
     waveform = torch.from_numpy(samples).mean(dim=1)
     if len(waveform) < rate // 50 or not torch.isfinite(waveform).all():
-        raise ValueError(f"{path}: {len(waveform)} samples at {rate} Hz, expected at least 20 ms of finite samples")
+        raise ValueError(f"{path}: {len(waveform)} samples at {rate} Hz, "
+                         "expected at least 20 ms of finite samples")
     if rate != SAMPLE_RATE:
         from torchaudio.functional import resample
         waveform = resample(waveform, rate, SAMPLE_RATE)
@@ -94,7 +107,8 @@ def load_audio(path):
 
 
 def edit_distance(a, b):
-    """Levenshtein distance between two sequences; over word lists it is the numerator of the word error rate."""
+    """Levenshtein distance between two sequences;
+    over word lists it is the numerator of the word error rate."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         last, row[0] = row[0], i
@@ -104,22 +118,26 @@ def edit_distance(a, b):
 
 
 def chat_parts(tokenizer, system=None, instruction=None):
-    """Token ids of the chat template before and after what the user says. prompt_ids = before + said + after.
+    """Token ids of the chat template before and after what the user says.
 
-    Text and speech share both parts, so the two channels differ in nothing but what stands between them.
+    prompt_ids = before + said + after. Text and speech share both parts, so the two channels differ
+    in nothing but what stands between them.
     """
     said = f"{instruction}\n\n{AUDIO_MARK}" if instruction else AUDIO_MARK
     messages = [{"role": "system", "content": system}] if system else []
-    text = tokenizer.apply_chat_template(messages + [{"role": "user", "content": said}], tokenize=False,
-                                         add_generation_prompt=True, enable_thinking=False)
+    text = tokenizer.apply_chat_template(
+        messages + [{"role": "user", "content": said}], tokenize=False,
+        add_generation_prompt=True, enable_thinking=False)
     if text.count(AUDIO_MARK) != 1:
-        raise ValueError(f"{AUDIO_MARK} stands in a system message or instruction, or the template repeats the question")
+        raise ValueError(f"{AUDIO_MARK} stands in a system message or instruction, "
+                         "or the template repeats the question")
     before, after = text.split(AUDIO_MARK)
     return [tokenizer(part, add_special_tokens=False).input_ids for part in (before, after)]
 
 
 def end_token(tokenizer):
-    """Id of the token that ends a turn: the template's own, which need not be the tokenizer's eos."""
+    """Id of the token that ends a turn:
+    the template's own, which need not be the tokenizer's eos."""
     mark = "\N{SNOWMAN}"
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
     after = tokenizer.apply_chat_template(chat, tokenize=False).rsplit(mark, 1)[1]
@@ -130,10 +148,13 @@ def end_token(tokenizer):
 # ---- generation ----
 
 def decode_attention(module, query, key, value, attention_mask, scaling=None, **options):
-    """sdpa; for one new token a row (B, h, 1, D), plain matrix products, which a CPU does several times as fast."""
+    """sdpa; for one new token a row (B, h, 1, D), plain matrix products,
+    which a CPU does several times as fast."""
     if query.shape[2] > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    grouped = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0] * (scaling or query.shape[-1] ** -0.5)  # (B, k, h/k, D)
+        return sdpa_attention_forward(module, query, key, value, attention_mask,
+                                      scaling=scaling, **options)
+    grouped = (query.unflatten(1, (key.shape[1], -1))[:, :, :, 0]
+               * (scaling or query.shape[-1] ** -0.5))                            # (B, k, h/k, D)
     scores = (grouped @ key.transpose(2, 3)).float()                              # (B, k, h/k, T)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, -torch.inf)
@@ -158,31 +179,37 @@ def generate(llm, prompts, **options):
 
 
 def decode(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, generator=None):
-    """Batched decoding: the prefix that all prompts share is read once, finished rows leave the batch.
+    """Batched decoding: the prefix that all prompts share is read once,
+    finished rows leave the batch.
 
     Args:
         llm: causal LM of transformers.
         prompts: list of (T_i, H) prompt embeddings on the LLM's device, of any lengths.
         max_new_tokens: at most so many new tokens a row.
         eos_ids: ids that end a row; the ending id is kept in the result.
-        temperature: 0 = greedy, else the softmax temperature among the top_k tokens; draws from `generator`.
+        temperature: 0 = greedy, else the softmax temperature among the top_k tokens;
+            draws from `generator`.
     Returns:
-        list of token id lists; a row that was cut at max_new_tokens does not end in an id of eos_ids.
+        list of token id lists; a row that was cut at max_new_tokens does not
+        end in an id of eos_ids.
     """
     batch, device, shortest = len(prompts), prompts[0].device, min(len(p) for p in prompts)
-    cache_config = dict(config=llm.config, max_cache_len=max(len(p) for p in prompts) + max_new_tokens)
+    cache_config = dict(config=llm.config,
+                        max_cache_len=max(len(p) for p in prompts) + max_new_tokens)
     cache, shared = StaticCache(**cache_config), 0
-    plain = not any(layer.is_sliding for layer in cache.layers)  # only plain layers can be copied as below
+    plain = not any(layer.is_sliding for layer in cache.layers)  # only these can be copied below
     if plain and batch > 1:
-        heads = torch.stack([p[:shortest - 1] for p in prompts])                  # (B, T_min - 1, H)
+        heads = torch.stack([p[:shortest - 1] for p in prompts])                  # (B, T_min-1, H)
         shared = int((heads == heads[:1]).all(-1).all(0).int().cumprod(0).sum())
     if shared:
         prefix = DynamicCache(config=llm.config)
         llm(inputs_embeds=prompts[0][None, :shared], past_key_values=prefix, logits_to_keep=1)
         for i, layer in enumerate(prefix.layers):
-            cache.update(layer.keys.expand(batch, -1, -1, -1), layer.values.expand(batch, -1, -1, -1), i)
+            cache.update(layer.keys.expand(batch, -1, -1, -1),
+                         layer.values.expand(batch, -1, -1, -1), i)
     width = max(len(p) for p in prompts)
-    embeds = prompts[0].new_zeros(batch, width - shared, prompts[0].shape[1])     # (B, T, H), padded on the left
+    # (B, T, H), padded on the left
+    embeds = prompts[0].new_zeros(batch, width - shared, prompts[0].shape[1])
     mask = torch.zeros(batch, width + max_new_tokens, dtype=torch.long, device=device)  # 1 = attend
     mask[:, :shared] = 1
     for b, prompt in enumerate(prompts):
@@ -190,14 +217,17 @@ def decode(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, 
         mask[b, shared + width - len(prompt):width] = 1
     positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)                      # (B, T)
     inputs = dict(inputs_embeds=embeds, position_ids=positions[:, shared:])
-    positions, alive, eos = positions[:, -1:], list(range(batch)), torch.tensor(eos_ids, device=device)
+    positions, alive, eos = (positions[:, -1:], list(range(batch)),
+                             torch.tensor(eos_ids, device=device))
     rows = [[] for _ in range(batch)]
     done = torch.zeros(batch, dtype=torch.bool, device=device)
     for length in range(width, width + max_new_tokens):
-        logits = llm(**inputs, attention_mask=mask[:, :length], past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        logits = llm(**inputs, attention_mask=mask[:, :length], past_key_values=cache,
+                     logits_to_keep=1).logits[:, -1]
         if temperature:
             values, candidates = logits.topk(min(top_k, logits.shape[-1]))        # (B, K)
-            drawn = torch.multinomial((values.float() / temperature).softmax(-1), 1, generator=generator)
+            drawn = torch.multinomial((values.float() / temperature).softmax(-1), 1,
+                                      generator=generator)
             tokens = candidates.gather(1, drawn)[:, 0]
         else:
             tokens = logits.argmax(-1)
@@ -222,16 +252,19 @@ def decode(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, 
 # ---- the adapter ----
 
 def short_tokenizer(tokenizer, num_merges):
-    """The LLM's BPE stopped after `num_merges` merges: every token it gives is a short token of the same vocabulary.
+    """The LLM's BPE stopped after `num_merges` merges:
+    every token it gives is a short token of the same vocabulary.
 
-    Returns (tokenizers.Tokenizer, sorted ids that it can give). Few, short classes are each heard often, so that
-    words which were never heard can still be spelled. A tokenizer without merges is used as it is.
+    Returns (tokenizers.Tokenizer, sorted ids that it can give). Few, short classes are each heard
+    often, so that words which were never heard can still be spelled. A tokenizer without merges is
+    used as it is.
     """
     from tokenizers import Tokenizer
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     vocab = spec["model"]["vocab"]
     if spec["model"]["type"] != "BPE" or "\u0120" not in vocab:  # the space of byte-level BPE
-        raise ValueError(f"the LLM's tokenizer is {spec['model']['type']} of another kind, expected byte-level BPE")
+        raise ValueError(f"the LLM's tokenizer is {spec['model']['type']} of another kind, "
+                         "expected byte-level BPE")
     merges = spec["model"]["merges"] = spec["model"]["merges"][:num_merges]
     spec["model"]["ignore_merges"] = False
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
@@ -255,9 +288,10 @@ class Block(nn.Module):
 
     def forward(self, x, mask):
         """x (B, A, D), mask (B, A) 1 = real frame -> (B, A, D)."""
-        y = (self.norm1(x) * mask[..., None]).transpose(1, 2)                     # (B, D, A); padding is silence
+        y = (self.norm1(x) * mask[..., None]).transpose(1, 2)        # (B, D, A); padding is silence
         x = x + self.mix(F.gelu(self.conv(y).transpose(1, 2)))                    # (B, A, D)
-        q, k, v = self.qkv(self.norm2(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, h, A, D/h)
+        # each (B, h, A, D/h)
+        q, k, v = self.qkv(self.norm2(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :].bool())
         x = x + self.out(y.transpose(1, 2).flatten(2))                            # (B, A, D)
         return x + self.down(F.gelu(self.up(self.norm3(x))))                      # (B, A, D)
@@ -271,12 +305,13 @@ def encode(encoder, mel, mel_lengths):
     Returns:
         features (B, ceil(F/2), D), zero at padding; lengths (B,) = ceil(mel_lengths / 2).
     """
-    def keep(x, lengths):  # (B, D, F): the next convolution must see zeros beyond the end, as it would without padding
+    def keep(x, lengths):  # (B, D, F)
+        # the next convolution must see zeros beyond the end, as it would without padding
         return x * (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None]
 
     lengths = (mel_lengths + 1) // 2
     x = keep(F.gelu(encoder.conv1(keep(mel, mel_lengths))), mel_lengths)          # (B, D, F)
-    x = F.gelu(encoder.conv2(x)).transpose(1, 2)                                  # (B, S, D), S = ceil(F/2)
+    x = F.gelu(encoder.conv2(x)).transpose(1, 2)                          # (B, S, D), S = ceil(F/2)
     x = x + encoder.embed_positions.weight[:x.shape[1]]
     mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]           # (B, S) 1 = real
     for layer in encoder.layers:
@@ -285,9 +320,11 @@ def encode(encoder, mel, mel_lengths):
 
 
 class Adapter(nn.Module):
-    """Encoder features -> states at 12.5 Hz, their spelling (CTC logits), what each stretch adds to the LLM's input.
+    """Encoder features -> states at 12.5 Hz, their spelling (CTC logits),
+    what each stretch adds to the LLM's input.
 
-    `llm_dim` H is the width of the LLM's embeddings, whose rows are the CTC classes (cosine logits, blank beside them).
+    `llm_dim` H is the width of the LLM's embeddings, whose rows are the CTC classes
+    (cosine logits, blank beside them).
     """
 
     def __init__(self, feature_dim, dim, llm_dim, layers, heads, kernel):
@@ -297,33 +334,35 @@ class Adapter(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.spell = nn.Linear(dim, llm_dim)
         self.blank = nn.Parameter(torch.randn(1, llm_dim) / llm_dim**0.5)
-        self.log_scale = nn.Parameter(torch.tensor(3.0))   # cosines lie in [-1, 1]: logits need about 20 times that
-        self.correct = nn.Linear(dim, llm_dim)             # added to the embedding of a heard token; starts at zero
+        self.log_scale = nn.Parameter(torch.tensor(3.0))   # logits need about 20 times a cosine
+        self.correct = nn.Linear(dim, llm_dim)             # added to a heard token's embedding
         self.sound = nn.Linear(dim, llm_dim)               # stands alone where no token is heard
         nn.init.zeros_(self.correct.weight)
         nn.init.zeros_(self.correct.bias)
 
     def forward(self, features, lengths, classes):
-        """features (B, S, D'), lengths (B,), classes (C, H) -> states (B, A, D), logits (B, A, 1+C), lengths (B,)."""
+        """features (B, S, D'), lengths (B,), classes (C, H)
+        -> states (B, A, D), logits (B, A, 1+C), lengths (B,)."""
         batch, width, _ = features.shape
         frames = -(-width // STACK)                                               # A
-        x = F.pad(features, (0, 0, 0, frames * STACK - width)).reshape(batch, frames, -1)  # (B, A, 4D')
+        x = F.pad(features, (0, 0, 0, frames * STACK - width)).reshape(batch, frames, -1)
         lengths = -(-lengths // STACK)
         mask = torch.arange(frames, device=x.device) < lengths[:, None]           # (B, A) 1 = real
-        x = self.stack(x)                                                         # (B, A, D)
+        x = self.stack(x)                                                 # (B, A, 4D') -> (B, A, D)
         for block in self.blocks:
             x = block(x, mask)
         states = self.norm(x)                                                     # (B, A, D)
         with torch.autocast(x.device.type, enabled=False):
-            classes = F.normalize(torch.cat([self.blank, classes.float()]), dim=-1)          # (1+C, H)
-            cosines = F.normalize(self.spell(states.float()), dim=-1) @ classes.T  # (B, A, 1+C)
+            classes = F.normalize(torch.cat([self.blank, classes.float()]), dim=-1)  # (1+C, H)
+            cosines = F.normalize(self.spell(states.float()), dim=-1) @ classes.T    # (B, A, 1+C)
             return states.float(), cosines * self.log_scale.exp(), lengths
 
 
 # ---- the student ----
 
 class SpeechLLMConfig(PretrainedConfig):
-    """encoder, llm: configurations (or dicts) of the two pretrained parts; ctc_merges: see short_tokenizer."""
+    """encoder, llm: configurations (or dicts) of the two pretrained parts;
+    ctc_merges: see short_tokenizer."""
     model_type = "speech_llm"
     encoder: dict | PretrainedConfig | None = None
     llm: dict | PretrainedConfig | None = None
@@ -355,14 +394,17 @@ class SpeechLLM(PreTrainedModel):
         super().__init__(config)
         c = config
         self.encoder = encoder if encoder is not None else WhisperEncoder(c.encoder)
-        self.llm = llm if llm is not None else AutoModelForCausalLM.from_config(c.llm, dtype=torch.get_default_dtype())
-        self.adapter = Adapter(c.encoder.d_model, c.adapter_dim, self.llm.get_input_embeddings().embedding_dim,
+        self.llm = (llm if llm is not None
+                    else AutoModelForCausalLM.from_config(c.llm, dtype=torch.get_default_dtype()))
+        self.adapter = Adapter(c.encoder.d_model, c.adapter_dim,
+                               self.llm.get_input_embeddings().embedding_dim,
                                c.adapter_layers, c.adapter_heads, c.adapter_kernel)
         self.processors = None
         self.post_init()
 
     def _init_weights(self, module):
-        """Nothing: the adapter keeps what its constructor drew, the pretrained parts what they were loaded with."""
+        """Nothing: the adapter keeps what its constructor drew,
+        the pretrained parts what they were loaded with."""
 
     def train(self, mode=True):
         """A frozen encoder stays in eval mode: no dropout, no layer drop."""
@@ -372,13 +414,16 @@ class SpeechLLM(PreTrainedModel):
         return self
 
     def load_processors(self, tokenizer=None, feature_extractor=None):
-        """Tokenizer and feature extractor: given, or from the folder that the model came from. Idempotent."""
+        """Tokenizer and feature extractor: given, or from the folder that the model came from.
+        Idempotent."""
         if self.processors is None:
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(self.name_or_path)
-            extractor = feature_extractor or WhisperFeatureExtractor.from_pretrained(self.name_or_path)
+            extractor = (feature_extractor
+                         or WhisperFeatureExtractor.from_pretrained(self.name_or_path))
             short, classes = short_tokenizer(tokenizer, self.config.ctc_merges)
-            self.processors = dict(tokenizer=tokenizer, extractor=extractor, short=short, classes=classes,
-                                   class_of={token: c for c, token in enumerate(classes, 1)})
+            self.processors = dict(
+                tokenizer=tokenizer, extractor=extractor, short=short, classes=classes,
+                class_of={token: c for c, token in enumerate(classes, 1)})
         return self.processors
 
     @property
@@ -389,22 +434,25 @@ class SpeechLLM(PreTrainedModel):
         """waveform (S,) float32 at 16 kHz -> log-mel (M, F) at 100 Hz, on the clip's own length."""
         extractor = self.load_processors()["extractor"]
         waveform = F.pad(waveform, (0, max(0, extractor.n_fft - len(waveform))))
-        return torch.from_numpy(extractor(waveform.numpy(), sampling_rate=SAMPLE_RATE, padding=False, truncation=False,
-                                          return_tensors="np").input_features[0])
+        return torch.from_numpy(extractor(
+            waveform.numpy(), sampling_rate=SAMPLE_RATE, padding=False, truncation=False,
+            return_tensors="np").input_features[0])
 
     def spelling(self, text):
         """Text -> CTC classes in [1, C], the targets of losses.ctc."""
         processors = self.load_processors()
-        return [processors["class_of"][i] for i in processors["short"].encode(text, add_special_tokens=False).ids
+        return [processors["class_of"][i]
+                for i in processors["short"].encode(text, add_special_tokens=False).ids
                 if i in processors["class_of"]]
 
     def features(self, mels):
-        """List of B log-mels (M, F_i) -> encoder features, list of B (S_i, D). Long clips go window by window."""
+        """List of B log-mels (M, F_i) -> encoder features, list of B (S_i, D).
+        Long clips go window by window."""
         windows = [mel.split(WINDOW_FRAMES, dim=1) for mel in mels]
         flat = [window for clip in windows for window in clip]
         lengths = torch.tensor([window.shape[1] for window in flat], device=self.device)
         weight = self.encoder.conv1.weight
-        padded = weight.new_zeros(len(flat), flat[0].shape[0], int(lengths.max()))           # (W, M, F)
+        padded = weight.new_zeros(len(flat), flat[0].shape[0], int(lengths.max()))  # (W, M, F)
         for row, window in zip(padded, flat):
             row[:, :window.shape[1]] = window
         encoded, lengths = encode(self.encoder, padded, lengths)                  # (W, S, D), (W,)
@@ -412,11 +460,14 @@ class SpeechLLM(PreTrainedModel):
         return [torch.cat([next(flat) for _ in clip]) for clip in windows]
 
     def spell(self, features):
-        """List of B features (S_i, D') -> states (B, A, D), CTC logits (B, A, 1+C), lengths (B,)."""
+        """List of B features (S_i, D')
+        -> states (B, A, D), CTC logits (B, A, 1+C), lengths (B,)."""
         table = self.llm.get_input_embeddings().weight
         lengths = torch.tensor([len(f) for f in features], device=table.device)
-        padded = nn.utils.rnn.pad_sequence([f.to(table.device) for f in features], batch_first=True)  # (B, S, D')
-        classes = table.detach()[torch.tensor(self.load_processors()["classes"], device=table.device)]  # (C, H)
+        padded = nn.utils.rnn.pad_sequence([f.to(table.device) for f in features],
+                                           batch_first=True)                      # (B, S, D')
+        classes = table.detach()[torch.tensor(self.load_processors()["classes"],
+                                              device=table.device)]               # (C, H)
         return self.adapter(padded.to(self.adapter.stack.weight.dtype), lengths, classes)
 
     def read(self, states, logits, lengths):
@@ -433,41 +484,51 @@ class SpeechLLM(PreTrainedModel):
             spans += [(b, *event) for event in events]
         clip, token, first, last = torch.tensor(spans, device=table.device).T     # (sum A,) each
         sums = F.pad(states.cumsum(dim=1), (0, 0, 1, 0))                          # (B, 1+A, D)
-        mean = (sums[clip, last + 1] - sums[clip, first]) / (last + 1 - first)[:, None]      # (sum A, D)
+        mean = ((sums[clip, last + 1] - sums[clip, first])
+                / (last + 1 - first)[:, None])                                    # (sum A, D)
         heard = table[token.clamp(min=0)].float() + self.adapter.correct(mean)    # (sum A, H)
-        norm = table.detach().float().norm(dim=-1).mean()
-        sound = F.normalize(self.adapter.sound(mean).float(), dim=-1) * norm      # (sum A, H), as loud as a word
-        return list(torch.where((token >= 0)[:, None], heard, sound).to(table.dtype).split(counts)), texts
+        norm = table.detach().float().norm(dim=-1).mean()  # makes a sound as loud as a word
+        sound = F.normalize(self.adapter.sound(mean).float(), dim=-1) * norm      # (sum A, H)
+        return list(torch.where((token >= 0)[:, None], heard, sound)
+                    .to(table.dtype).split(counts)), texts
 
     def hear(self, waveforms):
-        """List of waveforms (S_i,) at 16 kHz -> embeddings, list of (A_i, H), and texts, list of str."""
-        return self.read(*self.spell(self.features([self.mel(w).to(self.device) for w in waveforms])))
+        """List of waveforms (S_i,) at 16 kHz
+        -> embeddings, list of (A_i, H), and texts, list of str."""
+        return self.read(*self.spell(self.features(
+            [self.mel(w).to(self.device) for w in waveforms])))
 
     def forward(self, before, after, answers, clips=None, features=None, mels=None, llm=True):
         """Hidden states that predict the answers' tokens; what DDP wraps.
 
         Args:
-            before, after, answers: B lists of token ids each; the prompt is before + (speech) + after.
-            clips: rows that have speech between `before` and `after`, in the order of features or mels.
+            before, after, answers: B lists of token ids each;
+                the prompt is before + (speech) + after.
+            clips: rows that have speech between `before` and `after`,
+                in the order of features or mels.
             features: list of (S_i, D) encoder features, or mels: list of (M, F_i) log-mels.
             llm: False stops after the adapter (the CTC warm start needs no LLM).
         Returns:
-            (hidden (N, H) with N = all answer tokens in row order, CTC logits (len(clips), A, 1+C), lengths), the last
-            two None without speech. Output heads are the losses' business: no (B, T, V) tensor is made.
+            (hidden (N, H) with N = all answer tokens in row order, CTC logits (len(clips), A, 1+C),
+            lengths), the last two None without speech. Output heads are the losses' business:
+            no (B, T, V) tensor is made.
         """
         speech, logits, lengths, zero = {}, None, None, 0
-        if self.training and torch.is_grad_enabled():  # DDP waits for every parameter that trains, used or not
-            idle = [p for part in (self.adapter, self.encoder) for p in part.parameters() if p.requires_grad]
+        if self.training and torch.is_grad_enabled():  # DDP waits for all that trains, used or not
+            idle = [p for part in (self.adapter, self.encoder) for p in part.parameters()
+                    if p.requires_grad]
             zero = 0 * sum(p.sum() for p in idle)
         if clips:
-            states, logits, lengths = self.spell(self.features(mels) if features is None else features)
+            states, logits, lengths = self.spell(
+                self.features(mels) if features is None else features)
             if not llm:
                 return None, logits + zero, lengths
             speech = dict(zip(clips, self.read(states, logits, lengths)[0]))
         embeds = self.splice(before, [a + y for a, y in zip(after, answers)], speech)
-        padded = nn.utils.rnn.pad_sequence(embeds, batch_first=True)              # (B, T, H), padded on the right
-        hidden = self.llm.base_model(inputs_embeds=padded, use_cache=False).last_hidden_state  # causal: needs no mask
-        rows = [h[len(e) - len(y) - 1:len(e) - 1] for h, e, y in zip(hidden, embeds, answers)]  # they predict y: the shift
+        padded = nn.utils.rnn.pad_sequence(embeds, batch_first=True)      # (B, T, H), right-padded
+        # causal, so it needs no mask; the rows are those that predict y: the shift
+        hidden = self.llm.base_model(inputs_embeds=padded, use_cache=False).last_hidden_state
+        rows = [h[len(e) - len(y) - 1:len(e) - 1] for h, e, y in zip(hidden, embeds, answers)]
         return torch.cat(rows) + zero, logits, lengths                            # (N, H)
 
     def splice(self, before, after, speech):
@@ -479,7 +540,8 @@ class SpeechLLM(PreTrainedModel):
                 for row in range(len(before))]
 
     def prompt(self, row):
-        """A row of the manifest -> (before, after, waveform or None). Audio is a path or (S,); text joins `before`."""
+        """A row of the manifest -> (before, after, waveform or None).
+        Audio is a path or (S,); text joins `before`."""
         before, after = chat_parts(self.tokenizer, row.get("system"), row.get("instruction"))
         if row.get("audio") is None:
             return before + text_ids(self.tokenizer, row["prompt"]), after, None
@@ -488,7 +550,8 @@ class SpeechLLM(PreTrainedModel):
 
     @torch.inference_mode()
     def generate(self, rows, max_new_tokens=128, **options):
-        """Answer a batch of questions: [{"audio": path or (S,) at 16 kHz} or {"prompt": text}, ...] -> list of str.
+        """Answer a batch of questions:
+        [{"audio": path or (S,) at 16 kHz} or {"prompt": text}, ...] -> list of str.
 
         Rows may carry "system" and "instruction"; options are those of the function `generate`.
         """
@@ -496,7 +559,8 @@ class SpeechLLM(PreTrainedModel):
         clips = [b for b, waveform in enumerate(waveforms) if waveform is not None]
         heard = self.hear([waveforms[b] for b in clips])[0] if clips else []
         embeds = self.splice(before, after, dict(zip(clips, heard)))
-        ids = generate(self.llm, embeds, max_new_tokens=max_new_tokens, eos_ids=[end_token(self.tokenizer)], **options)
+        ids = generate(self.llm, embeds, max_new_tokens=max_new_tokens,
+                       eos_ids=[end_token(self.tokenizer)], **options)
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
@@ -506,18 +570,21 @@ def text_ids(tokenizer, text):
 
 
 def read_path(path, processors):
-    """Best CTC path (A ints, 0 = blank) -> (text, events); an event is (token id, or -1 for sound, first, last frame).
+    """Best CTC path (A ints, 0 = blank) -> (text, events);
+    an event is (token id, or -1 for sound, first, last frame).
 
-    The spelled pieces are joined to text and tokenised again, so that the LLM meets the tokens that it knows.
+    The spelled pieces are joined to text and tokenised again,
+    so that the LLM meets the tokens that it knows.
     """
     frame_hz = FEATURE_RATE_HZ // STACK
     raw, frames, previous = b"", [], 0
     for frame, c in enumerate(path):
         if c and c != previous:
-            piece = bytes(BYTES[x] for x in processors["short"].id_to_token(processors["classes"][c - 1]))
+            piece = bytes(
+                BYTES[x] for x in processors["short"].id_to_token(processors["classes"][c - 1]))
             raw, frames = raw + piece, frames + [frame] * len(piece)
         previous = c
-    decoded = raw.decode("utf-8", "surrogateescape")  # a byte of no character becomes a surrogate, which is left out
+    decoded = raw.decode("utf-8", "surrogateescape")  # a stray byte is a surrogate, left out below
     kept = [k for k, x in enumerate(decoded) if not "\udc80" <= x <= "\udcff"]
     text = "".join(decoded[k] for k in kept)
     coded = processors["tokenizer"](text, add_special_tokens=False, split_special_tokens=True,
@@ -528,25 +595,31 @@ def read_path(path, processors):
         first, last = kept[first], kept[max(first, end - 1)]
         events.append((token, frames[starts[first]], frames[starts[last + 1] - 1]))
     gaps, edges = [], [0] + [f for e in events for f in (e[1], e[2] + 1)] + [len(path)]
-    for start, stop in zip(edges[::2], edges[1::2]):  # at least one whole second without a word, or no word at all
-        seconds = max((stop - start) // frame_hz, 0 if events else 1) if stop - start >= frame_hz or not events else 0
-        gaps += [(-1, start + i * frame_hz, min(start + (i + 1) * frame_hz, len(path)) - 1) for i in range(seconds)]
+    for start, stop in zip(edges[::2], edges[1::2]):  # a second without a word, or no word at all
+        seconds = (max((stop - start) // frame_hz, 0 if events else 1)
+                   if stop - start >= frame_hz or not events else 0)
+        gaps += [(-1, start + i * frame_hz, min(start + (i + 1) * frame_hz, len(path)) - 1)
+                 for i in range(seconds)]
     return text, sorted(events + gaps, key=lambda e: e[1])
 
 
 # ---- build, load, save ----
 
 def build_student(name=DEFAULT_STUDENT, revision=None, **adapter):
-    """ENCODER+LLM, by hub ids or folders -> SpeechLLM in fp32; torch's generator draws the untrained adapter."""
+    """ENCODER+LLM, by hub ids or folders -> SpeechLLM in fp32;
+    torch's generator draws the untrained adapter."""
     from transformers import WhisperModel
     encoder_name, _, llm_name = name.partition("+")
     folder = resolve(encoder_name, revision)
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != "whisper":
-        raise RuntimeError(f"{encoder_name}: speech encoder of type {config.model_type!r}, expected a Whisper model")
+        raise RuntimeError(f"{encoder_name}: speech encoder of type {config.model_type!r}, "
+                           "expected a Whisper model")
     llm, tokenizer = load_llm(llm_name)
     encoder = WhisperModel.from_pretrained(folder, dtype=torch.float32).encoder
-    model = SpeechLLM(SpeechLLMConfig(encoder=config.to_dict(), llm=llm.config.to_dict(), **adapter), encoder, llm)
+    model = SpeechLLM(
+        SpeechLLMConfig(encoder=config.to_dict(), llm=llm.config.to_dict(), **adapter),
+        encoder, llm)
     model.load_processors(tokenizer, WhisperFeatureExtractor.from_pretrained(folder))
     return model.eval()
 
@@ -558,26 +631,28 @@ def load_student(name, revision=None):
     folder = resolve(name, revision)
     config = json.loads((Path(folder) / "config.json").read_text())
     if config.get("model_type") != SpeechLLMConfig.model_type:
-        raise RuntimeError(f"{name}: a model of type {config.get('model_type')!r}, expected ENCODER+LLM or a folder "
-                           "that train_kd.py wrote")
+        raise RuntimeError(f"{name}: a model of type {config.get('model_type')!r}, "
+                           "expected ENCODER+LLM or a folder that train_kd.py wrote")
     return SpeechLLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def save_student(model, folder, dtype=None):
-    """Write a transformers folder that AutoModel.from_pretrained(folder, trust_remote_code=True) loads anywhere.
+    """Write a transformers folder that AutoModel.from_pretrained(folder, trust_remote_code=True)
+    loads anywhere.
 
     The folder is written beside its place and renamed: it is complete or not there at all.
     """
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    state = {k: v.to(dtype) if dtype and not k.startswith("adapter.") else v for k, v in model.state_dict().items()
+    state = {k: v.to(dtype) if dtype and not k.startswith("adapter.") else v
+             for k, v in model.state_dict().items()
              if k not in model.all_tied_weights_keys}  # a cast copy is not seen to be tied
     SpeechLLM.register_for_auto_class("AutoModel")
     SpeechLLMConfig.register_for_auto_class("AutoConfig")
     model.save_pretrained(temporary, state_dict=state)
     config = json.loads((temporary / "config.json").read_text())
-    config["dtype"] = str(dtype or torch.float32).removeprefix("torch.")  # save_pretrained writes the live model's
+    config["dtype"] = str(dtype or torch.float32).removeprefix("torch.")  # not the live model's
     (temporary / "config.json").write_text(json.dumps(config, indent=2))
     model.tokenizer.save_pretrained(temporary)
     model.processors["extractor"].save_pretrained(temporary)

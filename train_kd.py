@@ -1,14 +1,14 @@
 """
 Distil a text LLM (teacher) into a speech LLM (student), by text and by speech.
 
-  python train_kd.py --data data/quick/train.jsonl --eval-data data/quick/heldout.jsonl --out out/quick
-  torchrun --nproc_per_node=8 train_kd.py --teacher TEXT_LLM --student ENCODER+LLM --data train.jsonl --out out/run
+  python train_kd.py --data train.jsonl --eval-data heldout.jsonl --out out/run
+  torchrun --nproc_per_node=8 train_kd.py --student ENCODER+LLM --data train.jsonl --out out/run
 
-Reads   manifests of synth_speech.py: one JSON object a line with id, prompt, audio, response, finish
-Writes  OUT/last and OUT/best (students), OUT/ckpt.pt, OUT/log.jsonl, OUT/samples.jsonl, OUT/args.json
+Reads   manifests of synth_speech.py: JSON lines with id, prompt, audio, response, finish
+Writes  OUT/last, OUT/best (students), OUT/ckpt.pt, log.jsonl, samples.jsonl, args.json
 
 T2T: the student reads the question.   loss = CE(answer) + lambda * tau^2 * KL(teacher || student)
-S2T: the student hears it.             the same, plus CTC, which keeps the adapter spelling what was said
+S2T: the student hears it.             the same + CTC, which keeps the adapter spelling the words
 """
 import argparse
 import contextlib
@@ -36,7 +36,8 @@ from transformers.utils import logging
 import losses
 import model as m
 
-EARLY = 8  # answer tokens in which question and answer are not yet told apart by the answer itself: the gap shows there
+# answer tokens in which question and answer are not yet told apart by the answer itself:
+EARLY = 8  # the gap shows there
 
 
 def get_args(argv=None):
@@ -44,62 +45,87 @@ def get_args(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("models and data")
     g.add_argument("--teacher", default=m.DEFAULT_LLM, help="text LLM, folder or hub id; frozen")
-    g.add_argument("--student", default=m.DEFAULT_STUDENT, help="ENCODER+LLM, or a folder that this script wrote")
+    g.add_argument("--student", default=m.DEFAULT_STUDENT,
+                   help="ENCODER+LLM, or a folder that this script wrote")
     g.add_argument("--revision", help="revision of hub models")
     g.add_argument("--data", nargs="+", required=True, help="manifests to train on")
     g.add_argument("--eval-data", nargs="+", default=[], help="manifests to measure on")
     g.add_argument("--labels", choices=["response", "reference"], default="response",
                    help="the teacher's answer, or the data set's")
-    g.add_argument("--max-answer-tokens", type=int, default=256, help="longer answers are cut there")
+    g.add_argument("--max-answer-tokens", type=int, default=256,
+                   help="longer answers are cut there")
     g.add_argument("--out", required=True, help="output folder")
-    g.add_argument("--feature-cache", help="folder for the frozen encoder's features; default: DATA/.features")
+    g.add_argument("--feature-cache",
+                   help="folder for the frozen encoder's features; default: DATA/.features")
     g = p.add_argument_group("method")
     g.add_argument("--channels", nargs="+", choices=["t2t", "s2t"], default=["t2t", "s2t"],
                    help="text to text, speech to text")
     g.add_argument("--t2t-weight", type=float, default=1.0, help="weight of the text channel")
     g.add_argument("--s2t-weight", type=float, default=1.0, help="weight of the speech channel")
-    g.add_argument("--loss", choices=list(losses.DIVERGENCES), default="forward_kl", help="divergence from the teacher")
-    g.add_argument("--kd-weight", type=float, default=0.5, help="lambda of the divergence; the paper has 0.5")
-    g.add_argument("--ce-weight", type=float, default=1.0, help="weight of the cross-entropy; 0 = pure distillation")
-    g.add_argument("--temperature", type=float, default=2.0, help="tau of both models; the loss is scaled by tau^2")
+    g.add_argument("--loss", choices=list(losses.DIVERGENCES), default="forward_kl",
+                   help="divergence from the teacher")
+    g.add_argument("--kd-weight", type=float, default=0.5,
+                   help="lambda of the divergence; the paper has 0.5")
+    g.add_argument("--ce-weight", type=float, default=1.0,
+                   help="weight of the cross-entropy; 0 = pure distillation")
+    g.add_argument("--temperature", type=float, default=2.0,
+                   help="tau of both models; the loss is scaled by tau^2")
     g.add_argument("--beta", type=float, default=0.5, help="of jsd and skew_kl, 0-1")
-    g.add_argument("--ctc-weight", type=float, default=0.3, help="CTC beside the speech channel; 0 = off")
+    g.add_argument("--ctc-weight", type=float, default=0.3,
+                   help="CTC beside the speech channel; 0 = off")
     g = p.add_argument_group("what trains")
-    g.add_argument("--train", nargs="+", choices=["encoder", "adapter", "llm"], default=["adapter", "llm"],
-                   help="parts that train")
-    g.add_argument("--lr-encoder", type=float, default=1e-5, help="peak learning rate; 1e-6 to 5e-5")
-    g.add_argument("--lr-adapter", type=float, default=2e-4, help="peak learning rate while distilling; 5e-5 to 1e-3")
-    g.add_argument("--lr-llm", type=float, default=2e-5, help="peak learning rate; the paper: 5e-6 for 7 B")
-    g.add_argument("--warm-start-steps", type=int, default=0, help="optimizer steps of CTC alone, before distilling")
-    g.add_argument("--warm-start-lr", type=float, default=1e-3, help="peak learning rate of the warm start")
-    g.add_argument("--warm-start-batch-size", type=int, default=24, help="clips per GPU per step of the warm start")
+    g.add_argument("--train", nargs="+", choices=["encoder", "adapter", "llm"],
+                   default=["adapter", "llm"], help="parts that train")
+    g.add_argument("--lr-encoder", type=float, default=1e-5,
+                   help="peak learning rate; 1e-6 to 5e-5")
+    g.add_argument("--lr-adapter", type=float, default=2e-4,
+                   help="peak learning rate while distilling; 5e-5 to 1e-3")
+    g.add_argument("--lr-llm", type=float, default=2e-5,
+                   help="peak learning rate; the paper: 5e-6 for 7 B")
+    g.add_argument("--warm-start-steps", type=int, default=0,
+                   help="optimizer steps of CTC alone, before distilling")
+    g.add_argument("--warm-start-lr", type=float, default=1e-3,
+                   help="peak learning rate of the warm start")
+    g.add_argument("--warm-start-batch-size", type=int, default=24,
+                   help="clips per GPU per step of the warm start")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--max-steps", type=int, default=0, help="optimizer steps of distillation; 0 = --epochs")
-    g.add_argument("--epochs", type=float, default=2, help="passes over the data, if --max-steps is 0")
+    g.add_argument("--max-steps", type=int, default=0,
+                   help="optimizer steps of distillation; 0 = --epochs")
+    g.add_argument("--epochs", type=float, default=2,
+                   help="passes over the data, if --max-steps is 0")
     g.add_argument("--batch-size", type=int, default=8, help="rows per GPU per forward")
     g.add_argument("--global-batch-size", type=int, default=0,
                    help="rows per optimizer step over all GPUs; 0: no accumulation")
-    g.add_argument("--lr-warmup-steps", type=int, default=20, help="linear, in each phase; a cosine to zero follows")
+    g.add_argument("--lr-warmup-steps", type=int, default=20,
+                   help="linear, in each phase; a cosine to zero follows")
     g.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, matrices only")
-    g.add_argument("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm")
+    g.add_argument("--max-grad-norm", type=float, default=1.0,
+                   help="clip the gradient to this norm")
     g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16",
                    help="of the computation; what trains is float32")
     g.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
                    help="recompute activations: less memory, about 30%% slower")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the LLM")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    g.add_argument("--workers", type=int, default=1, help="processes per GPU that load data; 0 = none")
-    g.add_argument("--seed", type=int, default=0, help="of the adapter's first weights and the order of the data")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                   help="torch.compile the LLM")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cuda or cpu")
+    g.add_argument("--workers", type=int, default=1,
+                   help="processes per GPU that load data; 0 = none")
+    g.add_argument("--seed", type=int, default=0,
+                   help="of the adapter's first weights and the order of the data")
     g = p.add_argument_group("log, evaluation, checkpoints")
     g.add_argument("--log-every", type=int, default=5, help="optimizer steps")
-    g.add_argument("--eval-every", type=int, default=0, help="optimizer steps; 0 = only after the last")
+    g.add_argument("--eval-every", type=int, default=0,
+                   help="optimizer steps; 0 = only after the last")
     g.add_argument("--save-every", type=int, default=50, help="optimizer steps between checkpoints")
     g.add_argument("--resume", action="store_true", help="go on from OUT/ckpt.pt if there is one")
-    g.add_argument("--tensorboard", action="store_true", help="also log to OUT/tensorboard (needs the package)")
+    g.add_argument("--tensorboard", action="store_true",
+                   help="also log to OUT/tensorboard (needs the package)")
     args = p.parse_args(argv)
     if args.channels == ["t2t"] and "llm" not in args.train:
         p.error("--channels t2t trains nothing without --train llm")
-    if min(args.temperature, args.batch_size, args.warm_start_batch_size, args.log_every, args.save_every) <= 0:
+    if min(args.temperature, args.batch_size, args.warm_start_batch_size, args.log_every,
+           args.save_every) <= 0:
         p.error("--temperature, batch sizes, --log-every and --save-every must be positive")
     if args.loss in ("jsd", "skew_kl") and not 0 < args.beta < 1:
         p.error(f"--beta {args.beta}: expected 0 < beta < 1")
@@ -117,13 +143,17 @@ def read_manifest(path):
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
-            row["id"], row["prompt"], row["response"] = str(row["id"]), row["prompt"], row["response"]
+            row["id"], row["prompt"], row["response"] = (
+                str(row["id"]), row["prompt"], row["response"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{where}: expected a JSON object with id, prompt, audio, response ({error!r})") from error
+            raise ValueError(f"{where}: expected a JSON object with id, prompt, audio, response "
+                             f"({error!r})") from error
         if row.get("audio"):
             audio = path.parent / row["audio"]
-            if os.path.isabs(row["audio"]) or ".." in Path(row["audio"]).parts or not audio.is_file():
-                raise ValueError(f"{where}: audio file {row['audio']} not found (paths are relative to the manifest)")
+            if (os.path.isabs(row["audio"]) or ".." in Path(row["audio"]).parts
+                    or not audio.is_file()):
+                raise ValueError(f"{where}: audio file {row['audio']} not found "
+                                 "(paths are relative to the manifest)")
             row["audio"] = str(audio)
         elif not row["prompt"]:
             raise ValueError(f"{where}: neither prompt nor audio")
@@ -132,14 +162,16 @@ def read_manifest(path):
 
 
 def answer_ids(tokenizer, row, labels, max_tokens):
-    """The answer, tokenised once for teacher and both channels; a cut answer teaches no stopping."""
+    """The answer, tokenised once for teacher and both channels;
+    a cut answer teaches no stopping."""
     ids = tokenizer(row[labels], add_special_tokens=False, split_special_tokens=True).input_ids
     cut = (row.get("finish") == "length" and labels == "response") or len(ids) > max_tokens
     return ids[:max_tokens] + ([] if cut else [m.end_token(tokenizer)])
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows of the manifest with everything that needs no model: ids, spelling, features or log-mel."""
+    """Rows of the manifest with everything that needs no model:
+    ids, spelling, features or log-mel."""
 
     def __init__(self, rows, student, teacher_tokenizer, args, cache=None):
         self.rows, self.student, self.teacher_tokenizer = rows, student, teacher_tokenizer
@@ -150,16 +182,22 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         row, tokenizer = self.rows[i], self.student.tokenizer
-        item = {"id": row["id"], "audio": row.get("audio"), "has_text": row["prompt"] is not None, "answer": []}
+        item = {"id": row["id"], "audio": row.get("audio"), "has_text": row["prompt"] is not None,
+                "answer": []}
         if row.get(self.args.labels):
-            item["answer"] = answer_ids(tokenizer, row, self.args.labels, self.args.max_answer_tokens)
-        item["before"], item["after"] = m.chat_parts(tokenizer, row.get("system"), row.get("instruction"))
+            item["answer"] = answer_ids(tokenizer, row, self.args.labels,
+                                        self.args.max_answer_tokens)
+        item["before"], item["after"] = m.chat_parts(tokenizer, row.get("system"),
+                                                     row.get("instruction"))
         if item["has_text"]:
-            before, after = m.chat_parts(self.teacher_tokenizer, row.get("system"), row.get("instruction"))
+            before, after = m.chat_parts(self.teacher_tokenizer, row.get("system"),
+                                         row.get("instruction"))
             item["said"] = m.text_ids(tokenizer, row["prompt"])
-            item["teacher_prompt"] = before + m.text_ids(self.teacher_tokenizer, row["prompt"]) + after
+            item["teacher_prompt"] = (before + m.text_ids(self.teacher_tokenizer, row["prompt"])
+                                      + after)
             # beside an instruction the prompt may be a caption: nobody says it
-            item["spelling"] = [] if row.get("instruction") else self.student.spelling(row["prompt"])
+            item["spelling"] = ([] if row.get("instruction")
+                                else self.student.spelling(row["prompt"]))
         if row.get("audio"):
             if self.cache:
                 item["features"] = torch.from_numpy(np.load(self.cache(row["audio"])))
@@ -169,7 +207,8 @@ class Rows(torch.utils.data.Dataset):
 
 
 def feature_cache(args, student, rows, rank, world, dtype):
-    """Encode each clip once -> function from audio path to the .npy file of its features (S, D) in fp16.
+    """Encode each clip once -> function from audio path to the .npy file of its features
+    (S, D) in fp16.
 
     The file's name depends on the clip and on the encoder, so that neither can change unnoticed.
     """
@@ -180,7 +219,8 @@ def feature_cache(args, student, rows, rank, world, dtype):
     def path_of(audio):
         stat = os.stat(audio)
         folder = Path(args.feature_cache or Path(audio).parent.parent / ".features") / encoder
-        return folder / (hashlib.sha1(f"{audio} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest() + ".npy")
+        return folder / (hashlib.sha1(f"{audio} {stat.st_size} {stat.st_mtime_ns}".encode())
+                         .hexdigest() + ".npy")
 
     seconds = {row["audio"]: row.get("seconds", 0) for row in rows if row.get("audio")}
     clips = sorted(seconds, key=lambda clip: (seconds[clip], clip))  # like lengths: little padding
@@ -209,35 +249,44 @@ def feature_cache(args, student, rows, rank, world, dtype):
 
 
 def plan_batches(lengths, batch_size, global_batch_size, steps, seed):
-    """Row indices of every micro-batch of every step: list (steps) of lists (micro-batches) of lists (rows).
+    """Row indices of every micro-batch of every step:
+    list (steps) of lists (micro-batches) of lists (rows).
 
-    A function of its arguments alone: no number of processes and no restart changes it. Rows of like length meet.
+    A function of its arguments alone: no number of processes and no restart changes it.
+    Rows of like length meet.
     """
     per_epoch, plan = len(lengths) // global_batch_size, []
     for epoch in range(math.ceil(steps / max(1, per_epoch))):
         rng = random.Random(f"{seed} {epoch}")
         order = rng.sample(range(len(lengths)), len(lengths))
         span = 20 * global_batch_size
-        order = [i for s in range(0, len(order), span) for i in sorted(order[s:s + span], key=lambda i: lengths[i])]
-        batches = [order[i:i + global_batch_size] for i in range(0, per_epoch * global_batch_size, global_batch_size)]
+        order = [i for s in range(0, len(order), span)
+                 for i in sorted(order[s:s + span], key=lambda i: lengths[i])]
+        batches = [order[i:i + global_batch_size]
+                   for i in range(0, per_epoch * global_batch_size, global_batch_size)]
         rng.shuffle(batches)
-        plan += [[batch[i:i + batch_size] for i in range(0, len(batch), batch_size)] for batch in batches]
+        plan += [[batch[i:i + batch_size] for i in range(0, len(batch), batch_size)]
+                 for batch in batches]
     return plan[:steps]
 
 
 # ---- one pass through student and teacher ----
 
 def teacher_rows(teacher, items):
-    """One teacher forward for both channels -> the hidden rows that predict the answers, list of (n_i, H')."""
+    """One teacher forward for both channels -> the hidden rows that predict the answers,
+    list of (n_i, H')."""
     sequences = [torch.tensor(item["teacher_prompt"] + item["answer"]) for item in items]
-    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(teacher.device)  # (B, T), right padding
-    with torch.no_grad():
-        hidden = teacher.base_model(input_ids=padded, use_cache=False).last_hidden_state     # (B, T, H')
-    return [h[len(s) - len(item["answer"]) - 1:len(s) - 1] for h, s, item in zip(hidden, sequences, items)]
+    padded = torch.nn.utils.rnn.pad_sequence(
+        sequences, batch_first=True).to(teacher.device)  # (B, T), right padding
+    with torch.no_grad():  # -> (B, T, H')
+        hidden = teacher.base_model(input_ids=padded, use_cache=False).last_hidden_state
+    return [h[len(s) - len(item["answer"]) - 1:len(s) - 1]
+            for h, s, item in zip(hidden, sequences, items)]
 
 
 def student_inputs(items, channel):
-    """Arguments of SpeechLLM.forward for one channel; t2t puts the words where s2t puts the sound."""
+    """Arguments of SpeechLLM.forward for one channel;
+    t2t puts the words where s2t puts the sound."""
     inputs = {"before": [i["before"] + (i["said"] if channel == "t2t" else []) for i in items],
               "after": [i["after"] for i in items], "answers": [i["answer"] for i in items]}
     if channel in ("s2t", "ctc"):
@@ -256,25 +305,29 @@ def channel_items(items, channel):
 
 
 def channel_loss(args, items, hidden, head, teacher_hidden, teacher_head):
-    """Sums over the channel's answer tokens -> (loss, ce, kd). Without a text there is no teacher: CE only."""
+    """Sums over the channel's answer tokens -> (loss, ce, kd).
+    Without a text there is no teacher: CE only."""
     total, hidden = None, hidden.split([len(i["answer"]) for i in items])
     for has_text in (True, False):
         chosen = [k for k, i in enumerate(items) if i["has_text"] is has_text]
         if not chosen:
             continue
-        rows = torch.cat([hidden[k] for k in chosen])                                        # (N, H)
+        rows = torch.cat([hidden[k] for k in chosen])  # (N, H)
         targets = torch.tensor([t for k in chosen for t in items[k]["answer"]], device=rows.device)
-        teacher = torch.cat([teacher_hidden[items[k]["id"]] for k in chosen]) if has_text else rows.detach()
-        sums = losses.fused_ce_kd(student_hidden=rows, student_weight=head, teacher_hidden=teacher,
-                            teacher_weight=teacher_head if has_text else head, targets=targets, kind=args.loss,
-                            temperature=args.temperature, beta=args.beta, ce_weight=args.ce_weight,
-                            kd_weight=args.kd_weight if has_text else 0.0)
+        teacher = (torch.cat([teacher_hidden[items[k]["id"]] for k in chosen]) if has_text
+                   else rows.detach())
+        sums = losses.fused_ce_kd(
+            student_hidden=rows, student_weight=head, teacher_hidden=teacher,
+            teacher_weight=teacher_head if has_text else head, targets=targets, kind=args.loss,
+            temperature=args.temperature, beta=args.beta, ce_weight=args.ce_weight,
+            kd_weight=args.kd_weight if has_text else 0.0)
         total = sums if total is None else [a + b for a, b in zip(total, sums)]
     return total
 
 
 def ctc_loss(items, logits, lengths):
-    """CTC over the clips whose words are known; a sound without words is not taught to be silence."""
+    """CTC over the clips whose words are known;
+    a sound without words is not taught to be silence."""
     spoken = [k for k, item in enumerate(items) if item.get("spelling")]
     if not spoken:
         return logits.sum() * 0
@@ -285,37 +338,46 @@ def ctc_loss(items, logits, lengths):
 # ---- evaluation ----
 
 @torch.inference_mode()
-def evaluate(student, teacher, dataset, indices, channels=("t2t", "s2t"), batch_size=16, progress=False):
-    """Per row and channel: sums over answer tokens, all and the first EARLY, of KL(teacher || student) and agreement.
+def evaluate(student, teacher, dataset, indices, channels=("t2t", "s2t"), batch_size=16,
+             progress=False):
+    """Per row and channel: sums over answer tokens, all and the first EARLY,
+    of KL(teacher || student) and agreement.
 
-    Channels beside t2t and s2t are controls: "silent" leaves the speech out, "other" plays another row's.
+    Channels beside t2t and s2t are controls: "silent" leaves the speech out,
+    "other" plays another row's.
     Returns:
-        {channel: (rows, 6) float64: KL, agreements, tokens, KL8, agreements8, tokens8}. KL at tau = 1, nats.
+        {channel: (rows, 6) float64: KL, agreements, tokens, KL8, agreements8, tokens8}.
+        KL at tau = 1, nats.
     """
     was_training = student.training
     student.eval()
     results = {channel: torch.zeros(len(indices), 6, dtype=torch.float64) for channel in channels}
     heads = [x.get_output_embeddings().weight.float() for x in (student.llm, teacher)]
     vocab = min(map(len, heads))
-    autocast = torch.autocast(student.device.type, dtype=teacher.dtype, enabled=teacher.dtype != torch.float32)
-    for start in tqdm(range(0, len(indices), batch_size), desc="evaluating", unit="batch", disable=not progress):
+    autocast = torch.autocast(student.device.type, dtype=teacher.dtype,
+                              enabled=teacher.dtype != torch.float32)
+    for start in tqdm(range(0, len(indices), batch_size), desc="evaluating", unit="batch",
+                      disable=not progress):
         items = [dataset[i] for i in indices[start:start + batch_size]]
-        reference = torch.cat(teacher_rows(teacher, items)).float() @ heads[1][:vocab].T      # (N, V)
+        reference = torch.cat(teacher_rows(teacher, items)).float() @ heads[1][:vocab].T   # (N, V)
         for channel in channels:
             chosen = items
             if channel == "other":  # the neighbour's sound, under this row's prompt and answer
-                chosen = [{**i, "features": j["features"]} if "features" in i else {**i, "mel": j["mel"]}
+                chosen = [{**i, "features": j["features"]} if "features" in i
+                          else {**i, "mel": j["mel"]}
                           for i, j in zip(items, items[1:] + items[:1])]
             with autocast:
-                hidden, _, _ = student(**student_inputs(chosen, "s2t" if channel == "other" else channel))
-            logits = hidden.float() @ heads[0][:vocab].T                                      # (N, V)
+                hidden, _, _ = student(
+                    **student_inputs(chosen, "s2t" if channel == "other" else channel))
+            logits = hidden.float() @ heads[0][:vocab].T                                   # (N, V)
             log_student, log_teacher = logits.log_softmax(-1), reference.log_softmax(-1)
-            kl = (log_teacher.exp() * (log_teacher - log_student)).sum(-1).double().cpu()     # (N,)
+            kl = (log_teacher.exp() * (log_teacher - log_student)).sum(-1).double().cpu()  # (N,)
             agree = (logits.argmax(-1) == reference.argmax(-1)).double().cpu()
             lengths = [len(i["answer"]) for i in items]
             for row, (k, a) in enumerate(zip(kl.split(lengths), agree.split(lengths)), start):
-                results[channel][row] = torch.stack([x.sum() for part in (slice(None), slice(EARLY))
-                                                     for x in (k[part], a[part], torch.ones_like(k[part]))])
+                results[channel][row] = torch.stack(
+                    [x.sum() for part in (slice(None), slice(EARLY))
+                     for x in (k[part], a[part], torch.ones_like(k[part]))])
     student.train(was_training)
     return results
 
@@ -336,7 +398,8 @@ def eval_log(results):
 # ---- checks, checkpoints ----
 
 def check_pair(teacher, teacher_tokenizer, student):
-    """Same ordinary vocabulary and end of turn, and plain heads; special tokens may be named differently."""
+    """Same ordinary vocabulary and end of turn, and plain heads;
+    special tokens may be named differently."""
     a, b = teacher_tokenizer.get_vocab(), student.tokenizer.get_vocab()
     for tokenizer, vocab in ((teacher_tokenizer, a), (student.tokenizer, b)):
         for token in tokenizer.get_added_vocab():
@@ -344,34 +407,42 @@ def check_pair(teacher, teacher_tokenizer, student):
     ends = m.end_token(teacher_tokenizer), m.end_token(student.tokenizer)
     if a != b or ends[0] != ends[1]:
         example = next((t for t in sorted(a.keys() | b.keys()) if a.get(t) != b.get(t)), None)
-        raise RuntimeError(f"teacher and student need one tokenizer: {teacher_tokenizer.name_or_path} and "
-                           f"{student.tokenizer.name_or_path} differ, e.g. in {example!r}, and end a turn with {ends}")
+        raise RuntimeError("teacher and student need one tokenizer: "
+                           f"{teacher_tokenizer.name_or_path} and {student.tokenizer.name_or_path} "
+                           f"differ, e.g. in {example!r}, and end a turn with {ends}")
     for llm in (teacher, student.llm):
         for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(llm.config, key, None) not in (None, 1, 1.0):
-                raise RuntimeError(f"{llm.config.model_type}: scaled or capped logits ({key}) are not supported yet")
+                raise RuntimeError(f"{llm.config.model_type}: scaled or capped logits ({key}) "
+                                   "are not supported yet")
 
 
 def save_checkpoint(path, student, optimizer, scaler, step, best, args, world):
-    """Trainable weights and everything else that a bit-exact continuation needs; complete or not there."""
-    weights = {k: v.detach() for k, v in student.named_parameters() if k.split(".")[0] in args.train}
-    torch.save({"model": weights, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
-                "best": best, "args": vars(args), "world": world}, path.with_suffix(".tmp"))
+    """Trainable weights and everything else that a bit-exact continuation needs;
+    complete or not there."""
+    weights = {k: v.detach() for k, v in student.named_parameters()
+               if k.split(".")[0] in args.train}
+    torch.save({"model": weights, "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), "step": step, "best": best, "args": vars(args),
+                "world": world}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
 def load_checkpoint(path, student, optimizer, scaler, args, world):
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    free = ("resume", "device", "workers", "tensorboard", "out", "log_every", "save_every", "feature_cache")
+    free = ("resume", "device", "workers", "tensorboard", "out", "log_every", "save_every",
+            "feature_cache")
     changed = [f"{k} {saved['args'].get(k)!r} -> {v!r}" for k, v in vars(args).items()
                if k not in free and saved["args"].get(k) != v]
     if saved["world"] != world or changed:
-        raise ValueError(f"{path} was written by {saved['world']} processes, this run has {world}; changed options: "
-                         f"{', '.join(changed) or 'none'}; repeat the old ones, or start afresh in another --out")
+        raise ValueError(f"{path} was written by {saved['world']} processes, this run has {world}; "
+                         f"changed options: {', '.join(changed) or 'none'}; "
+                         "repeat the old ones, or start afresh in another --out")
     parameters = dict(student.named_parameters())
     missing = [k for k in parameters if k.split(".")[0] in args.train and k not in saved["model"]]
     if missing:
-        raise ValueError(f"{path}: no weights for {missing[0]} and {len(missing) - 1} more; is this the same student?")
+        raise ValueError(f"{path}: no weights for {missing[0]} and {len(missing) - 1} more; "
+                         "is this the same student?")
     for name, value in saved["model"].items():
         parameters[name].data.copy_(value)
     optimizer.load_state_dict(saved["optimizer"])
@@ -390,20 +461,24 @@ def main(args):
     world, master = int(os.environ.get("WORLD_SIZE", 1)), rank == 0
     if args.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("--device cuda, but torch sees no GPU; use --device cpu")
-    device = torch.device("cuda", local_rank) if args.device == "cuda" else torch.device(args.device)
+    device = (torch.device("cuda", local_rank) if args.device == "cuda"
+              else torch.device(args.device))
     if ddp:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cpu":  # torchrun sets one thread a process
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0))
+                                      // int(os.environ["LOCAL_WORLD_SIZE"])))
     dtype, out = getattr(torch, args.dtype), Path(args.out)
     at_once = args.batch_size * world
     global_batch_size = args.global_batch_size or at_once
     if global_batch_size % at_once:
-        raise ValueError(f"--global-batch-size {global_batch_size} is not a multiple of --batch-size {args.batch_size} "
-                         f"x {world} processes; use {at_once * max(1, global_batch_size // at_once)}")
+        raise ValueError(f"--global-batch-size {global_batch_size} is not a multiple of "
+                         f"--batch-size {args.batch_size} x {world} processes; "
+                         f"use {at_once * max(1, global_batch_size // at_once)}")
     checkpoint_path = out / "ckpt.pt"
     if checkpoint_path.exists() and not args.resume:
-        raise ValueError(f"{checkpoint_path} exists: add --resume to go on, or choose another --out")
+        raise ValueError(f"{checkpoint_path} exists: add --resume to go on, "
+                         "or choose another --out")
     train_rows = [row for path in args.data for row in read_manifest(path)]
     eval_rows = [row for path in args.eval_data for row in read_manifest(path)]
     eval_rows = [r for r in eval_rows if r["prompt"] and r["response"] and r.get("audio")]
@@ -420,7 +495,8 @@ def main(args):
         if name not in args.train and name != "adapter":
             part.to(dtype)  # frozen: no master weights needed
     student.encoder.embed_positions.requires_grad_(False)  # sinusoids
-    head, teacher_head = student.llm.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+    head, teacher_head = (student.llm.get_output_embeddings().weight,
+                          teacher.get_output_embeddings().weight)
     if args.gradient_checkpointing:
         student.llm.gradient_checkpointing_enable()
     if args.compile and (device.type == "cuda" or shutil.which("g++")):
@@ -430,28 +506,35 @@ def main(args):
 
     # ---- data ----
     needs = {"t2t": "prompt", "s2t": "audio"}  # a row is used if one channel can use it
-    distil_rows = [r for r in train_rows if r.get(args.labels) and any(r.get(needs[c]) for c in args.channels)]
-    spoken_rows = [r for r in train_rows if r.get("audio") and r["prompt"] and not r.get("instruction")]
+    distil_rows = [r for r in train_rows
+                   if r.get(args.labels) and any(r.get(needs[c]) for c in args.channels)]
+    spoken_rows = [r for r in train_rows
+                   if r.get("audio") and r["prompt"] and not r.get("instruction")]
     warm_batch = args.warm_start_batch_size * world
     for what, rows, size in (("distil", distil_rows, global_batch_size),
                              ("hear", spoken_rows, warm_batch if args.warm_start_steps else 0)):
         if len(rows) < size:
-            raise ValueError(f"{len(rows)} rows to {what} with --labels {args.labels} in {', '.join(args.data)}, fewer "
-                             f"than one global batch of {size}; give more rows or a smaller batch")
+            raise ValueError(f"{len(rows)} rows to {what} with --labels {args.labels} in "
+                             f"{', '.join(args.data)}, fewer than one global batch of {size}; "
+                             "give more rows or a smaller batch")
     cache = None
     if "encoder" not in args.train:
         needed = distil_rows + eval_rows + (spoken_rows if args.warm_start_steps else [])
         cache = feature_cache(args, student, needed, rank, world, dtype)
-    distil_steps = args.max_steps or max(1, round(args.epochs * len(distil_rows) / global_batch_size))
+    distil_steps = args.max_steps or max(
+        1, round(args.epochs * len(distil_rows) / global_batch_size))
     total_steps = args.warm_start_steps + distil_steps
     lengths = [len(r[args.labels]) + 4 * r.get("seconds", 0) for r in distil_rows]
     seconds = [r.get("seconds", 0) for r in spoken_rows]
     phases = {  # rows, micro-batches of each step, first step, peak learning rates, channels
         "warm-start": (Rows(spoken_rows, student, teacher_tokenizer, args, cache), 0,
-                       plan_batches(seconds, args.warm_start_batch_size, warm_batch, args.warm_start_steps, args.seed),
+                       plan_batches(seconds, args.warm_start_batch_size, warm_batch,
+                                    args.warm_start_steps, args.seed),
                        {"adapter": args.warm_start_lr}, ["ctc"]),
-        "distil": (Rows(distil_rows, student, teacher_tokenizer, args, cache), args.warm_start_steps,
-                   plan_batches(lengths, args.batch_size, global_batch_size, distil_steps, args.seed),
+        "distil": (Rows(distil_rows, student, teacher_tokenizer, args, cache),
+                   args.warm_start_steps,
+                   plan_batches(lengths, args.batch_size, global_batch_size, distil_steps,
+                                args.seed),
                    {name: getattr(args, f"lr_{name}") for name in args.train}, args.channels)}
     eval_set = Rows(eval_rows, student, teacher_tokenizer, args, cache)
 
@@ -459,8 +542,10 @@ def main(args):
     groups = []
     for name in args.train:
         trainable = [p for p in parts[name].parameters() if p.requires_grad]
-        groups += [{"params": [p for p in trainable if p.dim() >= 2], "weight_decay": args.weight_decay, "part": name},
-                   {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0, "part": name}]
+        groups += [{"params": [p for p in trainable if p.dim() >= 2],
+                    "weight_decay": args.weight_decay, "part": name},
+                   {"params": [p for p in trainable if p.dim() < 2],
+                    "weight_decay": 0.0, "part": name}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best = 0, None
@@ -471,19 +556,23 @@ def main(args):
             print(f"going on from step {step}")
     log_path = out / "log.jsonl"
     if master:
-        versions = {"world_size": world, "torch": torch.__version__, "transformers": transformers.__version__}
+        versions = {"world_size": world, "torch": torch.__version__,
+                    "transformers": transformers.__version__}
         (out / "args.json").write_text(json.dumps({**vars(args), **versions}, indent=1))
         logged = log_path.read_text().splitlines(True) if log_path.exists() else []
         log_path.write_text("".join(line for line in logged if json.loads(line)["step"] <= step))
-        sizes = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items()}
-        print(f"{len(distil_rows)} rows to distil, {len(spoken_rows)} to hear, {len(eval_rows)} to measure on; trains: "
+        sizes = {name: sum(p.numel() for p in part.parameters() if p.requires_grad)
+                 for name, part in parts.items()}
+        print(f"{len(distil_rows)} rows to distil, {len(spoken_rows)} to hear, "
+              f"{len(eval_rows)} to measure on; trains: "
               + ", ".join(f"{name} {size / 1e6:.1f} M" for name, size in sizes.items() if size))
     writer = None
     if args.tensorboard and master:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise RuntimeError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+            raise RuntimeError("--tensorboard needs the package tensorboard: "
+                               "pip install tensorboard") from error
         writer = SummaryWriter(out / "tensorboard")
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
@@ -496,11 +585,13 @@ def main(args):
                 writer.add_scalar(key, value, record["step"])
 
     def measure():
-        """Every rank evaluates its share; the student with the best early answers by speech is kept in OUT/best."""
+        """Every rank evaluates its share;
+        the student with the best early answers by speech is kept in OUT/best."""
         nonlocal best
         if not eval_rows:
             return
-        results = evaluate(student, teacher, eval_set, range(rank, len(eval_rows), world), args.channels)
+        results = evaluate(student, teacher, eval_set, range(rank, len(eval_rows), world),
+                           args.channels)
         sums = {channel: rows.sum(0) for channel, rows in results.items()}
         for channel in sums if ddp else []:
             dist.all_reduce(sums[channel])
@@ -515,7 +606,8 @@ def main(args):
             answers = student.generate(eval_rows[:3], max_new_tokens=40)
             with open(out / "samples.jsonl", "a") as file:
                 for row, text in zip(eval_rows, answers):
-                    record = {"step": step, "prompt": row["prompt"], "by_speech": text, "teacher": row["response"]}
+                    record = {"step": step, "prompt": row["prompt"], "by_speech": text,
+                              "teacher": row["response"]}
                     file.write(json.dumps(record) + "\n")
             print(f"      asked: {eval_rows[0]['prompt']!r}\n      by speech: {answers[0]!r}")
 
@@ -535,9 +627,11 @@ def main(args):
             devices = [local_rank] if device.type == "cuda" else None
             model = DistributedDataParallel(student, device_ids=devices) if ddp else student
             mine = [batch for batches in plan[step - first_step:] for batch in batches[rank::world]]
-            stream = iter(DataLoader(rows, batch_sampler=mine, num_workers=args.workers, collate_fn=list))
+            stream = iter(DataLoader(rows, batch_sampler=mine, num_workers=args.workers,
+                                     collate_fn=list))
             if "t2t" in channels and "llm" not in args.train and master:
-                print("the LLM is frozen: by text nothing can change, so the text channel is measured but not trained")
+                print("the LLM is frozen: by text nothing can change, "
+                      "so the text channel is measured but not trained")
         warm_up = min(1.0, (step - first_step + 1) / max(1, args.lr_warmup_steps))
         factor = warm_up * 0.5 * (1 + math.cos(math.pi * (step - first_step) / len(plan)))
         for group in optimizer.param_groups:
@@ -546,8 +640,10 @@ def main(args):
         # -------- one optimizer step --------
         micro_batches = [next(stream) for _ in plan[step - first_step][rank::world]]
         passes = [(channel, chosen, items) for items in micro_batches for channel in channels
-                  if (chosen := channel_items(items, channel)) and not (channel == "t2t" and "llm" not in args.train)]
-        # Mean over ALL supervised tokens of the step, per channel. DDP averages over ranks, hence `world` below.
+                  if (chosen := channel_items(items, channel))
+                  and not (channel == "t2t" and "llm" not in args.train)]
+        # Mean over ALL supervised tokens of the step, per channel.
+        # DDP averages over ranks, hence `world` below.
         names = ("t2t", "s2t", "ctc")
         counts = torch.zeros(4, dtype=torch.float64)
         for channel, chosen, _ in passes:
@@ -560,28 +656,36 @@ def main(args):
             counts = counts.to(device)
             dist.all_reduce(counts)
         num_tokens, stop = counts[:3].clamp(min=1).tolist(), counts[3] > 0
-        torch.manual_seed(args.seed + 100_003 * step + rank)  # after the fetch: a new DataLoader iterator draws from it
-        sums = torch.zeros(6, dtype=torch.float64, device=device)  # loss; ce, kd of t2t; ce, kd of s2t; ctc
+        # after the fetch: a new DataLoader iterator draws from it
+        torch.manual_seed(args.seed + 100_003 * step + rank)
+        # loss; ce, kd of t2t; ce, kd of s2t; ctc
+        sums = torch.zeros(6, dtype=torch.float64, device=device)
         teacher_hidden, done = {}, None
         for number, (channel, chosen, items) in enumerate(passes):
             if items is not done and channel != "ctc":  # one teacher pass serves both channels
                 taught = [i for i in items if i["has_text"] and i["answer"]]
-                teacher_hidden = dict(zip([i["id"] for i in taught], teacher_rows(teacher, taught))) if taught else {}
+                teacher_hidden = dict(zip(
+                    [i["id"] for i in taught], teacher_rows(teacher, taught))) if taught else {}
                 done = items
-            # no_sync must cover forward AND backward: DDP decides in forward whether this backward will sync
-            with contextlib.nullcontext() if not ddp or number == len(passes) - 1 else model.no_sync():
+            # no_sync must cover forward AND backward:
+            # DDP decides in forward whether this backward will sync
+            with (contextlib.nullcontext() if not ddp or number == len(passes) - 1
+                  else model.no_sync()):
                 with torch.amp.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                     hidden, logits, spelled = model(**student_inputs(chosen, channel))
                     loss = torch.zeros((), device=device)
                     if channel != "ctc":
                         at = names.index(channel)
-                        weight = {"t2t": args.t2t_weight, "s2t": args.s2t_weight}[channel] / num_tokens[at]
-                        channel_sum, ce, kd = channel_loss(args, chosen, hidden, head, teacher_hidden, teacher_head)
+                        weight = ({"t2t": args.t2t_weight, "s2t": args.s2t_weight}[channel]
+                                  / num_tokens[at])
+                        channel_sum, ce, kd = channel_loss(args, chosen, hidden, head,
+                                                           teacher_hidden, teacher_head)
                         loss = weight * channel_sum
                         sums[1 + 2 * at:3 + 2 * at] += torch.stack([ce, kd])
                     if logits is not None and (channel == "ctc" or args.ctc_weight):
                         ctc = ctc_loss(chosen, logits, spelled)
-                        loss = loss + (1.0 if channel == "ctc" else args.ctc_weight) / num_tokens[2] * ctc
+                        loss = loss + ((1.0 if channel == "ctc" else args.ctc_weight)
+                                       / num_tokens[2] * ctc)
                         sums[5] += ctc.detach()
                 scaler.scale(loss * world).backward()
                 sums[0] += loss.detach()
@@ -590,8 +694,9 @@ def main(args):
         values = sums.tolist()
         if not all(map(math.isfinite, values)):
             ids = [i["id"] for items in micro_batches for i in items]
-            raise RuntimeError(f"loss {values[0]} in step {step + 1}, learning rate {group['lr']:.2e}; rows of rank "
-                               f"{rank}: {ids}; {checkpoint_path} keeps the last good state")
+            raise RuntimeError(f"loss {values[0]} in step {step + 1}, learning rate "
+                               f"{group['lr']:.2e}; rows of rank {rank}: {ids}; "
+                               f"{checkpoint_path} keeps the last good state")
         scaler.unscale_(optimizer)  # clip the true gradient
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
@@ -607,7 +712,8 @@ def main(args):
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             if device.type == "cuda":
                 memory = torch.cuda.max_memory_allocated() / 2**30
-            record = {"step": step, "phase": phase, "loss": values[0], "grad_norm": float(grad_norm),
+            record = {"step": step, "phase": phase, "loss": values[0],
+                      "grad_norm": float(grad_norm),
                       "lr": max(group["lr"] for group in optimizer.param_groups)}
             for i, key in enumerate(("ce_t2t", "kd_t2t", "ce_s2t", "kd_s2t", "ctc"), 1):
                 record[key] = values[i] / num_tokens[(i - 1) // 2]
@@ -616,8 +722,10 @@ def main(args):
             start_time, tokens_seen = time.perf_counter(), 0
             left_s = elapsed / args.log_every * (len(plan) - step + first_step)
             shown = ("loss", "ce_s2t", "kd_s2t", "ce_t2t", "kd_t2t", "ctc", "grad_norm", "lr")
-            cells = [f"{phase} {step - first_step:5d}/{len(plan)}", *(f"{k} {record[k]:.4g}" for k in shown if record[k]),
-                     f"{record['tokens_per_s']:.0f} tok/s", f"{memory:.1f} GiB", f"{left_s / 60:.1f} min left"]
+            cells = [f"{phase} {step - first_step:5d}/{len(plan)}",
+                     *(f"{k} {record[k]:.4g}" for k in shown if record[k]),
+                     f"{record['tokens_per_s']:.0f} tok/s", f"{memory:.1f} GiB",
+                     f"{left_s / 60:.1f} min left"]
             print(" | ".join(cells), flush=True)
         at_end = step == total_steps
         due = phase == "distil" and args.eval_every and (step - first_step) % args.eval_every == 0
@@ -627,7 +735,8 @@ def main(args):
             save_checkpoint(checkpoint_path, student, optimizer, scaler, step, best, args, world)
         if stop:
             if master:
-                print(f"stopped by SIGTERM after step {step}; the same command with --resume goes on")
+                print(f"stopped by SIGTERM after step {step}; "
+                      "the same command with --resume goes on")
             return 143
 
     # ---- the student ----

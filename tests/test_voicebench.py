@@ -17,7 +17,7 @@ import torch
 import eval_voicebench as vb
 import losses
 import model as m
-from conftest import QUESTIONS, ROOT, hidden_rows, sound
+from conftest import QUESTIONS, ROOT, sound
 
 FILES = {"alpacaeval_full-test": 3, "commoneval-test": 2, "wildvoice-test": 2, "sd-qa-usa": 3, "sd-qa-aus": 1,
          "mmsu-law": 2, "mmsu-physics": 4, "openbookqa-test": 5, "bbh-test": 4, "ifeval-test": 3, "advbench-test": 2}
