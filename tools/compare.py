@@ -92,6 +92,7 @@ def measure(args):
     teacher, tokenizer = m.load_llm(args.teacher, torch.bfloat16)
     sets = {Path(path).parent.name if Path(path).stem in ("train", "heldout") else Path(path).stem:
             [r for r in train_kd.read_manifest(path) if r["response"] and r.get("audio")][:args.limit] for path in args.data}
+    sets = {name: sorted(rows, key=lambda r: len(r["prompt"])) for name, rows in sets.items()}  # little padding
     asked = dict(zip(sets, np.split(np.array(topics([r for rows in sets.values() for r in rows]), object),
                                     np.cumsum([len(rows) for rows in sets.values()])[:-1])))
     results = {name: {"teacher by text": {"kl": 0.0, "kl8": 0.0, "agree8": 1.0, "answers": [r["response"] for r in rows]}}
