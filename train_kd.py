@@ -38,6 +38,7 @@ import model as m
 
 # answer tokens in which question and answer are not yet told apart by the answer itself:
 EARLY = 8  # the gap shows there
+CHANNELS = ("t2t", "s2t", "ctc")  # text to text, speech to text, speech to spelling
 
 
 def get_args(argv=None):
@@ -248,6 +249,24 @@ def feature_cache(args, student, rows, rank, world, dtype):
     return path_of
 
 
+def usable_rows(args, rows, global_batch_size, warm_batch):
+    """Rows to distil, which a channel can use, and rows to hear, whose words are known.
+
+    Raises: ValueError if there are fewer than a phase needs for one global batch.
+    """
+    needs = {"t2t": "prompt", "s2t": "audio"}
+    distil_rows = [r for r in rows
+                   if r.get(args.labels) and any(r.get(needs[c]) for c in args.channels)]
+    spoken_rows = [r for r in rows if r.get("audio") and r["prompt"] and not r.get("instruction")]
+    for what, found, size in (("distil", distil_rows, global_batch_size),
+                              ("hear", spoken_rows, warm_batch if args.warm_start_steps else 0)):
+        if len(found) < size:
+            raise ValueError(f"{len(found)} rows to {what} with --labels {args.labels} in "
+                             f"{', '.join(args.data)}, fewer than one global batch of {size}; "
+                             "give more rows or a smaller batch")
+    return distil_rows, spoken_rows
+
+
 def plan_batches(lengths, batch_size, global_batch_size, steps, seed):
     """Row indices of every micro-batch of every step:
     list (steps) of lists (micro-batches) of lists (rows).
@@ -302,6 +321,17 @@ def channel_items(items, channel):
     """The rows of a batch that a channel can use."""
     usable = [i for i in items if (i["has_text"] if channel == "t2t" else i["audio"])]
     return [i for i in usable if i["answer"] or channel == "ctc"]
+
+
+def count_tokens(args, passes):
+    """Supervised tokens of this rank's passes: answers by text, by speech, spelled pieces."""
+    counts = [0, 0, 0]
+    for channel, chosen, _ in passes:
+        if channel != "ctc":
+            counts[CHANNELS.index(channel)] += sum(len(i["answer"]) for i in chosen)
+        if channel == "ctc" or (channel == "s2t" and args.ctc_weight):
+            counts[2] += sum(len(i.get("spelling", [])) for i in chosen)
+    return counts
 
 
 def channel_loss(args, items, hidden, head, teacher_hidden, teacher_head):
@@ -450,6 +480,38 @@ def load_checkpoint(path, student, optimizer, scaler, args, world):
     return saved["step"], saved["best"]
 
 
+def make_optimizer(args, parts, device):
+    """AdamW over the parts that train; matrices decay, vectors do not. The loop sets the rates."""
+    groups = []
+    for name in args.train:
+        trainable = [p for p in parts[name].parameters() if p.requires_grad]
+        groups += [{"params": [p for p in trainable if p.dim() >= 2],
+                    "weight_decay": args.weight_decay, "part": name},
+                   {"params": [p for p in trainable if p.dim() < 2],
+                    "weight_decay": 0.0, "part": name}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=device.type == "cuda")
+
+
+def print_step(record, step, steps, left_s):
+    """One line for people: where the run is, what it costs, how long it takes."""
+    shown = ("loss", "ce_s2t", "kd_s2t", "ce_t2t", "kd_t2t", "ctc", "grad_norm", "lr")
+    cells = [f"{record['phase']} {step:5d}/{steps}",
+             *(f"{k} {record[k]:.4g}" for k in shown if record[k]),
+             f"{record['tokens_per_s']:.0f} tok/s", f"{record['memory']:.1f} GiB",
+             f"{left_s / 60:.1f} min left"]
+    print(" | ".join(cells), flush=True)
+
+
+def write_samples(student, rows, path, step):
+    """The student's answers by speech to a few rows, for whoever would rather read than count."""
+    answers = student.generate(rows, max_new_tokens=40)
+    with open(path, "a") as file:
+        for row, text in zip(rows, answers):
+            file.write(json.dumps({"step": step, "prompt": row["prompt"], "by_speech": text,
+                                   "teacher": row["response"]}) + "\n")
+    print(f"      asked: {rows[0]['prompt']!r}\n      by speech: {answers[0]!r}")
+
+
 # ---- main: read it as prose ----
 
 def main(args):
@@ -505,18 +567,8 @@ def main(args):
         print("--compile: no C++ compiler (g++) found, running eagerly")
 
     # ---- data ----
-    needs = {"t2t": "prompt", "s2t": "audio"}  # a row is used if one channel can use it
-    distil_rows = [r for r in train_rows
-                   if r.get(args.labels) and any(r.get(needs[c]) for c in args.channels)]
-    spoken_rows = [r for r in train_rows
-                   if r.get("audio") and r["prompt"] and not r.get("instruction")]
     warm_batch = args.warm_start_batch_size * world
-    for what, rows, size in (("distil", distil_rows, global_batch_size),
-                             ("hear", spoken_rows, warm_batch if args.warm_start_steps else 0)):
-        if len(rows) < size:
-            raise ValueError(f"{len(rows)} rows to {what} with --labels {args.labels} in "
-                             f"{', '.join(args.data)}, fewer than one global batch of {size}; "
-                             "give more rows or a smaller batch")
+    distil_rows, spoken_rows = usable_rows(args, train_rows, global_batch_size, warm_batch)
     cache = None
     if "encoder" not in args.train:
         needed = distil_rows + eval_rows + (spoken_rows if args.warm_start_steps else [])
@@ -539,14 +591,7 @@ def main(args):
     eval_set = Rows(eval_rows, student, teacher_tokenizer, args, cache)
 
     # ---- optimizer, resume ----
-    groups = []
-    for name in args.train:
-        trainable = [p for p in parts[name].parameters() if p.requires_grad]
-        groups += [{"params": [p for p in trainable if p.dim() >= 2],
-                    "weight_decay": args.weight_decay, "part": name},
-                   {"params": [p for p in trainable if p.dim() < 2],
-                    "weight_decay": 0.0, "part": name}]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=device.type == "cuda")
+    optimizer = make_optimizer(args, parts, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best = 0, None
     out.mkdir(parents=True, exist_ok=True)
@@ -603,13 +648,7 @@ def main(args):
             if best is None or score < best:
                 best = score
                 m.save_student(student, out / "best", dtype)
-            answers = student.generate(eval_rows[:3], max_new_tokens=40)
-            with open(out / "samples.jsonl", "a") as file:
-                for row, text in zip(eval_rows, answers):
-                    record = {"step": step, "prompt": row["prompt"], "by_speech": text,
-                              "teacher": row["response"]}
-                    file.write(json.dumps(record) + "\n")
-            print(f"      asked: {eval_rows[0]['prompt']!r}\n      by speech: {answers[0]!r}")
+            write_samples(student, eval_rows[:3], out / "samples.jsonl", step)
 
     # ---- the loop ----
     if step == 0 and not args.warm_start_steps:
@@ -644,14 +683,7 @@ def main(args):
                   and not (channel == "t2t" and "llm" not in args.train)]
         # Mean over ALL supervised tokens of the step, per channel.
         # DDP averages over ranks, hence `world` below.
-        names = ("t2t", "s2t", "ctc")
-        counts = torch.zeros(4, dtype=torch.float64)
-        for channel, chosen, _ in passes:
-            if channel != "ctc":
-                counts[names.index(channel)] += sum(len(i["answer"]) for i in chosen)
-            if channel == "ctc" or (channel == "s2t" and args.ctc_weight):
-                counts[2] += sum(len(i.get("spelling", [])) for i in chosen)
-        counts[3] = len(stopped)
+        counts = torch.tensor([*count_tokens(args, passes), len(stopped)], dtype=torch.float64)
         if ddp:
             counts = counts.to(device)
             dist.all_reduce(counts)
@@ -675,7 +707,7 @@ def main(args):
                     hidden, logits, spelled = model(**student_inputs(chosen, channel))
                     loss = torch.zeros((), device=device)
                     if channel != "ctc":
-                        at = names.index(channel)
+                        at = CHANNELS.index(channel)
                         weight = ({"t2t": args.t2t_weight, "s2t": args.s2t_weight}[channel]
                                   / num_tokens[at])
                         channel_sum, ce, kd = channel_loss(args, chosen, hidden, head,
@@ -721,12 +753,7 @@ def main(args):
             log(record)
             start_time, tokens_seen = time.perf_counter(), 0
             left_s = elapsed / args.log_every * (len(plan) - step + first_step)
-            shown = ("loss", "ce_s2t", "kd_s2t", "ce_t2t", "kd_t2t", "ctc", "grad_norm", "lr")
-            cells = [f"{phase} {step - first_step:5d}/{len(plan)}",
-                     *(f"{k} {record[k]:.4g}" for k in shown if record[k]),
-                     f"{record['tokens_per_s']:.0f} tok/s", f"{memory:.1f} GiB",
-                     f"{left_s / 60:.1f} min left"]
-            print(" | ".join(cells), flush=True)
+            print_step(record, step - first_step, len(plan), left_s)
         at_end = step == total_steps
         due = phase == "distil" and args.eval_every and (step - first_step) % args.eval_every == 0
         if at_end or step == args.warm_start_steps or due:
