@@ -42,6 +42,7 @@ from transformers.utils import logging
 import model as m
 import synth_speech
 import train_kd
+from synth_speech import Stage, write_atomically
 
 HUB = "hlt-lab/voicebench"
 SUBSETS = {  # subset: kind of score, rows on the hub
@@ -52,7 +53,7 @@ SUBSETS = {  # subset: kind of score, rows on the hub
 COLUMNS = {"qa": ["reference"], "mcq": ["reference"], "bbh": ["id", "reference"],
            "ifeval": ["instruction_id_list", "kwargs"]}  # beside prompt
 TRUTH = {"yes": 1, "no": 0, "(a)": 0, "(b)": 1}
-BBH_TASKS = ("sports_understanding", "hyperbaton", "navigate", "web_of_lies")
+BBH_TASKS = ("sports_understanding", "hyperbaton", "navigate", "web_of_lies")  # official order
 MMSU = ("law engineering other biology business economics health philosophy psychology history "
         "chemistry physics").split()
 JUDGED = ("open", "qa")
@@ -150,8 +151,8 @@ def fetch(args, rank):
                 row["audio"], sound = f"audio/{subset}-{split}-{i:05d}.wav", row["audio"]["bytes"]
                 (folder / row["audio"]).write_bytes(sound)
                 lines.append(json.dumps(row) + "\n")
-            write(path.with_suffix(".commit"), commit[1] if commit else "unknown")
-            write(path, "".join(lines))
+            write_atomically(path.with_suffix(".commit"), commit[1] if commit else "unknown")
+            write_atomically(path, "".join(lines))
     return folder
 
 
@@ -192,15 +193,8 @@ def read_data(args, folder):
 
 # ---- answers: append-only files, one a rank, so that a run goes on where it stopped ----
 
-def write(path, text):
-    """The file appears complete or not at all."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def write_json(path, record):
-    write(path, json.dumps(record, indent=1) + "\n")
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
 
 
 def start_ranks(device):
@@ -230,15 +224,14 @@ def answer_all(out, name, rows, ask, *, settings, batch_size, rank=0, world=1):
     """ask(list of rows) -> list of JSON values, over all rows, in their order; resumable.
 
     The batches depend on rows and batch_size alone. Batch k, the business of rank k % world, is
-    one line of OUT/.answers/NAME.RANK.jsonl: there as a whole, or made anew.
+    one line of OUT/.stages/NAME.RANK.jsonl: there as a whole, or made anew.
     Raises ValueError if OUT was begun with other settings or rows.
     """
-    folder = Path(out) / ".answers"
-    folder.mkdir(parents=True, exist_ok=True)
+    stage = Stage(out, name, rank)  # cuts off a half-written last line
     plain = [{k: v for k, v in row.items() if k != "audio"} for row in rows]
     digest = hashlib.sha1(json.dumps(plain, sort_keys=True).encode()).hexdigest()
     settings = {**settings, "batch_size": batch_size, "rows": f"{len(rows)} {digest}"}
-    path, own = folder / f"{name}.json", folder / f"{name}.{rank}.jsonl"
+    path = stage.folder / f"{name}.json"
     if path.exists() and (old := json.loads(path.read_text())) != settings:
         changed = [f"{k} {old.get(k)} -> {v}" for k, v in settings.items() if old.get(k) != v]
         raise ValueError(f"{out}: {name} was begun with other settings ({', '.join(changed)}); "
@@ -246,32 +239,23 @@ def answer_all(out, name, rows, ask, *, settings, batch_size, rank=0, world=1):
     write_json(path, settings)
     order = sorted(range(len(rows)), key=lambda i: (size(rows[i]), i))
     plan = [order[i:i + batch_size] for i in range(0, len(rows), batch_size)]
-    if own.exists():  # without a half-written last line
-        os.truncate(own, own.read_bytes().rfind(b"\n") + 1)
-
-    def read_done():
-        lines = [line for file in sorted(folder.glob(f"{name}.[0-9]*.jsonl"))
-                 for line in file.read_bytes().split(b"\n")[:-1]]
-        return {record["id"]: record["responses"] for record in map(json.loads, lines)}
-
-    done, stopped, mine = read_done(), [], range(rank, len(plan), world)
+    done, stopped, mine = stage.load(), [], range(rank, len(plan), world)
     bar = tqdm(total=sum(len(plan[k]) for k in mine), desc=name, unit="row", disable=rank > 0,
                initial=sum(len(plan[k]) for k in mine if k in done))
     before = signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
-    with bar, open(own, "ab") as file:
+    with bar:
         for k in mine:
             if k not in done and not stopped:
-                line = json.dumps({"id": k, "responses": ask([rows[i] for i in plan[k]])})
-                file.write(line.encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+                stage.add([{"id": k, "responses": ask([rows[i] for i in plan[k]])}])
                 bar.update(len(plan[k]))
-        while len(done := read_done()) < len(plan) and not stopped:
+        while len(stage.load()) < len(plan) and not stopped:
             time.sleep(0.2)  # the other ranks are still at work
     signal.signal(signal.SIGTERM, before)
     if stopped:
         stop()
-    answers = {i: x for k, batch in enumerate(plan) for i, x in zip(batch, done[k], strict=True)}
+    answers = {}
+    for k, batch in enumerate(plan):
+        answers |= dict(zip(batch, stage.done[k]["responses"], strict=True))
     return [answers[i] for i in range(len(rows))]
 
 
@@ -319,7 +303,8 @@ def divergences(teacher, tokenizer, student, rows):
     cut = argparse.Namespace(labels="response", max_answer_tokens=ANSWER_TOKENS)
     dataset = train_kd.Rows(rows, student, tokenizer, cut)
     items = [dataset[i] for i in range(len(rows))]
-    heads = [x.get_output_embeddings().weight.float() for x in (teacher, student.llm, student.llm)]
+    heads = [x.get_output_embeddings().weight.float() for x in (teacher, student.llm)]
+    heads.append(heads[1])  # by text and by speech
     vocab, hidden = min(map(len, heads)), [train_kd.teacher_rows(teacher, items)]  # (n_i, H) each
     autocast = torch.autocast(teacher.device.type, teacher.dtype, teacher.dtype != torch.float32)
     for channel in ("t2t", "s2t") if items[0]["audio"] else ("t2t",):
@@ -368,7 +353,7 @@ def answer_data(args, data, rank, world):
                 path = f"{args.out}/{name}-{row['split']}-{modality}.jsonl"
                 lines[path] = lines.get(path, "") + line
             for path, text in lines.items():
-                write(path, text)
+                write_atomically(path, text)
             files += lines
         if role == "teacher":  # room for the student
             models[role].cache_clear()
@@ -1099,7 +1084,7 @@ def main(args):
               "decoding": "greedy", "prompt": "the question alone, after --system",
               "weights": weights, "data": origins, **provenance(args)}
     write_json(out / "report.json", report)
-    write(out / "report.md", text := to_text(args, report))
+    write_atomically(out / "report.md", text := to_text(args, report))
     draw(report, out / "report.png")
     print(text)
     return 0

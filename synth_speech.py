@@ -581,8 +581,10 @@ def check_all(args, stage, rows, speech, out, rank, world):
 
 
 def write_atomically(path, text):
-    path.with_suffix(".tmp").write_text(text)
-    os.replace(path.with_suffix(".tmp"), path)
+    """The file appears complete or not at all, whichever rank is quicker."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def preview(rows):

@@ -182,22 +182,22 @@ def test_models_of_other_tokenizers_are_compared_by_scores_alone(options, tmp_pa
 @pytest.mark.parametrize("seed", range(3))
 def test_cut_anywhere_and_resumed_gives_the_same_bytes(reference, options, tmp_path, seed):
     rng, lines = random.Random(seed), 0
-    (tmp_path / ".answers").mkdir()
-    for path in (reference / ".answers").iterdir():
+    (tmp_path / ".stages").mkdir()
+    for path in (reference / ".stages").iterdir():
         content = path.read_bytes()
         lines += content.count(b"\n") if path.suffix == ".jsonl" else 0
         content = content if path.suffix == ".json" else content[:rng.randint(0, len(content))]
-        (tmp_path / ".answers" / path.name).write_bytes(content)
+        (tmp_path / ".stages" / path.name).write_bytes(content)
     assert run(options, tmp_path) == 0
     assert results(tmp_path) == results(reference)
-    again = [line for path in (tmp_path / ".answers").glob("*.jsonl") for line in read(path)]
+    again = [line for path in (tmp_path / ".stages").glob("*.jsonl") for line in read(path)]
     assert len(again) == lines  # nothing is there twice
 
 
 def test_killed_and_started_again_gives_the_same_bytes(reference, options, tmp_path):
     command = [sys.executable, vb.__file__, *options, "--out", str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=one_core)
-    while process.poll() is None and not list(tmp_path.glob(".answers/student*text.0.jsonl")):
+    while process.poll() is None and not list(tmp_path.glob(".stages/student*text.0.jsonl")):
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "report.json").exists()
@@ -210,7 +210,7 @@ def test_two_ranks_write_the_same_bytes_as_one(reference, options, tmp_path):
     subprocess.run([*torchrun, vb.__file__, *options, "--out", str(tmp_path)], check=True, timeout=300,
                    preexec_fn=one_core)
     assert results(tmp_path) == results(reference)
-    assert len(list(tmp_path.glob(".answers/divergence-*-bbh.?.jsonl"))) == 2
+    assert len(list(tmp_path.glob(".stages/divergence-*-bbh.?.jsonl"))) == 2
     assert run(options, tmp_path) == 0 and results(tmp_path) == results(reference)  # one rank reads both files
 
 
@@ -261,7 +261,7 @@ def test_score_only_equals_the_scores_of_the_run(reference, options, tmp_path):
     a, b = report(reference), report(tmp_path)
     for name, entry in a["subsets"].items():
         assert {k: v for k, v in entry.items() if k[0] not in "FM"} == b["subsets"][name]
-    assert not [p for p in tmp_path.iterdir() if p.name == ".answers"]
+    assert not [p for p in tmp_path.iterdir() if p.name == ".stages"]
 
 
 def answered(folder, model="student-x", modality="text", **responses):
