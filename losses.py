@@ -159,8 +159,9 @@ def ctc(*, student_logits: Tensor, lengths: Tensor, targets: list[list[int]]) ->
 DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "skew_kl": skew_kl}
 
 
-CPU_BLOCK_ROWS = 8    # rows whose point-wise work is done together on a CPU: they stay in its cache
-HALF_HEAD_TILE = 8192  # tokens of a half-precision head that are upcast together on a CPU
+CPU_BLOCK_ROWS = 8      # rows whose point-wise work is done together on a CPU: in its cache
+HALF_HEAD_TILE = 8192   # tokens of a half-precision head that are upcast together on a CPU
+GPU_WEIGHT_ROWS = 1024  # rows that are summed in one product for a trainable head on a GPU
 
 
 def _tiles(head):
@@ -174,16 +175,15 @@ def _addmm(out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
     """out = beta * out + a @ b in out's float32 or float64:
     half-precision factors, no half-precision result."""
     if b.is_cuda and b.dtype in (torch.bfloat16, torch.float16):
-        product = torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
-        out.add_(product) if beta else out.copy_(product)
+        torch.addmm(out, a.to(b.dtype), b, out_dtype=torch.float32, beta=beta, out=out)
     else:
         out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
 
 
-def _ce_kd_rows(student_logits, teacher_logits, targets, row_weights, kind, temperature, beta,
-                ce_weight, kd_weight):
+def _ce_kd_rows(student_logits, teacher_logits, targets, row_weights, dtype, kind, temperature,
+                beta, ce_weight, kd_weight):
     """Logits (n, V) -> sums (2,) of CE and KD,
-    and the gradient (n, V) of ce_weight * CE + kd_weight * KD."""
+    and the gradient (n, V) of ce_weight * CE + kd_weight * KD, rounded to dtype at the end."""
     log_student = (student_logits / temperature).log_softmax(-1)
     log_teacher = (teacher_logits / temperature).log_softmax(-1)
     student, teacher = log_student.exp(), log_teacher.exp()
@@ -210,32 +210,39 @@ def _ce_kd_rows(student_logits, teacher_logits, targets, row_weights, kind, temp
     log_probs = log_student if temperature == 1 else student_logits.log_softmax(-1)
     ce = -log_probs.gather(-1, targets[:, None])[:, 0]
     if ce_weight:
-        scale = (ce_weight * row_weights)[:, None]
-        gradient += log_probs.exp() * scale
-        gradient.scatter_add_(-1, targets[:, None], -scale)
-    return torch.stack([row_weights @ ce, row_weights @ kd * temperature**2]), gradient
+        hit = torch.arange(student_logits.shape[1], device=targets.device) == targets[:, None]
+        gradient += (log_probs.exp() - hit.to(log_probs.dtype)) * (ce_weight * row_weights)[:, None]
+    sums = torch.stack([row_weights @ ce, row_weights @ kd * temperature**2])
+    return sums, gradient.to(dtype)
 
 
 @functools.cache
 def _point_wise(device_type):
     compiled = device_type == "cuda" and importlib.util.find_spec("triton")
-    return torch.compile(_ce_kd_rows, dynamic=True) if compiled else _ce_kd_rows
+    if not compiled:
+        return _ce_kd_rows
+    # a row is as long as the vocabulary: one program a row reads it twice, split rows are read more
+    return torch.compile(_ce_kd_rows, dynamic=True, options={"split_reductions": False})
 
 
 class _FusedCeKd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student_hidden, student_weight, teacher_hidden, teacher_weight, targets,
-                row_weights, needs_grad, chunk_rows, scales, *options):
+                row_weights, needs_grad, half, chunk_rows, scales, *options):
         needs_hidden, needs_weight = (needs_grad and needed for needed in ctx.needs_input_grad[:2])
         dtype, device = (torch.promote_types(student_hidden.dtype, torch.float32),
                          student_hidden.device)
         vocab, row_weights = min(len(student_weight), len(teacher_weight)), row_weights.to(dtype)
-        hiddens, heads = ((student_hidden, teacher_hidden),
-                          (student_weight[:vocab], teacher_weight[:vocab]))
+        heads = [w[:vocab].to(half or w.dtype) for w in (student_weight, teacher_weight)]
+        hiddens = student_hidden, teacher_hidden
         buffers = [torch.empty(min(chunk_rows, len(targets)), vocab, dtype=dtype, device=device)
                    for _ in heads]
-        block_rows = CPU_BLOCK_ROWS if device.type == "cpu" else chunk_rows
+        on_cpu, together, pending = device.type == "cpu", 1, []
+        block_rows = CPU_BLOCK_ROWS if on_cpu else chunk_rows
+        if not on_cpu:  # the weight gradient is read and written as seldom as memory allows
+            together = max(1, GPU_WEIGHT_ROWS // chunk_rows)
+            hiddens = [hidden.to(head.dtype) for hidden, head in zip(hiddens, heads)]
         sums = torch.zeros(2, dtype=torch.float64, device=device)                     # CE, KD
         grad_hidden = (torch.zeros(student_hidden.shape, dtype=dtype, device=device)
                        if needs_hidden else None)
@@ -253,15 +260,25 @@ class _FusedCeKd(torch.autograd.Function):
                 block = slice(first, min(first + block_rows, stop))
                 rows = slice(first - start, block.stop - start)
                 values, gradient = _point_wise(device.type)(
-                    logits[0][rows], logits[1][rows], targets[block], row_weights[block], *options)
-                logits[0][rows] = gradient                        # takes the logits' place
+                    logits[0][rows], logits[1][rows], targets[block], row_weights[block],
+                    dtype if on_cpu else heads[0].dtype, *options)
                 sums += values
-            gradient = logits[0] if scales[0] == 1 else logits[0].mul_(scales[0])
+                if on_cpu:
+                    logits[0][rows] = gradient                        # takes the logits' place
+            gradient = logits[0] if on_cpu else gradient                              # (n, V)
+            if scales[0] != 1:
+                gradient *= scales[0]
             for tile in _tiles(heads[0]) if needs_hidden else []:
                 _addmm(grad_hidden[start:stop], gradient[:, tile], heads[0][tile])    # (n, H)
             if needs_weight:
-                _addmm(grad_weight[:vocab], gradient.T, student_hidden[start:stop])   # (V, H)
+                pending.append(gradient)
+                if len(pending) == together or stop == len(targets):
+                    first = stop - sum(map(len, pending))
+                    gradient = torch.cat(pending) if len(pending) > 1 else gradient
+                    _addmm(grad_weight[:vocab], gradient.T, hiddens[0][first:stop])   # (V, H)
+                    pending = []
         ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = student_hidden.dtype, student_weight.dtype
         ce_sum, kd_sum = sums.to(dtype).unbind()
         ctx.mark_non_differentiable(ce_sum, kd_sum)
         return options[3] * ce_sum + options[4] * kd_sum, ce_sum, kd_sum
@@ -269,8 +286,10 @@ class _FusedCeKd(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _ce, _kd):
-        grads = [None if grad is None else grad * grad_loss for grad in ctx.saved_tensors]
-        return *grads, *[None] * 12
+        grads = [None if grad is None else  # scaled and rounded at once: no second float32 copy
+                 torch.mul(grad, grad_loss, out=torch.empty_like(grad, dtype=dtype))
+                 for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
+        return *grads, *[None] * 13
 
 
 def fused_ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor,
@@ -294,7 +313,8 @@ def fused_ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidde
     Returns:
         loss = ce_weight * ce_sum + kd_weight * kd_sum, which alone carries a gradient (once: no
         second derivative), and ce_sum and kd_sum for the log (row weights and T^2 included);
-        () float32. Logits are float32, also of half-precision inputs and under autocast. Both
+        () float32. Logits are float32, also of half-precision inputs; on a GPU, autocast to half
+        precision rounds the factors of the products, never their results. Both
         vocabularies are cut to the smaller one, since models pad them differently.
     Raises:
         ValueError: if a target is negative or beyond the common vocabulary (on a GPU, where looking
@@ -316,9 +336,11 @@ def fused_ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidde
                          f"the common vocabulary of {vocab} tokens")
     row_weights = (torch.ones(len(targets), device=targets.device)
                    if row_weights is None else row_weights)
+    on_gpu = student_hidden.is_cuda and torch.is_autocast_enabled("cuda")
     with torch.autocast(student_hidden.device.type, enabled=False):
         return _FusedCeKd.apply(
             student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(),
-            targets, row_weights.detach(), torch.is_grad_enabled(), chunk_rows,
+            targets, row_weights.detach(), torch.is_grad_enabled(),
+            torch.get_autocast_dtype("cuda") if on_gpu else None, chunk_rows,
             (student_logit_scale, teacher_logit_scale),
             kind, temperature, beta, ce_weight, kd_weight)
