@@ -400,6 +400,7 @@ class SpeechLLM(PreTrainedModel):
                                self.llm.get_input_embeddings().embedding_dim,
                                c.adapter_layers, c.adapter_heads, c.adapter_kernel)
         self.processors = None
+        self.positions = [0, 0]  # of the LLM so far: real ones, and with padding
         self.post_init()
 
     def _init_weights(self, module):
@@ -526,6 +527,8 @@ class SpeechLLM(PreTrainedModel):
             speech = dict(zip(clips, self.read(states, logits, lengths)[0]))
         embeds = self.splice(before, [a + y for a, y in zip(after, answers)], speech)
         padded = nn.utils.rnn.pad_sequence(embeds, batch_first=True)      # (B, T, H), right-padded
+        self.positions[0] += sum(map(len, embeds))
+        self.positions[1] += padded.shape[0] * padded.shape[1]
         # causal, so it needs no mask; the rows are those that predict y: the shift
         hidden = self.llm.base_model(inputs_embeds=padded, use_cache=False).last_hidden_state
         rows = [h[len(e) - len(y) - 1:len(e) - 1] for h, e, y in zip(hidden, embeds, answers)]

@@ -24,10 +24,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -58,6 +58,9 @@ def get_args(argv=None):
     g.add_argument("--out", required=True, help="output folder")
     g.add_argument("--feature-cache",
                    help="folder for the frozen encoder's features; default: DATA/.features")
+    g.add_argument("--teacher-cache",
+                   help="folder for the teacher's hidden rows of every answer: its body runs once "
+                        "a row and leaves memory; 2 bytes x width a token; default: no cache")
     g = p.add_argument_group("method")
     g.add_argument("--channels", nargs="+", choices=["t2t", "s2t"], default=["t2t", "s2t"],
                    help="text to text, speech to text")
@@ -94,7 +97,9 @@ def get_args(argv=None):
                    help="optimizer steps of distillation; 0 = --epochs")
     g.add_argument("--epochs", type=float, default=2,
                    help="passes over the data, if --max-steps is 0")
-    g.add_argument("--batch-size", type=int, default=8, help="rows per GPU per forward")
+    g.add_argument("--batch-size", type=int, default=8, help="rows per GPU per forward, at most")
+    g.add_argument("--batch-tokens", type=int, default=0,
+                   help="positions per GPU per forward, padding included, at most; 0: no limit")
     g.add_argument("--global-batch-size", type=int, default=0,
                    help="rows per optimizer step over all GPUs; 0: no accumulation")
     g.add_argument("--lr-warmup-steps", type=int, default=20,
@@ -174,9 +179,9 @@ class Rows(torch.utils.data.Dataset):
     """Rows of the manifest with everything that needs no model:
     ids, spelling, features or log-mel."""
 
-    def __init__(self, rows, student, teacher_tokenizer, args, cache=None):
+    def __init__(self, rows, student, teacher_tokenizer, args, cache=None, teacher_cache=None):
         self.rows, self.student, self.teacher_tokenizer = rows, student, teacher_tokenizer
-        self.args, self.cache = args, cache
+        self.args, self.cache, self.teacher_cache = args, cache, teacher_cache
 
     def __len__(self):
         return len(self.rows)
@@ -201,52 +206,89 @@ class Rows(torch.utils.data.Dataset):
                                 else self.student.spelling(row["prompt"]))
         if row.get("audio"):
             if self.cache:
-                item["features"] = torch.from_numpy(np.load(self.cache(row["audio"])))
+                item["features"] = load_file(self.cache(row["audio"]))["x"]
             else:
                 item["mel"] = self.student.mel(m.load_audio(row["audio"]))
+        if self.teacher_cache and item["has_text"] and item["answer"]:
+            item["teacher_hidden"] = load_file(self.teacher_cache(item))["x"]
         return item
 
 
+def fingerprint(model, dtype):
+    """Twelve characters that change with a model's weights or the type that it computes in."""
+    some = [v for k, v in model.state_dict().items() if "norm" in k or "conv1" in k]
+    weights = b"".join(v.float().cpu().numpy().tobytes() for v in some)
+    return hashlib.sha1(weights + str(dtype).encode()).hexdigest()[:12]
+
+
+def fill_cache(todo, path_of, load, compute, workers, show, what):
+    """Compute what is not on disk yet, 16 at a time in the order given -> one file each.
+
+    `load` runs in worker processes: thing -> what `compute` wants; `compute`: list -> tensors.
+    """
+    batches = [todo[i:i + 16] for i in range(0, len(todo), 16)]
+    loader = DataLoader(batches, batch_size=None, num_workers=workers,
+                        collate_fn=lambda batch: [(path_of(x), load(x)) for x in batch])
+    with tqdm(total=len(todo), desc=what, disable=not show or not todo) as bar, torch.no_grad():
+        for batch in loader:
+            for (path, _), value in zip(batch, compute([loaded for _, loaded in batch])):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_suffix(f".{os.getpid()}")
+                save_file({"x": value.contiguous().cpu()}, temporary)
+                os.replace(temporary, path)
+            bar.update(len(batch))
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def feature_cache(args, student, rows, rank, world, dtype):
-    """Encode each clip once -> function from audio path to the .npy file of its features
-    (S, D) in fp16.
+    """Encode each clip once -> function from audio path to the file of its features (S, D), fp16.
 
     The file's name depends on the clip and on the encoder, so that neither can change unnoticed.
     """
-    some = [v for k, v in student.encoder.state_dict().items() if "norm" in k or "conv1" in k]
-    weights = b"".join(v.float().cpu().numpy().tobytes() for v in some)
-    encoder = hashlib.sha1(weights + str(dtype).encode()).hexdigest()[:12]
+    encoder = fingerprint(student.encoder, dtype)
 
     def path_of(audio):
         stat = os.stat(audio)
         folder = Path(args.feature_cache or Path(audio).parent.parent / ".features") / encoder
         return folder / (hashlib.sha1(f"{audio} {stat.st_size} {stat.st_mtime_ns}".encode())
-                         .hexdigest() + ".npy")
+                         .hexdigest() + ".safetensors")
 
     seconds = {row["audio"]: row.get("seconds", 0) for row in rows if row.get("audio")}
     clips = sorted(seconds, key=lambda clip: (seconds[clip], clip))  # like lengths: little padding
-    todo = [clip for clip in clips[rank::world] if not path_of(clip).exists()]
-
-    def load(batch):
-        return [(clip, student.mel(m.load_audio(clip))) for clip in batch]
-
-    batches = [todo[i:i + 16] for i in range(0, len(todo), 16)]
-    loader = DataLoader(batches, batch_size=None, num_workers=args.workers, collate_fn=load)
-    bar = tqdm(total=len(todo), desc="encoding", unit="clip", disable=rank > 0 or not todo)
-    with bar, torch.inference_mode():
-        for batch in loader:
-            features = student.features([mel.to(student.device) for _, mel in batch])
-            for (clip, _), feature in zip(batch, features):
-                path = path_of(clip)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_suffix(f".{os.getpid()}")
-                with open(temporary, "wb") as file:
-                    np.save(file, feature.half().cpu().numpy())
-                os.replace(temporary, path)
-            bar.update(len(batch))
-    if world > 1:
-        dist.barrier()
+    fill_cache([clip for clip in clips[rank::world] if not path_of(clip).exists()], path_of,
+               lambda clip: student.mel(m.load_audio(clip)),
+               lambda mels: [f.half() for f in student.features(
+                   [mel.to(student.device) for mel in mels])], args.workers, rank == 0, "encoding")
     return path_of
+
+
+def teacher_cache(args, teacher, data, rank, world):
+    """Teach each row once -> function from item to the file of its hidden rows (n, H'), which
+    give the exact divergence, whatever the loss; a few of the largest logits would not."""
+    folder = Path(args.teacher_cache) / fingerprint(teacher, teacher.dtype)
+
+    def path_of(item):
+        ids = json.dumps([item["teacher_prompt"], item["answer"]])
+        return folder / (hashlib.sha1(ids.encode()).hexdigest() + ".safetensors")
+
+    items = sorted((i for i in data if i["has_text"] and i["answer"]),
+                   key=lambda i: len(i["teacher_prompt"] + i["answer"]))
+    fill_cache([i for i in items[rank::world] if not path_of(i).exists()], path_of, lambda i: i,
+               lambda items: teacher_rows(teacher, items), 0, rank == 0, "teaching")
+    return path_of
+
+
+def row_lengths(tokenizer, rows, args):
+    """Positions that each row takes in the LLM: text channel, and 3 a second that it speaks."""
+    def sizes(texts):
+        return map(len, tokenizer(list(texts), add_special_tokens=False).input_ids)
+    template = sum(map(len, m.chat_parts(tokenizer)))
+    asked = sizes(" ".join(r.get(k) or "" for k in ("system", "instruction", "prompt"))
+                  for r in rows)
+    spoken = [round(3 * r.get("seconds", 0)) for r in rows]
+    return [template + a + s + min(n + 1, args.max_answer_tokens)
+            for a, s, n in zip(asked, spoken, sizes(r[args.labels] for r in rows))]
 
 
 def usable_rows(args, rows, global_batch_size, warm_batch):
@@ -267,12 +309,29 @@ def usable_rows(args, rows, global_batch_size, warm_batch):
     return distil_rows, spoken_rows
 
 
-def plan_batches(lengths, batch_size, global_batch_size, steps, seed):
+def micro_batches_of(rows, lengths, batch_size, batch_tokens, world):
+    """One step's rows -> micro-batches within both limits (a longer row goes alone), longest
+    first; their number is a multiple of `world`, so that every process gets as many."""
+    batches = [[]]
+    for i in sorted(rows, key=lambda i: -lengths[i]):  # the first of a batch sets its width
+        width = lengths[(batches[-1] or [i])[0]]
+        full = batch_tokens and (len(batches[-1]) + 1) * width > batch_tokens
+        if batches[-1] and (full or len(batches[-1]) == batch_size):
+            batches.append([])
+        batches[-1].append(i)
+    while len(batches) % world:
+        batches.sort(key=len)
+        largest = batches.pop()
+        batches += [largest[::2], largest[1::2]]
+    return batches
+
+
+def plan_batches(lengths, batch_size, global_batch_size, steps, seed, batch_tokens=0, world=1):
     """Row indices of every micro-batch of every step:
     list (steps) of lists (micro-batches) of lists (rows).
 
-    A function of its arguments alone: no number of processes and no restart changes it.
-    Rows of like length meet.
+    A function of its arguments alone: no restart changes it, and no number of processes changes
+    which rows a step has. Rows of like length meet.
     """
     per_epoch, plan = len(lengths) // global_batch_size, []
     for epoch in range(math.ceil(steps / max(1, per_epoch))):
@@ -284,7 +343,7 @@ def plan_batches(lengths, batch_size, global_batch_size, steps, seed):
         batches = [order[i:i + global_batch_size]
                    for i in range(0, per_epoch * global_batch_size, global_batch_size)]
         rng.shuffle(batches)
-        plan += [[batch[i:i + batch_size] for i in range(0, len(batch), batch_size)]
+        plan += [micro_batches_of(batch, lengths, batch_size, batch_tokens, world)
                  for batch in batches]
     return plan[:steps]
 
@@ -293,7 +352,10 @@ def plan_batches(lengths, batch_size, global_batch_size, steps, seed):
 
 def teacher_rows(teacher, items):
     """One teacher forward for both channels -> the hidden rows that predict the answers,
-    list of (n_i, H')."""
+    list of (n_i, H'); from the cache if the items carry them."""
+    if "teacher_hidden" in items[0]:
+        head = teacher.get_output_embeddings().weight
+        return [item["teacher_hidden"].to(head.device) for item in items]
     sequences = [torch.tensor(item["teacher_prompt"] + item["answer"]) for item in items]
     padded = torch.nn.utils.rnn.pad_sequence(
         sequences, batch_first=True).to(teacher.device)  # (B, T), right padding
@@ -350,7 +412,8 @@ def channel_loss(args, items, hidden, head, teacher_hidden, teacher_head):
             student_hidden=rows, student_weight=head, teacher_hidden=teacher,
             teacher_weight=teacher_head if has_text else head, targets=targets, kind=args.loss,
             temperature=args.temperature, beta=args.beta, ce_weight=args.ce_weight,
-            kd_weight=args.kd_weight if has_text else 0.0)
+            kd_weight=args.kd_weight if has_text else 0.0,
+            chunk_rows=max(256, 2**26 // len(head)) if head.is_cuda else 256)
         total = sums if total is None else [a + b for a, b in zip(total, sums)]
     return total
 
@@ -498,6 +561,7 @@ def print_step(record, step, steps, left_s):
     cells = [f"{record['phase']} {step:5d}/{steps}",
              *(f"{k} {record[k]:.4g}" for k in shown if record[k]),
              f"{record['tokens_per_s']:.0f} tok/s", f"{record['memory']:.1f} GiB",
+             f"padding {record['padding']:.1%}", f"data wait {record['wait']:.1%}",
              f"{left_s / 60:.1f} min left"]
     print(" | ".join(cells), flush=True)
 
@@ -576,19 +640,26 @@ def main(args):
     distil_steps = args.max_steps or max(
         1, round(args.epochs * len(distil_rows) / global_batch_size))
     total_steps = args.warm_start_steps + distil_steps
-    lengths = [len(r[args.labels]) + 4 * r.get("seconds", 0) for r in distil_rows]
-    seconds = [r.get("seconds", 0) for r in spoken_rows]
+    plan = plan_batches(row_lengths(student.tokenizer, distil_rows, args), args.batch_size,
+                        global_batch_size, distil_steps, args.seed, args.batch_tokens, world)
+    hidden_of = None
+    if args.teacher_cache:
+        used = {i for step in plan for batch in step for i in batch}
+        taught = [distil_rows[i] for i in sorted(used)] + eval_rows
+        hidden_of = teacher_cache(args, teacher, Rows(
+            [{**row, "audio": None} for row in taught], student, teacher_tokenizer, args),
+            rank, world)
+        teacher.base_model.to("meta")  # its body leaves memory, its head stays
     phases = {  # rows, micro-batches of each step, first step, peak learning rates, channels
         "warm-start": (Rows(spoken_rows, student, teacher_tokenizer, args, cache), 0,
-                       plan_batches(seconds, args.warm_start_batch_size, warm_batch,
+                       plan_batches([r.get("seconds", 0) for r in spoken_rows],
+                                    args.warm_start_batch_size, warm_batch,
                                     args.warm_start_steps, args.seed),
                        {"adapter": args.warm_start_lr}, ["ctc"]),
-        "distil": (Rows(distil_rows, student, teacher_tokenizer, args, cache),
-                   args.warm_start_steps,
-                   plan_batches(lengths, args.batch_size, global_batch_size, distil_steps,
-                                args.seed),
+        "distil": (Rows(distil_rows, student, teacher_tokenizer, args, cache, hidden_of),
+                   args.warm_start_steps, plan,
                    {name: getattr(args, f"lr_{name}") for name in args.train}, args.channels)}
-    eval_set = Rows(eval_rows, student, teacher_tokenizer, args, cache)
+    eval_set = Rows(eval_rows, student, teacher_tokenizer, args, cache, hidden_of)
 
     # ---- optimizer, resume ----
     optimizer = make_optimizer(args, parts, device)
@@ -653,7 +724,7 @@ def main(args):
     # ---- the loop ----
     if step == 0 and not args.warm_start_steps:
         measure()
-    current, start_time, tokens_seen = None, time.perf_counter(), 0
+    current, start_time, tokens_seen, waited = None, time.perf_counter(), 0, 0.0
     while step < total_steps:
         phase = "warm-start" if step < args.warm_start_steps else "distil"
         rows, first_step, plan, peaks, channels = phases[phase]
@@ -677,7 +748,9 @@ def main(args):
             group["lr"] = peaks.get(group["part"], 0.0) * factor
 
         # -------- one optimizer step --------
+        asked = time.perf_counter()
         micro_batches = [next(stream) for _ in plan[step - first_step][rank::world]]
+        waited += time.perf_counter() - asked
         passes = [(channel, chosen, items) for items in micro_batches for channel in channels
                   if (chosen := channel_items(items, channel))
                   and not (channel == "t2t" and "llm" not in args.train)]
@@ -749,9 +822,12 @@ def main(args):
                       "lr": max(group["lr"] for group in optimizer.param_groups)}
             for i, key in enumerate(("ce_t2t", "kd_t2t", "ce_s2t", "kd_s2t", "ctc"), 1):
                 record[key] = values[i] / num_tokens[(i - 1) // 2]
-            record |= {"tokens_per_s": tokens_seen / elapsed, "memory": memory}
+            real, padded = student.positions
+            record |= {"tokens_per_s": tokens_seen / elapsed, "memory": memory,
+                       "wait": waited / elapsed, "padding": 1 - real / max(1, padded)}
             log(record)
-            start_time, tokens_seen = time.perf_counter(), 0
+            start_time, tokens_seen, waited = time.perf_counter(), 0, 0.0
+            student.positions = [0, 0]
             left_s = elapsed / args.log_every * (len(plan) - step + first_step)
             print_step(record, step - first_step, len(plan), left_s)
         at_end = step == total_steps

@@ -18,7 +18,7 @@ import model as m
 import train_kd
 
 ROOT = Path(__file__).resolve().parent.parent
-VOLATILE = ("tokens_per_s", "memory")
+VOLATILE = ("tokens_per_s", "memory", "wait", "padding")
 
 
 def arguments(tiny, data, out, *more):
@@ -206,8 +206,8 @@ def test_rows_without_text_get_cross_entropy_only_and_captions_are_not_spelled(t
     manifest = Path(data).parent / "sounds.jsonl"
     manifest.write_text("".join(json.dumps(r) + "\n" for r in rows))
     train(*arguments(tiny, manifest, tmp_path / "run", "--max-steps", "2", "--global-batch-size", "8"))
-    record = read_log(tmp_path / "run")[0]
-    assert record["ctc"] == 0 and record["ce_s2t"] > 0 and record["kd_s2t"] > 0
+    records = read_log(tmp_path / "run")
+    assert all(r["ctc"] == 0 and r["ce_s2t"] > 0 for r in records) and any(r["kd_s2t"] > 0 for r in records)
 
 
 def test_labels_choose_the_sequence_that_ce_and_kl_use(tiny, data, tmp_path):
@@ -238,6 +238,83 @@ def test_the_batch_plan_needs_nothing_but_its_arguments_and_uses_each_row_once_a
     assert plan[0][0] + plan[0][1] == train_kd.plan_batches(lengths, 8, 8, 30, seed=1)[0][0]
     epoch = [i for step in plan[:12] for micro in step for i in micro]
     assert len(set(epoch)) == len(epoch) == 96
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_micro_batches_keep_both_limits_and_share_out_evenly(world):
+    lengths = [50, 20, 20, 20, 10, 10, 10, 10, 10, 10, 10, 120]
+    batches = train_kd.micro_batches_of(range(12), lengths, 5, 60, world)
+    assert sorted(i for batch in batches for i in batch) == list(range(12)) and len(batches) % world == 0
+    for batch in batches:
+        width = max(lengths[i] for i in batch)
+        assert 1 <= len(batch) <= 5 and (len(batch) * width <= 60 or batch == [11])
+
+
+def test_a_token_budget_changes_the_batches_and_no_loss(tiny, data, tmp_path, reference_run, monkeypatch):
+    shapes, forward = [], m.SpeechLLM.forward
+    monkeypatch.setattr(m.SpeechLLM, "forward", lambda self, *a, **k: (shapes.append(len(k["before"])), forward(self, *a, **k))[1])
+    train(*arguments(tiny, data, tmp_path / "run", *FULL, "--batch-size", "8", "--batch-tokens", "200", "--eval-data", data))
+    assert_logs_agree(read_log(tmp_path / "run"), read_log(reference_run), 1e-5)
+    assert 2 <= len({n for n in shapes if n < 8})
+
+
+def test_lengths_are_positions_of_the_text_channel_and_three_a_second(tiny, data):
+    rows = train_kd.read_manifest(data)
+    args = train_kd.get_args(arguments(tiny, data, "nowhere", "--max-answer-tokens", "9"))
+    student = m.load_student(str(tiny.student_folder))
+    lengths = train_kd.row_lengths(student.tokenizer, rows, args)
+    for item, row, length in zip(train_kd.Rows(rows, student, student.tokenizer, args), rows, lengths):
+        read = sum(len(item[part]) for part in ("before", "said", "after", "answer"))
+        assert abs(length - read - round(3 * row["seconds"])) <= 1  # the end of turn
+
+
+def test_padding_and_data_wait_are_logged(reference_run):
+    records = [json.loads(line) for line in (reference_run / "log.jsonl").read_text().splitlines()]
+    steps = [r for r in records if r.get("phase") == "distil"]
+    assert steps and all(0 <= r["padding"] < 0.5 and 0 <= r["wait"] <= 1 for r in steps)
+    assert any(r["padding"] > 0 for r in steps)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_cached_teacher_gives_the_same_losses_and_runs_once_a_row(tiny, data, tmp_path, reference_run, monkeypatch, processes):
+    options = [*FULL, "--global-batch-size", "8", "--eval-data", data, "--teacher-cache", tmp_path / "cache"]
+    if processes:
+        options[options.index("--warm-start-batch-size") + 1] = "2"
+        process = launch(arguments(tiny, data, tmp_path / "run", *options, "--feature-cache", tmp_path / "f"), processes)
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+    else:
+        train(*arguments(tiny, data, tmp_path / "run", *options))
+    assert_logs_agree(read_log(tmp_path / "run"), read_log(reference_run), 1e-5)
+    assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 16
+    assert not list((tmp_path / "cache").glob("*/*.[0-9]*"))
+    # once more: nothing is computed, and the body is not even asked
+    monkeypatch.setattr(train_kd, "fill_cache", lambda todo, *rest: None if not todo else pytest.fail("computed again"))
+    train(*arguments(tiny, data, tmp_path / "again", *options))
+
+
+def test_with_a_cache_the_teacher_s_body_leaves_memory_and_its_head_stays(tiny, data, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_kd, "channel_loss", lambda *rest, seen=seen, old=train_kd.channel_loss: (seen.append(rest[5]), old(*rest))[1])
+    load = m.load_llm
+    teachers = []
+    monkeypatch.setattr(m, "load_llm", lambda *a, **k: (teachers.append(load(*a, **k)), teachers[-1])[1])
+    train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "1", "--teacher-cache", tmp_path / "cache"))
+    teacher = teachers[-1][0]
+    assert {p.device.type for p in teacher.base_model.parameters()} == {"meta"}
+    assert seen[0].device.type == "cpu" and seen[0].abs().sum() > 0
+
+
+def test_another_teacher_or_answer_is_not_taken_from_the_cache(tiny, data, tmp_path):
+    teacher, tokenizer = m.load_llm(tiny.llm)
+    args = train_kd.get_args(arguments(tiny, data, "nowhere", "--teacher-cache", str(tmp_path)))
+    student = m.load_student(str(tiny.student_folder))
+    items = list(train_kd.Rows(train_kd.read_manifest(data), student, tokenizer, args))[:2]
+    path_of = train_kd.teacher_cache(args, teacher, items, 0, 1)
+    assert path_of(items[0]).exists() and path_of(items[0]) != path_of({**items[0], "answer": items[0]["answer"][:-1]})
+    with torch.no_grad():
+        teacher.base_model.norm.weight[0] += 0.1
+    assert train_kd.teacher_cache(args, teacher, [], 0, 1)(items[0]) != path_of(items[0])
 
 
 def test_controls_of_evaluate_hear_nothing_or_something_else(tiny, data, tmp_path):
