@@ -214,6 +214,26 @@ class Rows(torch.utils.data.Dataset):
         return item
 
 
+def pack(items):
+    """Rows -> what a worker sends: on its way each tensor is an open file, so rows share one."""
+    found = {}
+    for number, item in enumerate(items):
+        for key in [k for k, v in item.items() if isinstance(v, torch.Tensor)]:
+            found.setdefault(key, []).append((number, item.pop(key)))
+    return items, {key: (torch.cat([x.flatten() for _, x in parts]),
+                         [(number, x.shape) for number, x in parts]) for key, parts in found.items()}
+
+
+def unpack(batch):
+    """What `pack` gives -> the rows as they were."""
+    items, packed = batch
+    for key, (flat, parts) in packed.items():
+        values = flat.split([shape.numel() for _, shape in parts])
+        for (number, shape), value in zip(parts, values):
+            items[number][key] = value.view(shape)
+    return items
+
+
 def fingerprint(model, dtype):
     """Twelve characters that change with a model's weights or the type that it computes in."""
     some = [v for k, v in model.state_dict().items() if "norm" in k or "conv1" in k]
@@ -284,7 +304,7 @@ def row_lengths(tokenizer, rows, args):
     def sizes(texts):
         return map(len, tokenizer(list(texts), add_special_tokens=False).input_ids)
     template = sum(map(len, m.chat_parts(tokenizer)))
-    asked = sizes(" ".join(r.get(k) or "" for k in ("system", "instruction", "prompt"))
+    asked = sizes(" ".join(filter(None, map(r.get, ("system", "instruction", "prompt"))))
                   for r in rows)
     spoken = [round(3 * r.get("seconds", 0)) for r in rows]
     return [template + a + s + min(n + 1, args.max_answer_tokens)
@@ -738,7 +758,7 @@ def main(args):
             model = DistributedDataParallel(student, device_ids=devices) if ddp else student
             mine = [batch for batches in plan[step - first_step:] for batch in batches[rank::world]]
             stream = iter(DataLoader(rows, batch_sampler=mine, num_workers=args.workers,
-                                     collate_fn=list))
+                                     collate_fn=pack))
             if "t2t" in channels and "llm" not in args.train and master:
                 print("the LLM is frozen: by text nothing can change, "
                       "so the text channel is measured but not trained")
@@ -749,7 +769,7 @@ def main(args):
 
         # -------- one optimizer step --------
         asked = time.perf_counter()
-        micro_batches = [next(stream) for _ in plan[step - first_step][rank::world]]
+        micro_batches = [unpack(next(stream)) for _ in plan[step - first_step][rank::world]]
         waited += time.perf_counter() - asked
         passes = [(channel, chosen, items) for items in micro_batches for channel in channels
                   if (chosen := channel_items(items, channel))

@@ -41,6 +41,7 @@ def get_args(argv=None):
     p.add_argument("--data", nargs="+", required=True, help="manifests; the name of a file's folder names the set")
     p.add_argument("--limit", type=int, default=64, help="rows of each manifest")
     p.add_argument("--max-new-tokens", type=int, default=40, help="of the answers for topic recall")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     p.add_argument("--seed", type=int, default=0, help="of the untrained adapter (as in train_kd.py) and of the bootstrap")
     p.add_argument("--out", required=True, help="folder of the report")
     return p.parse_args(argv)
@@ -90,6 +91,7 @@ def interval(differences, seed):
 def measure(args):
     """-> {set: {condition: {metrics, per-row lists, answers}}} and the names of the sets."""
     teacher, tokenizer = m.load_llm(args.teacher, torch.bfloat16)
+    teacher.to(args.device)
     sets = {Path(path).parent.name if Path(path).stem in ("train", "heldout") else Path(path).stem:
             [r for r in train_kd.read_manifest(path) if r["response"] and r.get("audio")][:args.limit] for path in args.data}
     sets = {name: sorted(rows, key=lambda r: len(r["prompt"])) for name, rows in sets.items()}  # little padding
@@ -99,7 +101,7 @@ def measure(args):
                for name, rows in sets.items()}
     for which in ("before", "after"):
         torch.manual_seed(args.seed)
-        student = m.load_student(getattr(args, which)).bfloat16()
+        student = m.load_student(getattr(args, which)).to(args.device, torch.bfloat16)
         student.adapter.float()
         channels = {channel: label for when, channel, label in CONDITIONS if when == which}
         asked_all = [r for rows in sets.values() for channel in channels for r in asked_rows(rows, channel)]
