@@ -34,8 +34,9 @@ def get_args(argv=None):
     add, add_source = p.add_argument, p.add_mutually_exclusive_group(required=True).add_argument
     add_source("--data", help="the official JSON, or gamma-lab-umd/MMAU-test-mini (not run here)")
     add_source("--score-only", metavar="FILE", help="score this predictions.json, ask nothing")
-    add("--student", default=m.DEFAULT_STUDENT, help="ENCODER+LLM, or a folder of train_kd.py")
+    add("--student", default=m.DEFAULT_STUDENT, help="as of train_kd.py")
     add("--revision", help="revision of hub models")
+    add("--trust-remote-code", action="store_true", help="run the code in the student's folder")
     add("--data-revision", help="revision of --data, if it is a hub data set")
     add("--audio", help="folder of the clips, searched by file name; default: that of --data")
     add("--out", required=True, help="output folder")

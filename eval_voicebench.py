@@ -71,9 +71,10 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
-    add("--student", help="ENCODER+LLM, or a folder that train_kd.py wrote")
+    add("--student", help="as of train_kd.py")
     add("--teacher", default=m.DEFAULT_LLM, help="text LLM, folder or hub id; none = without")
     add("--revision", help="revision of hub models")
+    add("--trust-remote-code", action="store_true", help="run the code in the student's folder")
     add("--data", default=HUB, help="folder, or the hub's data set (needs the package datasets)")
     add("--data-revision", help="revision of the hub's data set")
     add("--region", default="usa", help="split of sd-qa; the leaderboard has usa")
@@ -288,8 +289,10 @@ def load(args, role):
         llm, tokenizer = m.load_llm(args.teacher, dtype, args.revision)
         return llm.to(args.device), tokenizer
     torch.manual_seed(args.seed)  # draws the adapter of ENCODER+LLM
-    student = m.load_student(args.student, args.revision).to(args.device, dtype)
-    student.adapter.float()
+    student = m.load_student(args.student, args.revision, args.trust_remote_code)
+    student = student.to(args.device, dtype)
+    if isinstance(student, m.SpeechLLM):
+        student.adapter.float()
     return student
 
 
@@ -303,7 +306,8 @@ def divergences(teacher, tokenizer, student, rows):
     cut = argparse.Namespace(labels="response", max_answer_tokens=ANSWER_TOKENS)
     dataset = train_kd.Rows(rows, student, tokenizer, cut)
     items = [dataset[i] for i in range(len(rows))]
-    heads = [x.get_output_embeddings().weight.float() for x in (teacher, student.llm)]
+    heads = [x.get_output_embeddings().weight.float() * m.logit_scale(x)
+             for x in (teacher, student.llm)]
     heads.append(heads[1])  # by text and by speech
     vocab, hidden = min(map(len, heads)), [train_kd.teacher_rows(teacher, items)]  # (n_i, H) each
     autocast = torch.autocast(teacher.device.type, teacher.dtype, teacher.dtype != torch.float32)

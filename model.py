@@ -10,6 +10,10 @@ The adapter hears with CTC. Its classes are the short tokens of the LLM's own to
 embedding plus a learned correction from the sound. Where no word is heard, the sound itself gives
 an embedding a second. Nothing here parses arguments or prints.
 """
+import contextlib
+import functools
+import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -20,13 +24,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM,
+from transformers import (AttentionInterface, AutoConfig, AutoFeatureExtractor, AutoModel,
+                          AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor,
                           AutoTokenizer, DynamicCache, PretrainedConfig, PreTrainedModel,
                           StaticCache, WhisperFeatureExtractor)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 SAMPLE_RATE = 16_000
@@ -37,6 +47,14 @@ WINDOW_FRAMES = 30 * MEL_RATE_HZ   # encoder was trained on 30 s; longer clips g
 AUDIO_MARK = "<|audio|>"           # stands for the speech in the rendered template; never tokenised
 # byte-level BPE: one character is one byte
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+# models that also speak: the class of the part that hears and thinks
+THINKERS = {"qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration"}
+TEKKEN_TEMPLATE = (  # of Mistral's models, Voxtral too, whose folders have tekken.json alone
+    "<s>{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}"
+    "[/SYSTEM_PROMPT]{% elif m.role == 'assistant' %}{{ m.content }}</s>{% else %}[INST]"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}{{ "
+    "'[BEGIN_AUDIO][AUDIO]' if part.type == 'audio' else part.text }}{% endfor %}{% endif %}"
+    "[/INST]{% endif %}{% endfor %}")
 DEFAULT_LLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_STUDENT = f"openai/whisper-base+{DEFAULT_LLM}"
 
@@ -55,7 +73,7 @@ def resolve(name, revision=None):
             return str(folder)
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "spk_dict.pt"]
     hint = (f"{name!r} is no local folder with a config.json, is not under models/ "
             "and not in the hub's cache")
     try:
@@ -78,14 +96,62 @@ def resolve(name, revision=None):
         raise RuntimeError(f"{hint}, and the hub answers: {error}") from error
 
 
-def load_llm(name, dtype=torch.float32, revision=None):
-    """Text LLM by folder or hub id -> (causal LM in eval mode, tokenizer with a chat template)."""
-    folder = resolve(name, revision)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+class TextLLM(PreTrainedModel):
+    """Decoder and output head of a multimodal model: a causal LM that shares their weights."""
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, model):
+        super().__init__(model.get_decoder().config)
+        self.model, self.lm_head = model.get_decoder(), model.get_output_embeddings()
+
+    def set_attn_implementation(self, attn_implementation):
+        self.model.set_attn_implementation(attn_implementation)
+
+    def forward(self, logits_to_keep=0, **inputs):
+        output = self.model(**inputs)
+        logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:]) * logit_scale(self)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)
+
+
+def logit_scale(llm):
+    """Logits are this times hidden @ head.T: Cohere multiplies, Granite divides."""
+    config = llm.config.get_text_config(decoder=True)
+    return ((getattr(config, "logit_scale", None) or 1.0)
+            / (getattr(config, "logits_scaling", None) or 1.0))
+
+
+def load_tokenizer(folder, name):
+    """Tokenizer of a local folder, with the chat template of its model or processor."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, mistral_format=False)
+    legacy = Path(folder) / "chat_template.json"
+    if not tokenizer.chat_template and legacy.exists():
+        tokenizer.chat_template = json.loads(legacy.read_text())["chat_template"]
+    elif not tokenizer.chat_template and (Path(folder) / "tekken.json").exists():
+        tokenizer.chat_template, tokenizer.eos_token = TEKKEN_TEMPLATE, "</s>"
     if not tokenizer.chat_template:
         raise RuntimeError(f"{name}: its tokenizer has no chat template; "
                            "use an instruction-tuned model")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), tokenizer
+    return tokenizer
+
+
+def load_multimodal(folder, dtype, **options):
+    """A multimodal model in eval mode; of one that also speaks, only the part that thinks."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    name = THINKERS.get(config["model_type"]) or (config.get("architectures") or [""])[0]
+    loader = getattr(transformers, name, AutoModelForMultimodalLM)  # which knows not all of them
+    return loader.from_pretrained(folder, dtype=dtype, **options).eval()
+
+
+def load_llm(name, dtype=torch.float32, revision=None):
+    """Text LLM, or the text side of a multimodal model, by folder or hub id
+    -> (causal LM in eval mode, tokenizer with a chat template)."""
+    folder = resolve(name, revision)
+    tokenizer = load_tokenizer(folder, name)
+    if AutoConfig.from_pretrained(folder).model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), tokenizer
+    return TextLLM(load_multimodal(folder, dtype)).eval(), tokenizer
 
 
 def load_audio(path):
@@ -439,6 +505,10 @@ class SpeechLLM(PreTrainedModel):
             waveform.numpy(), sampling_rate=SAMPLE_RATE, padding=False, truncation=False,
             return_tensors="np").input_features[0])
 
+    def clip(self, row):
+        """A row of the manifest -> what forward needs of its audio."""
+        return self.mel(load_audio(row["audio"]))
+
     def spelling(self, text):
         """Text -> CTC classes in [1, C], the targets of losses.ctc."""
         processors = self.load_processors()
@@ -537,7 +607,8 @@ class SpeechLLM(PreTrainedModel):
     def splice(self, before, after, speech):
         """Token ids and speech embeddings -> list of B (T_i, H) inputs of the LLM."""
         lengths = [n for b, a in zip(before, after) for n in (len(b), len(a))]
-        flat = torch.tensor([i for b, a in zip(before, after) for i in b + a], device=self.device)
+        flat = torch.tensor([i for b, a in zip(before, after) for i in b + a], dtype=torch.long,
+                            device=self.device)
         parts = iter(self.llm.get_input_embeddings()(flat).split(lengths))
         return [torch.cat([next(parts), *([speech[row]] if row in speech else []), next(parts)])
                 for row in range(len(before))]
@@ -562,9 +633,145 @@ class SpeechLLM(PreTrainedModel):
         clips = [b for b, waveform in enumerate(waveforms) if waveform is not None]
         heard = self.hear([waveforms[b] for b in clips])[0] if clips else []
         embeds = self.splice(before, after, dict(zip(clips, heard)))
+        was_training = self.training
+        self.eval()  # in training mode, gradient checkpointing turns the cache off
         ids = generate(self.llm, embeds, max_new_tokens=max_new_tokens,
                        eos_ids=[end_token(self.tokenizer)], **options)
+        self.train(was_training)
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+class HubStudent(nn.Module):
+    """A speech LLM of transformers, taken apart as SpeechLLM is: encoder, adapter, llm.
+
+    What hears is its own code, what asks and answers is SpeechLLM's. `whole` keeps the model in
+    one piece, out of parameters(): what is none of the three parts (vision) never trains.
+    """
+    forward, splice, generate = SpeechLLM.forward, SpeechLLM.splice, SpeechLLM.generate
+
+    def __init__(self, model, processor, tokenizer):
+        super().__init__()
+        self.__dict__["whole"] = model
+        self.processor, self.tokenizer, self.config = processor, tokenizer, model.config
+        parts = dict(model.model.named_children())
+        self.encoder = parts.get("audio_tower", parts.get("encoder"))
+        self.adapter = parts.get("multi_modal_projector", parts.get("projector"))
+        if self.adapter is None:  # Omni: the encoder ends in it; nothing reads its audio_bos_eos
+            inner = dict(self.encoder.named_children())
+            self.adapter = inner.pop("proj")
+            self.encoder = nn.ModuleDict({k: v for k, v in inner.items() if "bos_eos" not in k})
+        self.llm = TextLLM(model)
+        self.audio_token = tokenizer.convert_ids_to_tokens(self.config.audio_token_id)
+
+    @property
+    def device(self):
+        return self.llm.device
+
+    def train(self, mode=True):
+        """What hears stays in eval mode: no dropout, no statistics of a batch."""
+        super().train(mode)
+        self.encoder.eval()
+        self.adapter.eval()
+        return self
+
+    def spelling(self, text):
+        """No CTC here: neither classes nor logits."""
+        return []
+
+    def prompt(self, row):
+        """A row of the manifest -> (before, after, clip or None) as of SpeechLLM.prompt;
+        a clip is a whole prompt."""
+        if row.get("audio") is not None:
+            return [], [], self.clip(row)
+        before, after = chat_parts(self.tokenizer, row.get("system"), row.get("instruction"))
+        return before + text_ids(self.tokenizer, row["prompt"]), after, None
+
+    def clip(self, row):
+        """A row with audio -> its whole prompt by the model's own template, see expand.
+        An instruction follows the sound, as these models were trained."""
+        audio = row["audio"] if isinstance(row["audio"], Tensor) else load_audio(row["audio"])
+        audio = F.pad(audio, (0, max(0, SAMPLE_RATE // 10 - len(audio)))).numpy()
+        chat = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        said = self.audio_token + (row.get("instruction") or "")
+        if self.audio_token in self.tokenizer.chat_template:  # else it knows text only
+            said = [{"type": "audio"}] + (
+                [{"type": "text", "text": row["instruction"]}] if row.get("instruction") else [])
+        text = self.tokenizer.apply_chat_template(
+            [*chat, {"role": "user", "content": said}], tokenize=False, add_generation_prompt=True,
+            enable_thinking=False)
+        if text.count(self.audio_token) != 1:
+            raise ValueError(f"{self.audio_token} stands in a system message or instruction, "
+                             "or the template repeats the question")
+        return self.expand(text, audio)
+
+    def expand(self, text, audio):
+        """A prompt with one audio token, audio (S,) -> {"ids": (T,) with as many audio tokens as
+        embeddings, the features that the model makes these of}."""
+        token, config = self.audio_token, self.config
+        options = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt"}
+        if config.model_type == "voxtral":
+            mel = self.processor(audio, padding=True, truncation=False,
+                                 pad_to_multiple_of=30 * SAMPLE_RATE, **options).input_features
+            mel = mel[0].unflatten(1, (-1, WINDOW_FRAMES)).transpose(0, 1)        # (W, M, 3000)
+            stacked = config.audio_config.intermediate_size // config.audio_config.hidden_size
+            count, features = len(mel) * (WINDOW_FRAMES // 2 // stacked), {"input_features": mel}
+        elif config.model_type.endswith("thinker"):
+            mel = self.processor(audio, padding="longest", return_attention_mask=True, **options)
+            features = {"input_features": mel.input_features,                     # (1, M, F)
+                        "feature_attention_mask": mel.attention_mask}             # (1, F)
+            count = int(self.whole.model.audio_tower._get_feat_extract_output_lengths(
+                mel.attention_mask.sum())[1])
+        else:
+            features = dict(self.processor(text=text, audio=[audio], add_special_tokens=False,
+                                           **options))
+            del features["attention_mask"]
+            return {"ids": features.pop("input_ids")[0], **features}
+        ids = self.tokenizer(text.replace(token, token * count), add_special_tokens=False).input_ids
+        return {"ids": torch.tensor(ids), **features}
+
+    def features(self, clips):
+        """List of B clips -> embeddings of their prompts, list of (T_i, H)."""
+        ids = [clip["ids"].to(self.device) for clip in clips]
+        places = [i == self.config.audio_token_id for i in ids]                   # (T_i,) each
+        alone = self.config.model_type.startswith("granite")  # its encoder knows no mask
+        sounds = torch.cat([self.sounds(group) for group in
+                            ([[clip] for clip in clips] if alone else [clips])])  # (sum N_i, H)
+        table = self.llm.get_input_embeddings()
+        return [table(i).masked_scatter(at[:, None], sound.to(table.weight.dtype)) for i, at, sound
+                in zip(ids, places, sounds.split([int(at.sum()) for at in places]))]
+
+    def sounds(self, clips):
+        """Clips -> what the model makes of their sounds, one after the other (N, H)."""
+        base, dtype, inputs = self.whole.model, next(self.encoder.parameters()).dtype, {}
+        hear = getattr(base, "get_audio_features", functools.partial(qwen2_audio_features, base))
+        for key in inspect.signature(hear).parameters.keys() & clips[0].keys():
+            width = max(clip[key].shape[-1] for clip in clips)
+            joined = torch.cat([F.pad(c[key], (0, width - c[key].shape[-1])) for c in clips])
+            inputs[key] = joined.to(self.device, dtype if joined.is_floating_point() else None)
+        with (torch.autocast(self.device.type, dtype) if dtype != torch.float32
+              else contextlib.nullcontext()):  # the adapter may be fp32
+            states = hear(**inputs)
+        return getattr(states, "pooler_output", states).flatten(0, -2)
+
+    def spell(self, features):
+        return features, None, None
+
+    def read(self, features, logits=None, lengths=None):
+        return features, None
+
+    def hear(self, clips):
+        return self.read(self.features(clips))
+
+
+def qwen2_audio_features(base, input_features, feature_attention_mask):
+    """What Qwen2AudioModel.forward does to hear: it has no get_audio_features. -> (N, H)"""
+    frames, counts = base.audio_tower._get_feat_extract_output_lengths(
+        feature_attention_mask.sum(-1))
+    places = torch.arange(input_features.shape[2] // 2, device=input_features.device)
+    mask = (places < frames[:, None])[:, None, None]                              # (B, 1, 1, 1500)
+    states = base.audio_tower(input_features, attention_mask=mask).last_hidden_state
+    states = base.multi_modal_projector(states)                                   # (B, 750, H)
+    return states[places[:states.shape[1]] < counts[:, None]]
 
 
 def text_ids(tokenizer, text):
@@ -627,16 +834,41 @@ def build_student(name=DEFAULT_STUDENT, revision=None, **adapter):
     return model.eval()
 
 
-def load_student(name, revision=None):
-    """--student: ENCODER+LLM, or a folder that save_student wrote -> SpeechLLM in fp32."""
+def load_student(name, revision=None, trust_remote_code=False):
+    """--student: ENCODER+LLM, a folder that save_student wrote, or a speech LLM of transformers
+    -> SpeechLLM or HubStudent in fp32."""
     if "+" in name and not Path(name).exists():
         return build_student(name, revision)
     folder = resolve(name, revision)
     config = json.loads((Path(folder) / "config.json").read_text())
-    if config.get("model_type") != SpeechLLMConfig.model_type:
-        raise RuntimeError(f"{name}: a model of type {config.get('model_type')!r}, "
-                           "expected ENCODER+LLM or a folder that train_kd.py wrote")
-    return SpeechLLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if config.get("model_type") == SpeechLLMConfig.model_type:
+        return SpeechLLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if "auto_map" in config and not trust_remote_code:
+        raise RuntimeError(f"{name}: a model of type {config.get('model_type')!r} that runs code "
+                           "from its own folder; read it, then allow it with --trust-remote-code")
+    options = {"trust_remote_code": True} if "auto_map" in config else {}
+    model = load_multimodal(folder, torch.float32, **options)
+    if not hasattr(model.config, "audio_token_id"):
+        raise RuntimeError(f"{name}: a model of type {config.get('model_type')!r}, expected "
+                           "ENCODER+LLM, a folder that train_kd.py wrote, or a speech LLM of "
+                           "transformers")
+    if (Path(folder) / "adapter_config.json").exists():
+        merge_adapter(model)
+    # Omni's processor wants torchvision, for what is never shown; Voxtral's takes files only
+    plain = hasattr(model.model, "visual") or model.config.model_type == "voxtral"
+    processor = (AutoFeatureExtractor if plain else AutoProcessor).from_pretrained(
+        folder, **options)
+    return HubStudent(model, processor, load_tokenizer(folder, name)).eval()
+
+
+def merge_adapter(model):
+    """Granite-Speech's LoRA, which it switches on when it hears, becomes a part of its weights."""
+    if not importlib.util.find_spec("peft"):
+        raise RuntimeError(f"{model.name_or_path} comes with an adapter: pip install peft")
+    for name, layer in [x for x in model.named_modules() if hasattr(x[1], "base_layer")]:
+        layer.merge()
+        model.set_submodule(name, layer.base_layer)
+    model._hf_peft_config_loaded = model.config.has_lora_adapter = False
 
 
 def save_student(model, folder, dtype=None):
@@ -648,23 +880,53 @@ def save_student(model, folder, dtype=None):
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    state = {k: v.to(dtype) if dtype and not k.startswith("adapter.") else v
-             for k, v in model.state_dict().items()
-             if k not in model.all_tied_weights_keys}  # a cast copy is not seen to be tied
-    SpeechLLM.register_for_auto_class("AutoModel")
-    SpeechLLMConfig.register_for_auto_class("AutoConfig")
-    model.save_pretrained(temporary, state_dict=state)
+    if isinstance(model, HubStudent):
+        save_whole(model.whole, temporary, dtype)
+    else:
+        state = {k: v.to(dtype) if dtype and not k.startswith("adapter.") else v
+                 for k, v in model.state_dict().items()
+                 if k not in model.all_tied_weights_keys}  # a cast copy is not seen to be tied
+        SpeechLLM.register_for_auto_class("AutoModel")
+        SpeechLLMConfig.register_for_auto_class("AutoConfig")
+        model.save_pretrained(temporary, state_dict=state)
+        model.tokenizer.save_pretrained(temporary)
+        model.processors["extractor"].save_pretrained(temporary)
     config = json.loads((temporary / "config.json").read_text())
     config["dtype"] = str(dtype or torch.float32).removeprefix("torch.")  # not the live model's
     (temporary / "config.json").write_text(json.dumps(config, indent=2))
-    model.tokenizer.save_pretrained(temporary)
-    model.processors["extractor"].save_pretrained(temporary)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
     os.replace(temporary, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def save_whole(model, folder, dtype):
+    """A model of transformers, and all else of the folder that it came from: the processor; of a
+    model that also speaks, the weights that nothing here loads."""
+    source = Path(model.name_or_path)
+    state = {k: v.to(dtype) if dtype and v.is_floating_point() else v
+             for k, v in model.state_dict().items() if k not in model.all_tied_weights_keys}
+    if json.loads((source / "config.json").read_text())["model_type"] in THINKERS:
+        folder.mkdir(parents=True)
+        trained = revert_weight_conversion(model, state)  # the names that the files have
+        for path in source.glob("*.safetensors"):
+            tensors = {k: trained.pop(k, v) for k, v in load_file(path).items()}
+            save_file(tensors, folder / path.name, metadata={"format": "pt"})
+        if trained:
+            raise RuntimeError(f"{source}: no place for {len(trained)} trained tensors, "
+                               f"e.g. {next(iter(trained))}")
+    else:
+        model.save_pretrained(folder, state_dict=state)
+    skip = {"adapter_config.json"}
+    if (folder / "model.safetensors").exists():
+        skip.add("model.safetensors.index.json")
+    for path in source.iterdir():
+        if ((path.suffix in (".json", ".jinja", ".txt", ".model", ".py")
+             or path.name == "spk_dict.pt") and path.name not in skip
+                and not (folder / path.name).exists()):
+            shutil.copy(path, folder)
 
 
 AutoConfig.register(SpeechLLMConfig.model_type, SpeechLLMConfig, exist_ok=True)

@@ -47,7 +47,10 @@ def get_args(argv=None):
     g = p.add_argument_group("models and data")
     g.add_argument("--teacher", default=m.DEFAULT_LLM, help="text LLM, folder or hub id; frozen")
     g.add_argument("--student", default=m.DEFAULT_STUDENT,
-                   help="ENCODER+LLM, or a folder that this script wrote")
+                   help="ENCODER+LLM, a speech LLM of transformers (folder or hub id), "
+                        "or a folder that this script wrote")
+    g.add_argument("--trust-remote-code", action="store_true",
+                   help="run the code that comes in the student's folder; read it first")
     g.add_argument("--revision", help="revision of hub models")
     g.add_argument("--data", nargs="+", required=True, help="manifests to train on")
     g.add_argument("--eval-data", nargs="+", default=[], help="manifests to measure on")
@@ -208,7 +211,7 @@ class Rows(torch.utils.data.Dataset):
             if self.cache:
                 item["features"] = load_file(self.cache(row["audio"]))["x"]
             else:
-                item["mel"] = self.student.mel(m.load_audio(row["audio"]))
+                item["mel"] = self.student.clip(row)
         if self.teacher_cache and item["has_text"] and item["answer"]:
             item["teacher_hidden"] = load_file(self.teacher_cache(item))["x"]
         return item
@@ -396,6 +399,8 @@ def student_inputs(items, channel):
             inputs["features"] = [i["features"] for i in items]
         else:
             inputs["mels"] = [i["mel"] for i in items]
+            if isinstance(items[0]["mel"], dict):  # HubStudent's clips are whole prompts
+                inputs["before"] = inputs["after"] = [[] for _ in items]
     return {**inputs, "llm": channel != "ctc"}
 
 
@@ -416,9 +421,9 @@ def count_tokens(args, passes):
     return counts
 
 
-def channel_loss(args, items, hidden, head, teacher_hidden, teacher_head):
+def channel_loss(args, items, hidden, head, teacher_hidden, teacher_head, scales=(1.0, 1.0)):
     """Sums over the channel's answer tokens -> (loss, ce, kd).
-    Without a text there is no teacher: CE only."""
+    Without a text there is no teacher: CE only. Scales are the logits' of student and teacher."""
     total, hidden = None, hidden.split([len(i["answer"]) for i in items])
     for has_text in (True, False):
         chosen = [k for k, i in enumerate(items) if i["has_text"] is has_text]
@@ -433,6 +438,7 @@ def channel_loss(args, items, hidden, head, teacher_hidden, teacher_head):
             teacher_weight=teacher_head if has_text else head, targets=targets, kind=args.loss,
             temperature=args.temperature, beta=args.beta, ce_weight=args.ce_weight,
             kd_weight=args.kd_weight if has_text else 0.0,
+            student_logit_scale=scales[0], teacher_logit_scale=scales[1 if has_text else 0],
             chunk_rows=max(256, 2**26 // len(head)) if head.is_cuda else 256)
         total = sums if total is None else [a + b for a, b in zip(total, sums)]
     return total
@@ -465,7 +471,8 @@ def evaluate(student, teacher, dataset, indices, channels=("t2t", "s2t"), batch_
     was_training = student.training
     student.eval()
     results = {channel: torch.zeros(len(indices), 6, dtype=torch.float64) for channel in channels}
-    heads = [x.get_output_embeddings().weight.float() for x in (student.llm, teacher)]
+    heads = [x.get_output_embeddings().weight.float() * m.logit_scale(x)
+             for x in (student.llm, teacher)]
     vocab = min(map(len, heads))
     autocast = torch.autocast(student.device.type, dtype=teacher.dtype,
                               enabled=teacher.dtype != torch.float32)
@@ -524,10 +531,9 @@ def check_pair(teacher, teacher_tokenizer, student):
                            f"{teacher_tokenizer.name_or_path} and {student.tokenizer.name_or_path} "
                            f"differ, e.g. in {example!r}, and end a turn with {ends}")
     for llm in (teacher, student.llm):
-        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(llm.config, key, None) not in (None, 1, 1.0):
-                raise RuntimeError(f"{llm.config.model_type}: scaled or capped logits ({key}) "
-                                   "are not supported yet")
+        if getattr(llm.config.get_text_config(decoder=True), "final_logit_softcapping", None):
+            raise RuntimeError(f"{llm.config.model_type}: capped logits (final_logit_softcapping) "
+                               "are not supported; choose another model")
 
 
 def save_checkpoint(path, student, optimizer, scaler, step, best, args, world):
@@ -561,6 +567,15 @@ def load_checkpoint(path, student, optimizer, scaler, args, world):
     optimizer.load_state_dict(saved["optimizer"])
     scaler.load_state_dict(saved["scaler"])
     return saved["step"], saved["best"]
+
+
+def train_only(parts, names):
+    """The parts of these names train, but for the sinusoids of some encoders."""
+    for name, part in parts.items():
+        part.requires_grad_(name in names)
+    for name, parameter in parts["encoder"].named_parameters():
+        if "embed_positions" in name:
+            parameter.requires_grad_(False)
 
 
 def make_optimizer(args, parts, device):
@@ -631,18 +646,21 @@ def main(args):
 
     # ---- teacher and student ----
     torch.manual_seed(args.seed)  # the adapter's first weights are the same on every rank
-    student = m.load_student(args.student, args.revision).to(device)
+    student = m.load_student(args.student, args.revision, args.trust_remote_code).to(device)
+    if isinstance(student, m.HubStudent) and args.warm_start_steps:
+        raise ValueError(f"--warm-start-steps {args.warm_start_steps}: {args.student} has no CTC "
+                         "adapter to warm up, only ENCODER+LLM has; use 0")
     teacher, teacher_tokenizer = m.load_llm(args.teacher, dtype, args.revision)
     teacher.to(device).requires_grad_(False)
     check_pair(teacher, teacher_tokenizer, student)
     parts = {"encoder": student.encoder, "adapter": student.adapter, "llm": student.llm}
+    train_only(parts, args.train)
     for name, part in parts.items():
-        part.requires_grad_(name in args.train)
         if name not in args.train and name != "adapter":
             part.to(dtype)  # frozen: no master weights needed
-    student.encoder.embed_positions.requires_grad_(False)  # sinusoids
     head, teacher_head = (student.llm.get_output_embeddings().weight,
                           teacher.get_output_embeddings().weight)
+    scales = m.logit_scale(student.llm), m.logit_scale(teacher)
     if args.gradient_checkpointing:
         student.llm.gradient_checkpointing_enable()
     if args.compile and (device.type == "cuda" or shutil.which("g++")):
@@ -654,7 +672,7 @@ def main(args):
     warm_batch = args.warm_start_batch_size * world
     distil_rows, spoken_rows = usable_rows(args, train_rows, global_batch_size, warm_batch)
     cache = None
-    if "encoder" not in args.train:
+    if "encoder" not in args.train and isinstance(student, m.SpeechLLM):
         needed = distil_rows + eval_rows + (spoken_rows if args.warm_start_steps else [])
         cache = feature_cache(args, student, needed, rank, world, dtype)
     distil_steps = args.max_steps or max(
@@ -750,9 +768,7 @@ def main(args):
         rows, first_step, plan, peaks, channels = phases[phase]
         if phase != current:  # the warm start trains the adapter alone
             current = phase
-            for name, part in parts.items():
-                part.requires_grad_(name in args.train and name in peaks)
-            student.encoder.embed_positions.requires_grad_(False)
+            train_only(parts, set(args.train) & set(peaks))
             student.train()
             devices = [local_rank] if device.type == "cuda" else None
             model = DistributedDataParallel(student, device_ids=devices) if ddp else student
@@ -804,7 +820,8 @@ def main(args):
                         weight = ({"t2t": args.t2t_weight, "s2t": args.s2t_weight}[channel]
                                   / num_tokens[at])
                         channel_sum, ce, kd = channel_loss(args, chosen, hidden, head,
-                                                           teacher_hidden, teacher_head)
+                                                           teacher_hidden, teacher_head,
+                                                           scales)
                         loss = weight * channel_sum
                         sums[1 + 2 * at:3 + 2 * at] += torch.stack([ce, kd])
                     if logits is not None and (channel == "ctc" or args.ctc_weight):

@@ -16,7 +16,7 @@ import model as m
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--student", required=True, help="folder that train_kd.py wrote, or ENCODER+LLM")
+    p.add_argument("--student", required=True, help="as of train_kd.py")
     p.add_argument("--system", help="system message")
     p.add_argument("--max-new-tokens", type=int, default=128, help="longest answer in tokens")
     p.add_argument("questions", nargs="+", help="audio files or texts")
@@ -29,7 +29,8 @@ def main(args):
         start, row = time.perf_counter(), {"system": args.system, "prompt": question}
         if Path(question).is_file():
             row["audio"] = m.load_audio(question)
-            print(f"heard:  {student.hear([row['audio']])[1][0]}")
+            if isinstance(student, m.SpeechLLM):  # which spells what it hears
+                print(f"heard:  {student.hear([row['audio']])[1][0]}")
         print(f"answer: {student.generate([row], args.max_new_tokens)[0]}\n        ({time.perf_counter() - start:.1f} s)")
 
 

@@ -102,7 +102,8 @@ def measure(args):
     for which in ("before", "after"):
         torch.manual_seed(args.seed)
         student = m.load_student(getattr(args, which)).to(args.device, torch.bfloat16)
-        student.adapter.float()
+        if isinstance(student, m.SpeechLLM):
+            student.adapter.float()
         channels = {channel: label for when, channel, label in CONDITIONS if when == which}
         asked_all = [r for rows in sets.values() for channel in channels for r in asked_rows(rows, channel)]
         answers = iter(answers_to(student, asked_all, args.max_new_tokens))
@@ -113,6 +114,8 @@ def measure(args):
                 kl, agree, n, kl8, agree8, n8 = sums[channel].T.numpy()
                 results[name][label] = {"kl": kl.sum() / n.sum(), "kl8": kl8.sum() / n8.sum(), "agree8": agree8.sum() / n8.sum(),
                                         "kl8_rows": (kl8 / n8).tolist(), "answers": [next(answers) for _ in rows]}
+            if not isinstance(student, m.SpeechLLM):  # others do not spell what they hear
+                continue
             heard = [t for i in range(0, len(rows), 16) for t in student.hear([m.load_audio(r["audio"]) for r in rows[i:i + 16]])[1]]
             pairs = [[re.findall(r"[\w']+", t.lower()) for t in (r["prompt"], h)] for r, h in zip(rows, heard)]
             results[name][f"student by speech, {which}"] |= {

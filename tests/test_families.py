@@ -1,0 +1,263 @@
+"""
+Speech LLMs of transformers as students: tiny random checkpoints made by their real classes, then used as any folder is.
+
+  python -m pytest -q tests/test_families.py                  <- CPU, no download, a minute and a half on one core
+"""
+import copy
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as t
+from conftest import SYSTEM, hidden_rows, save_tokenizer, sound
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import eval_voicebench
+import model as m
+import train_kd
+
+CLOSE = dict(rtol=1e-4, atol=1e-4)
+LISTS = "".join((  # content is a string or a list of blocks; AUDIO stands for what a sound becomes
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n", SYSTEM,
+    "<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}",
+    "{% else %}{% for block in message['content'] %}{% if block['type'] == 'audio' %}AUDIO{% else %}{{ block['text'] }}{% endif %}",
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"))
+STRINGS = "".join((
+    "{% for message in messages %}{{ '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"))
+OMNI_TOKENS = dict(image_token="<|IMAGE|>", audio_token="<|AUDIO|>", video_token="<|VIDEO|>",
+                   vision_bos_token="<|vision_bos|>", vision_eos_token="<|vision_eos|>",
+                   audio_bos_token="<|audio_bos|>", audio_eos_token="<|audio_eos|>")
+TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            initializer_range=0.2, tie_word_embeddings=False, max_position_embeddings=4096)
+HEARS = dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=24, num_mel_bins=128, initializer_range=0.2)
+
+
+def text_config(tokenizer, **more):
+    return dict(TEXT, vocab_size=len(tokenizer) + 9, bos_token_id=tokenizer.bos_token_id,  # as padded heads are
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **more)
+
+
+def tokens(folder, names, template, special=()):
+    """The tests' tokenizer with a family's special tokens and template."""
+    special = [*names.values(), *special]
+    base = save_tokenizer(folder)
+    base.add_special_tokens({"additional_special_tokens": special})
+    return t.PreTrainedTokenizerFast(
+        tokenizer_object=base.backend_tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        chat_template=template, extra_special_tokens=names)
+
+
+def qwen2_audio(folder):
+    template = LISTS.replace("AUDIO", "Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n")
+    tokenizer = tokens(folder, {}, template, ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"])
+    t.Qwen2AudioProcessor(t.WhisperFeatureExtractor(feature_size=128), tokenizer, chat_template=template).save_pretrained(folder)
+    return t.Qwen2AudioForConditionalGeneration(t.Qwen2AudioConfig(
+        audio_config=dict(HEARS, model_type="qwen2_audio_encoder"), text_config=dict(text_config(tokenizer), model_type="qwen2"),
+        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>")))
+
+
+def omni_thinker_config(folder):
+    template = LISTS.replace("AUDIO", "<|audio_bos|><|AUDIO|><|audio_eos|>")
+    tokenizer = tokens(folder, OMNI_TOKENS, template)
+    tokenizer.save_pretrained(folder)
+    t.WhisperFeatureExtractor(feature_size=128, chunk_length=300).save_pretrained(folder)
+    ids = {f"{k}_id": tokenizer.convert_tokens_to_ids(v) for k, v in OMNI_TOKENS.items() if k.endswith("token")}
+    return dict(
+        audio_config=dict(HEARS, output_dim=32, n_window=100),
+        vision_config=dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32, fullatt_block_indexes=[0]),
+        text_config=dict(text_config(tokenizer), rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])),
+        audio_token_id=ids["audio_token_id"], image_token_id=ids["image_token_id"], video_token_id=ids["video_token_id"],
+        vision_start_token_id=ids["vision_bos_token_id"], vision_end_token_id=ids["vision_eos_token_id"],
+        audio_start_token_id=ids["audio_bos_token_id"], audio_end_token_id=ids["audio_eos_token_id"],
+        initializer_range=0.2)
+
+
+def omni_thinker(folder):
+    return t.Qwen2_5OmniThinkerForConditionalGeneration(t.Qwen2_5OmniThinkerConfig(**omni_thinker_config(folder)))
+
+
+def omni(folder):
+    """Thinker and talker, as the published checkpoint."""
+    torch.save({"Chelsie": {"bos_token": 3}}, folder / "spk_dict.pt")
+    thinker = omni_thinker_config(folder)
+    talker = dict(thinker["text_config"], embedding_size=32, head_dim=8, vocab_size=40, num_hidden_layers=1)
+    return t.Qwen2_5OmniForConditionalGeneration(t.Qwen2_5OmniConfig(
+        thinker_config=thinker, talker_config=talker,
+        token2wav_config=dict(
+            dit_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ff_mult=1, emb_dim=8, head_dim=8, block_size=4,
+                            mel_dim=8, enc_dim=8, enc_emb_dim=8, enc_channels=[16, 16, 16, 16, 16], enc_attention_channels=8,
+                            enc_res2net_scale=2, enc_se_channels=8, num_embeds=16),
+            bigvgan_config=dict(mel_dim=8, upsample_initial_channel=16, upsample_rates=[2], upsample_kernel_sizes=[4],
+                                resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 1, 1]]))))
+
+
+def voxtral(folder):
+    template = ("{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST]{% if message['content'] is string %}"
+                "{{ message['content'] }}{% else %}{% for block in message['content'] %}{% if block['type'] == 'audio' %}"
+                "[BEGIN_AUDIO][AUDIO]{% else %}{{ block['text'] }}{% endif %}{% endfor %}{% endif %}[/INST]{% elif message['role'] == "
+                "'system' %}[SYSTEM_PROMPT]{{ message['content'] }}[/SYSTEM_PROMPT]{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}")
+    tokenizer = tokens(folder, {}, template, ["[INST]", "[/INST]", "[BEGIN_AUDIO]", "[AUDIO]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"])
+    tokenizer.save_pretrained(folder)
+    t.WhisperFeatureExtractor(feature_size=128).save_pretrained(folder)
+    return t.VoxtralForConditionalGeneration(t.VoxtralConfig(
+        audio_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, head_dim=8, num_key_value_heads=2,
+                          initializer_range=0.2),
+        text_config=dict(text_config(tokenizer), model_type="llama", head_dim=8), audio_token_id=tokenizer.convert_tokens_to_ids("[AUDIO]")))
+
+
+def granite_speech(folder):
+    tokenizer = tokens(folder, {}, STRINGS, ["<|start_of_role|>", "<|end_of_role|>", "<|audio|>"])
+    t.GraniteSpeechProcessor(t.GraniteSpeechFeatureExtractor(), tokenizer, chat_template=STRINGS).save_pretrained(folder)
+    return t.GraniteSpeechForConditionalGeneration(t.GraniteSpeechConfig(
+        text_config=dict(text_config(tokenizer), model_type="granite", logits_scaling=4.0, embedding_multiplier=3.0,
+                         residual_multiplier=0.5, attention_multiplier=0.3),
+        encoder_config=dict(input_dim=160, num_layers=2, hidden_dim=16, num_heads=2, output_dim=8, context_size=20, max_pos_emb=32),
+        projector_config=dict(model_type="blip_2_qformer", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+                              encoder_hidden_size=16, cross_attention_frequency=1),
+        audio_token_index=tokenizer.convert_tokens_to_ids("<|audio|>"), has_lora_adapter=False, tie_word_embeddings=False))
+
+
+def audioflamingo3(folder):
+    template = LISTS.replace("AUDIO", "<sound>")
+    tokenizer = tokens(folder, {}, template, ["<sound>"])
+    t.AudioFlamingo3Processor(t.WhisperFeatureExtractor(feature_size=128, return_attention_mask=True), tokenizer,
+                              chat_template=template).save_pretrained(folder)
+    return t.AudioFlamingo3ForConditionalGeneration(t.AudioFlamingo3Config(
+        audio_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, initializer_range=0.2),
+        text_config=dict(text_config(tokenizer), model_type="qwen2"), audio_token_id=tokenizer.convert_tokens_to_ids("<sound>")))
+
+
+def glmasr(folder):
+    template = LISTS.replace("AUDIO", "<|begin_of_audio|><|pad|><|end_of_audio|>")
+    tokenizer = tokens(folder, {}, template, ["<|begin_of_audio|>", "<|pad|>", "<|end_of_audio|>"])
+    t.GlmAsrProcessor(t.WhisperFeatureExtractor(feature_size=128, return_attention_mask=True), tokenizer,
+                      chat_template=template).save_pretrained(folder)
+    return t.GlmAsrForConditionalGeneration(t.GlmAsrConfig(
+        audio_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, head_dim=8, num_key_value_heads=2),
+        text_config=dict(text_config(tokenizer), model_type="llama", head_dim=8), audio_token_id=tokenizer.convert_tokens_to_ids("<|pad|>")))
+
+
+FAMILIES = (qwen2_audio, omni_thinker, omni, voxtral, granite_speech, audioflamingo3, glmasr)
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda make: make.__name__)
+def family(request, tmp_path_factory):
+    """Folder of a student; weights larger than usual, so that every input is felt in every output."""
+    folder = tmp_path_factory.mktemp(request.param.__name__)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = request.param(folder)
+        for name, p in model.named_parameters():
+            if p.dim() > 1 and "talker" not in name and "token2wav" not in name and "embed_positions" not in name:
+                torch.nn.init.normal_(p, std=0.2)
+        model.save_pretrained(folder)
+    return folder
+
+
+ROWS = [{"prompt": "What is the capital of France?"}, {"audio": sound(0.9, 1)}, {"prompt": "Why?", "system": "Be brief."},
+        {"audio": sound(1.83, 2), "system": "Be brief."}, {"audio": sound(0.02, 3)}, {"audio": sound(1.1, 4), "instruction": "Who is it?"}]
+ANSWERS = ["It is Paris.", "Yes.", "I do not know.", "No", "A dog", "Take two."]
+
+
+@pytest.fixture(scope="module")
+def student(family):
+    return m.load_student(str(family))
+
+
+@torch.inference_mode()
+def answer_rows(student, rows, answers):
+    """Hidden states that predict the answers, one (n_i, H) per row."""
+    before, after, clips = zip(*(student.prompt(row) for row in rows))
+    ids = [m.text_ids(student.tokenizer, a) for a in answers]
+    heard = [b for b, clip in enumerate(clips) if clip is not None]
+    hidden = student(before, after, ids, heard, mels=[clips[b] for b in heard])[0]
+    return hidden.split(list(map(len, ids)))
+
+
+def plain(folder):
+    """The folder's model, as a user of transformers loads it."""
+    config = json.loads((folder / "config.json").read_text())
+    model = getattr(t, config["architectures"][0]).from_pretrained(folder).eval()
+    return getattr(model, "thinker", model)
+
+
+def plain_inputs(student, row):
+    """Arguments of the model's own forward and generate."""
+    before, after, clip = student.prompt(row)
+    inputs = {k: v for k, v in (clip or {}).items() if k != "ids"}
+    ids = torch.tensor(before + after) if clip is None else clip["ids"]
+    return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], **inputs}
+
+
+def arguments(tiny, student, data, out, *more):
+    return train_kd.get_args([str(x) for x in (
+        "--teacher", tiny.llm, "--student", student, "--data", data, "--out", out, "--dtype", "float32", "--batch-size", 2,
+        "--log-every", 1, "--workers", 0, "--device", "cpu", "--max-steps", 2, "--lr-warmup-steps", 1, *more)])
+
+
+@pytest.fixture(scope="module")
+def data(tiny, tmp_path_factory):
+    return tiny.manifest(tmp_path_factory.mktemp("manifest"), 4)
+
+
+@torch.inference_mode()
+def test_the_rows_give_the_models_own_logits_and_answers(family, student):
+    model, scale, head = plain(family), m.logit_scale(student.llm), student.llm.get_output_embeddings()
+    answers = [student.tokenizer.encode(a, add_special_tokens=False) for a in ANSWERS]
+    for row, ids, hidden in zip(ROWS, answers, answer_rows(student, ROWS, ANSWERS)):
+        inputs = plain_inputs(student, row)
+        whole = torch.cat([inputs["input_ids"], torch.tensor([ids])], 1)
+        logits = model(**inputs | {"input_ids": whole, "attention_mask": torch.ones_like(whole)}).logits[0]  # (T, V)
+        # transformers 5.23 forgets the logits_scaling of Granite in GraniteSpeech, with which its text LLM was trained
+        logits *= scale if model.config.model_type == "granite_speech" else 1
+        assert_close(head(hidden) * scale, logits[inputs["input_ids"].shape[1] - 1:-1], rtol=1e-3, atol=1e-3)
+    end = m.end_token(student.tokenizer)
+    for row, answer in zip(ROWS, student.generate(ROWS, max_new_tokens=6)):
+        inputs = plain_inputs(student, row)
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=end, pad_token_id=end)
+        assert answer == student.tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+
+
+def test_the_rest_of_a_batch_changes_no_row_and_another_clip_only_its_own(student):
+    rows = answer_rows(student, ROWS, ANSWERS)
+    changed = answer_rows(student, ROWS[:3] + [{**ROWS[3], "audio": sound(1.83, 5)}] + ROWS[4:], ANSWERS)
+    for b, hidden in enumerate(rows):
+        assert_close(hidden, answer_rows(student, ROWS[b:b + 1], ANSWERS[b:b + 1])[0], **CLOSE)
+        assert torch.allclose(hidden, changed[b], **CLOSE) == (b != 3)
+
+
+def test_text_rows_do_not_feel_what_hears(student):
+    rows, other = answer_rows(student, ROWS, ANSWERS), copy.deepcopy(student)
+    for parameter in [*other.encoder.parameters(), *other.adapter.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+    for row, old, new in zip(ROWS, rows, answer_rows(other, ROWS, ANSWERS)):
+        assert torch.allclose(old, new, **CLOSE) == ("prompt" in row)
+
+
+def test_training_by_both_channels_ends_in_a_folder_of_plain_transformers(tiny, family, student, data, tmp_path):
+    out = tmp_path / "run"
+    assert train_kd.main(arguments(tiny, family, data, out, "--train", "encoder", "adapter", "llm", "--lr-encoder", "1e-3",
+                                   "--lr-llm", "1e-3", "--eval-data", data)) == 0
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps, evals = [r for r in records if "loss" in r], [r for r in records if "eval_kl_t2t" in r]
+    assert [r["step"] for r in steps] == [1, 2] and len(evals) == 2 and evals[1]["eval_kl_t2t"] < evals[0]["eval_kl_t2t"]
+    assert all(math.isfinite(r[k]) and r[k] > 0 for r in steps for k in ("ce_t2t", "kd_t2t", "ce_s2t", "kd_s2t", "grad_norm"))
+    trained, model = m.load_student(str(out / "last")), plain(out / "last")
+    for part in ("encoder", "adapter", "llm"):
+        assert any(not torch.equal(a, b) for a, b in zip(getattr(student, part).parameters(), getattr(trained, part).parameters()))
+    untouched = [n for n, _ in model.named_parameters() if "visual" in n or "bos_eos" in n or "embed_positions" in n]
+    for name in untouched:
+        assert torch.equal(model.get_parameter(name), student.whole.get_parameter(name)), name
+    row, ids = ROWS[1], student.tokenizer.encode(ANSWERS[1], add_special_tokens=False)
+    inputs = plain_inputs(trained, row)
+    whole = torch.cat([inputs["input_ids"], torch.tensor([ids])], 1)
+    with torch.inference_mode():
+        logits = model(**inputs | {"input_ids": whole, "attention_mask": torch.ones_like(whole)}).logits[0]
+        ours = trained.llm.get_output_embeddings()(answer_rows(trained, [row], ANSWERS[1:2])[0])
+    assert_close(ours, logits[inputs["input_ids"].shape[1] - 1:-1], rtol=1e-3, atol=1e-3)
+    assert {p.name for p in family.iterdir()} <= {p.name for p in (out / "last").iterdir()}
