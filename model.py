@@ -450,6 +450,7 @@ class SpeechLLMConfig(PretrainedConfig):
 class SpeechLLM(PreTrainedModel):
     config_class = SpeechLLMConfig
     main_input_name = "before"
+    spoken_hz = 3  # positions of the LLM that a second of speech takes, for planning
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -648,10 +649,12 @@ class HubStudent(nn.Module):
     one piece, out of parameters(): what is none of the three parts (vision) never trains.
     """
     forward, splice, generate = SpeechLLM.forward, SpeechLLM.splice, SpeechLLM.generate
+    spoken_hz = 25
 
     def __init__(self, model, processor, tokenizer):
         super().__init__()
         self.__dict__["whole"] = model
+        self.positions = [0, 0]  # of the LLM so far: real ones, and with padding
         self.processor, self.tokenizer, self.config = processor, tokenizer, model.config
         parts = dict(model.model.named_children())
         self.encoder = parts.get("audio_tower", parts.get("encoder"))

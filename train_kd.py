@@ -221,6 +221,8 @@ def pack(items):
     """Rows -> what a worker sends: on its way each tensor is an open file, so rows share one."""
     found = {}
     for number, item in enumerate(items):
+        if isinstance(item.get("mel"), dict):  # of a HubStudent
+            item |= {f"mel {k}": v for k, v in item.pop("mel").items()}
         for key in [k for k, v in item.items() if isinstance(v, torch.Tensor)]:
             found.setdefault(key, []).append((number, item.pop(key)))
     return items, {key: (torch.cat([x.flatten() for _, x in parts]),
@@ -233,7 +235,9 @@ def unpack(batch):
     for key, (flat, parts) in packed.items():
         values = flat.split([shape.numel() for _, shape in parts])
         for (number, shape), value in zip(parts, values):
-            items[number][key] = value.view(shape)
+            name, _, part = key.partition(" ")
+            (items[number].setdefault(name, {}) if part else items[number])[part or name] = (
+                value.view(shape))
     return items
 
 
@@ -302,14 +306,14 @@ def teacher_cache(args, teacher, data, rank, world):
     return path_of
 
 
-def row_lengths(tokenizer, rows, args):
-    """Positions that each row takes in the LLM: text channel, and 3 a second that it speaks."""
+def row_lengths(tokenizer, rows, args, spoken_hz=3):
+    """Positions that each row takes in the LLM: text channel, and so many a second it speaks."""
     def sizes(texts):
         return map(len, tokenizer(list(texts), add_special_tokens=False).input_ids)
     template = sum(map(len, m.chat_parts(tokenizer)))
     asked = sizes(" ".join(filter(None, map(r.get, ("system", "instruction", "prompt"))))
                   for r in rows)
-    spoken = [round(3 * r.get("seconds", 0)) for r in rows]
+    spoken = [round(spoken_hz * r.get("seconds", 0)) for r in rows]
     return [template + a + s + min(n + 1, args.max_answer_tokens)
             for a, s, n in zip(asked, spoken, sizes(r[args.labels] for r in rows))]
 
@@ -678,8 +682,9 @@ def main(args):
     distil_steps = args.max_steps or max(
         1, round(args.epochs * len(distil_rows) / global_batch_size))
     total_steps = args.warm_start_steps + distil_steps
-    plan = plan_batches(row_lengths(student.tokenizer, distil_rows, args), args.batch_size,
-                        global_batch_size, distil_steps, args.seed, args.batch_tokens, world)
+    plan = plan_batches(row_lengths(student.tokenizer, distil_rows, args, student.spoken_hz),
+                        args.batch_size, global_batch_size, distil_steps, args.seed,
+                        args.batch_tokens, world)
     hidden_of = None
     if args.teacher_cache:
         used = {i for step in plan for batch in step for i in batch}
