@@ -210,8 +210,13 @@ def _ce_kd_rows(student_logits, teacher_logits, targets, row_weights, dtype, kin
     log_probs = log_student if temperature == 1 else student_logits.log_softmax(-1)
     ce = -log_probs.gather(-1, targets[:, None])[:, 0]
     if ce_weight:
-        hit = torch.arange(student_logits.shape[1], device=targets.device) == targets[:, None]
-        gradient += (log_probs.exp() - hit.to(log_probs.dtype)) * (ce_weight * row_weights)[:, None]
+        scale = (ce_weight * row_weights)[:, None]
+        gradient += log_probs.exp() * scale
+        if targets.is_cuda:  # compiled, this costs no pass of its own; a scatter would
+            vocab = torch.arange(gradient.shape[1], device=targets.device)
+            gradient -= torch.where(vocab == targets[:, None], scale, 0.0)
+        else:
+            gradient.scatter_add_(-1, targets[:, None], -scale)
     sums = torch.stack([row_weights @ ce, row_weights @ kd * temperature**2])
     return sums, gradient.to(dtype)
 
