@@ -866,7 +866,7 @@ def main(args):
                 record[key] = values[i] / num_tokens[(i - 1) // 2]
             real, padded = student.positions
             record |= {"tokens_per_s": tokens_seen / elapsed, "memory": memory,
-                       "wait": waited / elapsed, "padding": 1 - real / max(1, padded)}
+                       "wait": waited / elapsed, "padding": 1 - real / padded if padded else 0.0}
             log(record)
             start_time, tokens_seen, waited = time.perf_counter(), 0, 0.0
             student.positions = [0, 0]
