@@ -18,14 +18,19 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import bench_generate
+import bench_growth
 import bench_lib as lib
+import bench_loss
 import bench_step
 import model as m
 
-PARTS = {"step": bench_step}
+PARTS = {"loss": bench_loss, "step": bench_step, "answers": bench_generate, "growth": bench_growth}
 SIZES = {  # of each device, where no flag says otherwise
-    "cpu": dict(llm=m.DEFAULT_LLM, encoder=m.DEFAULT_STUDENT.partition("+")[0], batch_size=8, answer_tokens=40, steps=2),
-    "cuda": dict(llm="random:1.5B", encoder="random:large", batch_size=16, answer_tokens=128, steps=6)}
+    "cpu": dict(rows=[512], vocab=151_936, width=896, cases=list(bench_loss.CASES)[:3], prompts=48,
+                llm=m.DEFAULT_LLM, encoder=m.DEFAULT_STUDENT.partition("+")[0], batch_size=8, answer_tokens=40, steps=2),
+    "cuda": dict(rows=[4096, 8192], vocab=152_064, width=3584, cases=list(bench_loss.CASES)[2:], prompts=384,
+                 llm="random:1.5B", encoder="random:large", batch_size=16, answer_tokens=128, steps=6)}
 
 
 def get_args(argv=None):

@@ -26,32 +26,40 @@ ROOT = Path(__file__).resolve().parent.parent
 class Worker:
     """`python SCRIPT` in a process of its own: answers a line of JSON with a line of JSON (see serve)."""
 
-    def __init__(self, script, log, threads=None):
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
-        if threads:
-            environment["OMP_NUM_THREADS"] = str(threads)
+    def __init__(self, script, log, **environment):
+        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", **environment}
         self.log, self.started = Path(log), time.time()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=open(log, "a"), text=True, env=environment)
 
-    def ask(self, **job):
-        """One job -> its answer. Raises: RuntimeError with the end of the log if the process died."""
+    def send(self, **job):
+        self.job = job
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
+
+    def receive(self):
+        """The answer to what was sent. Raises: RuntimeError with the end of the log if the process died."""
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.process.args[1]} {job} died with exit code {self.process.wait()}; "
+            raise RuntimeError(f"{self.process.args[1]} {self.job} died with exit code {self.process.wait()}; "
                                f"{self.log} ends:\n{self.log.read_text()[-2000:]}")
         return json.loads(line)
+
+    def ask(self, **job):
+        self.send(**job)
+        return self.receive()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        self.close()
+
+    def close(self, patience_s=20):
         self.process.stdin.close()
         try:
-            self.process.wait(timeout=20)
+            self.process.wait(timeout=patience_s)
         except subprocess.TimeoutExpired:  # a loader's process that does not end
             self.process.kill()
             self.process.wait()
@@ -99,7 +107,6 @@ def resident_bytes(key):
 def rest_bytes(device):
     """Memory in use now; from here the peak counts anew."""
     if device == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
