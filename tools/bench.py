@@ -27,18 +27,21 @@ import model as m
 
 PARTS = {"loss": bench_loss, "step": bench_step, "answers": bench_generate, "growth": bench_growth}
 SIZES = {  # of each device, where no flag says otherwise
-    "cpu": dict(rows=[512], vocab=151_936, width=896, cases=list(bench_loss.CASES)[:3], prompts=48,
-                llm=m.DEFAULT_LLM, encoder=m.DEFAULT_STUDENT.partition("+")[0], batch_size=8, answer_tokens=40, steps=2),
-    "cuda": dict(rows=[4096, 8192], vocab=152_064, width=3584, cases=list(bench_loss.CASES)[2:], prompts=384,
-                 llm="random:1.5B", encoder="random:large", batch_size=16, answer_tokens=128, steps=6)}
+    "cpu": dict(rows=[512], vocab=151_936, width=896, cases=["frozen head, fp32", "trainable head, bf16"],
+                llm=m.DEFAULT_LLM, encoder=m.DEFAULT_STUDENT.partition("+")[0], batch_size=8, answer_tokens=40,
+                steps=1, rounds=2, prompts=48),
+    "cuda": dict(rows=[4096, 8192], vocab=152_064, width=3584, cases=["frozen head, bf16", "trainable head, bf16"],
+                 llm="random:1.5B", encoder="random:large", batch_size=16, answer_tokens=128,
+                 steps=8, rounds=1, prompts=384)}
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[1],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what is measured")
     p.add_argument("--out", required=True, help="folder of the results")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    p.add_argument("--repeats", type=int, default=3, help="interleaved repetitions (of processes, in step)")
+    p.add_argument("--repeats", type=int, default=3, help="interleaved repetitions of loss and answers")
     for name, part in PARTS.items():
         part.add_arguments(p.add_argument_group(name))
     args = p.parse_args(argv)

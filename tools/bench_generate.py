@@ -2,8 +2,8 @@
 How fast answers are generated: synth_speech.py's way against transformers' own generate, same prompts, greedy.
 
 Rival: AutoModelForCausalLM.generate in batches of 48 in input order, in float32 and in bfloat16.
-Ours: as `torchrun --nproc_per_node=CORES synth_speech.py` answers on a CPU: one process a core, the dtype that is faster,
-large batches sorted by length; and the same in one process, which is all there is on a GPU.
+Ours: as `torchrun --nproc_per_node=CORES synth_speech.py` answers on a CPU: one process a core, the dtype that is
+faster, large batches sorted by length; and the same in one process, which is all there is on a GPU.
 Tokens count up to and with the end of turn; loading is not counted. Called by bench.py.
 """
 import functools
@@ -84,7 +84,8 @@ def measure(args):
     rows, log, cores = read_prompts(args), Path(args.out) / "answers.log", lib.cores()
     by_length = sorted(rows, key=lambda r: len(r["prompt"]))
     ways = {"transformers, float32": ("transformers", "float32", [rows]),
-            "transformers, bfloat16": ("transformers", "bfloat16", [rows]), "ours, one process": ("ours", "faster", [by_length])}
+            "transformers, bfloat16": ("transformers", "bfloat16", [rows]),
+            "ours, one process": ("ours", "faster", [by_length])}
     if args.device == "cpu" and cores > 1:
         ways["ours"] = ("ours", "faster", [by_length[i::cores] for i in range(cores)])
     else:
@@ -116,8 +117,9 @@ def measure(args):
 
 def report(results):
     own = results["ways"]["ours"]["tokens_per_s"]
-    title = (f"**Answers**: {results['prompts']} prompts, at most {results['new_tokens']} tokens, greedy, {results['llm']}, "
-             f"{results['device']}" + (f", {results['cores']} cores" if results["device"] == "cpu" else ""))
+    title = (f"**Answers**: {results['prompts']} prompts, at most {results['new_tokens']} tokens, greedy, "
+             f"{results['llm']}, {results['device']}"
+             + (f", {results['cores']} cores" if results["device"] == "cpu" else ""))
     rows = [[name, r["dtype"], f"{r['tokens_per_s']:.0f}", f"{own / r['tokens_per_s']:.2f}"]
             for name, r in results["ways"].items()]
     return title + "\n\n" + lib.table(["", "dtype", "tokens/s", "ours / it, speed"], rows) + "\n"

@@ -1,6 +1,6 @@
 """
-How time and memory grow: with the answer rows N and the vocabulary V (the loss), the batch (a step of the LLM), the length
-of the clips (encoder and adapter) and the processes (train_kd.py under gloo, one thread each).
+How time and memory grow: with the answer rows N and the vocabulary V (the loss), the batch (a step of the LLM), the
+length of the clips (encoder and adapter) and the processes (train_kd.py under gloo, one thread each).
 
 Each series is a few points; the exponent is the slope of log(seconds) or log(memory) on log(size). Called by bench.py.
 """
@@ -39,10 +39,10 @@ def add_arguments(group):
 STUDENT = {}
 
 
-def student_of(llm, encoder, device):
+def student_of(llm, encoder, device, dtype):
     if not STUDENT:
         STUDENT["model"] = m.load_student(f"{encoder}+{llm}").to(device)
-        STUDENT["model"].encoder.requires_grad_(False)
+        STUDENT["model"].encoder.requires_grad_(False).to(dtype)
         STUDENT["model"].train()
     return STUDENT["model"]
 
@@ -64,7 +64,8 @@ def loss_call(rows, width, vocab, device, dtype):
 def batch_call(student, batch, dtype):
     """Forward, loss and backward of the text channel for so many rows."""
     device, head = student.device, student.llm.get_output_embeddings().weight
-    inputs = dict(before=[[5] * (SEQUENCE - ANSWER - 2)] * batch, after=[[6] * 2] * batch, answers=[[7] * ANSWER] * batch)
+    inputs = dict(before=[[5] * (SEQUENCE - ANSWER - 2)] * batch, after=[[6] * 2] * batch,
+                  answers=[[7] * ANSWER] * batch)
     targets = torch.full((batch * ANSWER,), 7, device=device)
 
     def call():
@@ -96,9 +97,9 @@ def run(series, size, calls, dtype, device, width, rows, vocab, clips, llm, enco
     elif series == "vocabulary":
         call = loss_call(rows, width, size, device, dtype if device == "cuda" else torch.float32)
     elif series == "batch":
-        call = batch_call(student_of(llm, encoder, device), size, dtype)
+        call = batch_call(student_of(llm, encoder, device, dtype), size, dtype)
     else:
-        call = clip_call(student_of(llm, encoder, device), clips, size, dtype)
+        call = clip_call(student_of(llm, encoder, device, dtype), clips, size, dtype)
     call()
     if STUDENT:  # gradients are no growth: they stay
         gradients = sum(p.grad.numel() * 4 for p in STUDENT["model"].parameters() if p.grad is not None)
@@ -127,24 +128,25 @@ def measure(args):
             if name in fixed or not sizes or args.series and name not in args.series:
                 continue
             if name == "processes":
-                answers = [processes(args, world, Path(folder) / f"processes{world}", llm, encoder, log) for world in sizes]
+                answers = [processes(args, world, Path(folder) / f"processes{world}", llm, encoder, log)
+                           for world in sizes]
             else:
+                job = dict(series=name, calls=2, dtype=args.dtype, device=args.device, llm=llm, encoder=encoder)
                 with lib.Worker(__file__, log) as worker:
-                    answers = [worker.ask(series=name, size=size, calls=2, dtype=args.dtype, device=args.device, llm=llm,
-                                          encoder=encoder, **fixed) for size in sizes]
+                    answers = [worker.ask(size=size, **job, **fixed) for size in sizes]
             answers = [(size, a) for size, a in zip(sizes, answers) if "error" not in a]
             sizes, seconds = [size for size, _ in answers], [min(a["seconds"]) for _, a in answers]
             memory = [a["bytes"] for _, a in answers]
-            series[name] = {"sizes": sizes, "seconds": seconds, "bytes": memory, "time_exponent": exponent(sizes, seconds),
-                            "memory_exponent": exponent(sizes, memory)}
+            series[name] = {"sizes": sizes, "seconds": seconds, "bytes": memory,
+                            "time_exponent": exponent(sizes, seconds), "memory_exponent": exponent(sizes, memory)}
             print(f"growth: {name} {series[name]}", flush=True)
-    return {"series": series, "device": args.device, "llm": args.llm, "encoder": args.encoder, "dtype": args.dtype, **fixed}
+    return {"series": series, **{k: getattr(args, k) for k in ("device", "llm", "encoder", "dtype")}, **fixed}
 
 
 def processes(args, world, folder, llm, encoder, log):
-    """train_kd.py by text with `world` processes of one thread each, args.batch_size // 2 rows each
+    """train_kd.py by text with `world` processes of one thread each, args.batch_size // 4 rows each
     -> seconds of a step, peak of the first process above its weights, gradients and optimizer."""
-    batch = max(1, args.batch_size // 2)
+    batch = max(1, args.batch_size // 4)
     bench_step.prepare_data(args, folder, batch * world * 4)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -153,15 +155,16 @@ def processes(args, world, folder, llm, encoder, log):
                           LOCAL_WORLD_SIZE=str(lib.cores()), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
                           OMP_NUM_THREADS="1") for rank in range(world)]
     for worker in workers:
-        worker.send(llm=llm, encoder=encoder, features=str(folder / "features"), batch_size=batch, steps=2, dtype=args.dtype,
-                    answer_tokens=args.answer_tokens, device=args.device, setting="text", rival="ours",
-                    data=str(folder / "text.jsonl"), out=str(folder / "out"))
+        worker.send(llm=llm, encoder=encoder, features=str(folder / "features"), batch_size=batch, steps=1,
+                    dtype=args.dtype, answer_tokens=args.answer_tokens, device=args.device, setting="text",
+                    rival="ours", data=str(folder / "text.jsonl"), out=str(folder / "out"))
     answer = workers[0].receive()
     for worker in workers:  # the others still wait for the first
         worker.close(patience_s=2)
     if "error" in answer:
         return answer
-    return {"seconds": answer["seconds"], "bytes": answer["peak_bytes"] - answer["rest_bytes"] - answer["gradient_bytes"]}
+    above = answer["peak_bytes"] - answer["rest_bytes"] - answer["gradient_bytes"]
+    return {"seconds": answer["seconds"], "bytes": above}
 
 
 def exponent(sizes, values):
@@ -176,7 +179,8 @@ def exponent(sizes, values):
 def report(results):
     of = {"answer rows": f"loss, V = {results['vocab']:,}, H = {results['width']}",
           "vocabulary": f"loss, N = {results['rows']:,}, H = {results['width']}",
-          "batch": f"step of the LLM, {SEQUENCE} tokens a row", "clip seconds": f"encoder and adapter, {results['clips']} clips",
+          "batch": f"step of the LLM, {SEQUENCE} tokens a row",
+          "clip seconds": f"encoder and adapter, {results['clips']} clips",
           "processes": "train_kd.py by text, the same rows for each"}
     rows = []
     for name, s in results["series"].items():
@@ -185,8 +189,8 @@ def report(results):
         fits = ["" if s[key] is None else f"{s[key]:.2f}" for key in ("time_exponent", "memory_exponent")]
         rows.append([name, of[name], cells[0], cells[1], fits[0], cells[2], fits[1]])
     title = f"**Growth**, {results['device']}, {results['llm']}, {results['encoder']}: y = c * size ^ exponent"
-    return title + "\n\n" + lib.table(["size", "of", "sizes", "seconds", "exponent", "MiB above inputs or state", "exponent"],
-                                      rows) + "\n"
+    header = ["size", "of", "sizes", "seconds", "exponent", "MiB above inputs or state", "exponent"]
+    return title + "\n\n" + lib.table(header, rows) + "\n"
 
 
 def draw(results, path):

@@ -2,9 +2,9 @@
 The fused loss against its rivals: forward KL, loss and gradients, from the same hidden rows and heads.
 
 Rivals: the three matrix products that no method can do without (four with a trainable head); plain autograd on full
-logits; Liger-Kernel's chunked loss, on a GPU its Triton one too; TRL's chunked divergence (Triton on a GPU). Each has a
-process of its own and all take turns. Memory: peak of a call above its inputs. Gradient error: of the hidden rows against
-float64, on 16 rows of a near-matched pair (KL about 0.001). Called by bench.py.
+logits; Liger-Kernel's chunked loss, on a GPU its Triton one too; TRL's chunked divergence (Triton on a GPU). Each has
+a process of its own and all take turns. Memory: peak of a call above its inputs. Gradient error: of the hidden rows
+against float64, on 16 rows of a near-matched pair (KL about 0.001). Called by bench.py.
 """
 import sys
 import time
@@ -180,13 +180,12 @@ def report(results):
             if "error" in r or "error" in own:
                 rows.append([name, r.get("error"), *[None] * 4])
                 continue
-            error = r["gradient_error"]
+            error = "" if r["gradient_error"] is None else f"{r['gradient_error']:.0e}"
             rows.append([name, f"{r['seconds']:.4g}", f"{own['seconds'] / r['seconds']:.2f}", lib.gib(r["peak_bytes"]),
-                         f"{own['peak_bytes'] / max(1, r['peak_bytes']):.2f}", None if error is None else f"{error:.0e}"])
+                         f"{own['peak_bytes'] / max(1, r['peak_bytes']):.2f}", error])
+        header = ["", "s", "ours / it, time", "GiB above inputs", "ours / it, memory", "error of the gradient"]
         lines += [f"**Loss, {case['case']}**: N = {case['rows']:,} rows, H = {results['width']:,}, "
-                  f"V = {results['vocab']:,}, {results['device']}", "",
-                  lib.table(["", "s", "ours / it, time", "GiB above inputs", "ours / it, memory", "error of the gradient"],
-                            rows), ""]
+                  f"V = {results['vocab']:,}, {results['device']}", "", lib.table(header, rows), ""]
     return "\n".join(lines)
 
 

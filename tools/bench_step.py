@@ -6,8 +6,8 @@ Ours is train_kd.main itself, watched at the end of each step. Rivals:
                 (ultravox_model.py:_compute_kl_loss, 648efe7); same student, encoder on the audio each step, no caches
   TRL GKD       trl.experimental.gkd, lmbda=0; text only, it has no speech
   TRL Distill   trl.DistillationTrainer with the given answers in the place of those it would generate; text only
-Every round runs each of them in a process of its own: one step to warm up, then the timed ones; no gradient checkpointing.
-Called by bench.py.
+Every round runs each of them in a process of its own: one step to warm up, then the timed ones; no gradient
+checkpointing. Called by bench.py.
 """
 import json
 import random
@@ -34,7 +34,8 @@ LLMS = {"135M": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=
                      num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True),
         "1.5B": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
                      num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True)}
-ENCODERS = {"base": dict(d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048, num_mel_bins=80),
+ENCODERS = {"base": dict(d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048,
+                         num_mel_bins=80),
             "large": dict(d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120,
                           num_mel_bins=128)}
 CHANNELS = {"dual": ["t2t", "s2t"], "text": ["t2t"]}
@@ -45,12 +46,13 @@ CHANNELS_IN_ONE = "ours, channels together"
 
 
 def add_arguments(group):
-    group.add_argument("--llm", help=f"text LLM of teacher and student: a name, or random:SIZE, SIZE one of {', '.join(LLMS)}")
-    group.add_argument("--encoder", help=f"speech encoder: a Whisper, or random:SIZE, SIZE one of {', '.join(ENCODERS)}")
+    group.add_argument("--llm", help=f"text LLM of teacher and student, or random:SIZE ({', '.join(LLMS)})")
+    group.add_argument("--encoder", help=f"speech encoder, a Whisper, or random:SIZE ({', '.join(ENCODERS)})")
     group.add_argument("--data", help="manifest with answers and audio; without one, questions over noise")
     group.add_argument("--batch-size", type=int, help="rows per step")
     group.add_argument("--answer-tokens", type=int, help="longer answers are cut there")
     group.add_argument("--steps", type=int, help="timed steps of each process")
+    group.add_argument("--rounds", type=int, help="processes of each rival, in turns")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16",
                        help="of the computation; what trains is float32")
 
@@ -65,25 +67,31 @@ def random_llm(size, folder):
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe.train_from_iterator(questions() * 2, trainers.BpeTrainer(
-        vocab_size=2000, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        vocab_size=2000, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=special[1], eos_token=special[2], pad_token=special[2], unk_token=special[0],
         chat_template="{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}"
                       "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
     tokenizer.save_pretrained(folder)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        llm = LlamaForCausalLM._from_config(LlamaConfig(
-            **LLMS[size], max_position_embeddings=8192, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id), dtype=torch.bfloat16)
-    llm.save_pretrained(folder)
+    config = LlamaConfig(**LLMS[size], max_position_embeddings=8192, bos_token_id=tokenizer.bos_token_id,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    write_random(lambda: LlamaForCausalLM._from_config(config, dtype=torch.bfloat16), folder)
     return str(folder)
+
+
+def write_random(make, folder):
+    """Save the model that `make` draws, on a GPU if there is one, and leave nothing there."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        make().save_pretrained(folder)
+    torch.cuda.empty_cache()
 
 
 def random_encoder(size, folder):
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
-    config = WhisperConfig(**ENCODERS[size], vocab_size=64, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32,
-                           pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=1)
-    WhisperForConditionalGeneration(config).half().save_pretrained(folder)
+    config = WhisperConfig(**ENCODERS[size], vocab_size=64, decoder_layers=1, decoder_attention_heads=2,
+                           decoder_ffn_dim=32, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=1)
+    write_random(lambda: WhisperForConditionalGeneration(config).half(), folder)
     WhisperFeatureExtractor(feature_size=ENCODERS[size]["num_mel_bins"]).save_pretrained(folder)
     return str(folder)
 
@@ -164,12 +172,14 @@ def step_flops(config, teacher, counts, classes):
     """Counts of one step (see Watch) -> {part: FLOPs}. Backward = twice the forward, where all trains."""
     vocab, rows = min(config.llm.vocab_size, teacher.vocab_size), sum(counts["rows"])
     first, rest = adapter_flops(config, counts["positions"], counts["events"], classes)
-    parts = {"teacher body": llm_flops(teacher, counts["teacher"]), "encoder": encoder_flops(config.encoder, counts["frames"]),
+    parts = {"teacher body": llm_flops(teacher, counts["teacher"]),
+             "encoder": encoder_flops(config.encoder, counts["frames"]),
              "adapter forward": first + rest, "adapter backward": first + 2 * rest}
     for channel in ("t2t", "s2t"):
         parts[f"student body forward, {channel}"] = llm_flops(config.llm, counts[channel])
         parts[f"student body backward, {channel}"] = 2 * llm_flops(config.llm, counts[channel])
-    parts["heads: logits of both, two gradients"] = 2 * rows * vocab * (3 * config.llm.hidden_size + teacher.hidden_size)
+    parts["heads: logits of both, two gradients"] = (2 * rows * vocab
+                                                     * (3 * config.llm.hidden_size + teacher.hidden_size))
     return {part: flops for part, flops in parts.items() if flops}
 
 
@@ -182,13 +192,14 @@ class Stop(Exception):
 class Watch:
     """Clock, memory and counts of a run; `end_of_step` is called at the end of each optimizer step.
 
-    The first step warms up, `steps` are timed; with `phases` one more is divided among PHASES, waiting for the GPU between.
+    The first step warms up, `steps` are timed. With `phases` the last one is divided among PHASES; on a GPU one more
+    is, since dividing waits for it.
     """
 
     def __init__(self, device, steps, phases=False):
-        self.device, self.steps, self.with_phases = device, steps, phases
+        self.device, self.steps, self.divided = device, steps, phases
         self.seconds, self.records, self.counts, self.phases = [], [], [], {}
-        self.first_at = self.last = self.rest = self.peak = None
+        self.first_at = self.last = self.rest = self.peak = self.student = None
         self.dividing, self.nested, self.trained = False, [], []
         self.new_counts()
 
@@ -196,22 +207,23 @@ class Watch:
         self.now = {"teacher": [], "t2t": [], "s2t": [], "rows": [], "frames": [], "positions": [], "events": 0}
 
     def end_of_step(self, record=None, *_):
+        """Raises: Stop after the last step that is wanted."""
         lib.wait(self.device)
         spent = time.perf_counter() - self.last if self.last else None
         if self.first_at is None:
             self.first_at, self.rest = time.time(), lib.rest_bytes(self.device)
-        elif self.dividing:
-            self.phases["step"] = spent
-            raise Stop
-        else:
+        elif len(self.seconds) < self.steps:
             self.seconds.append(spent)
             self.counts.append(self.now)
             self.records.append(record if isinstance(record, dict) else {})
-        if len(self.seconds) == self.steps:
-            self.peak, self.dividing = lib.peak_bytes(self.device), self.with_phases
-            if not self.dividing:
-                raise Stop
-            self.phases = dict.fromkeys(PHASES, 0.0)
+            self.peak = lib.peak_bytes(self.device)
+        if self.dividing:
+            self.phases["step"] = spent
+            raise Stop
+        if len(self.seconds) == self.steps and not self.divided:
+            raise Stop
+        if self.divided and len(self.seconds) == self.steps - (self.device == "cpu"):
+            self.dividing, self.phases = True, dict.fromkeys(PHASES, 0.0)
         self.new_counts()
         self.last = time.perf_counter()
 
@@ -263,11 +275,12 @@ def watch_optimizer(watch):
 def flags(job, steps):
     """Arguments of train_kd.py that all of ours and the plain loop share."""
     trains = ["adapter", "llm"] if job["setting"] == "dual" else ["llm"]
-    return ["--teacher", job["llm"], "--student", f"{job['encoder']}+{job['llm']}", "--data", job["data"], "--out", job["out"],
-            "--channels", *CHANNELS[job["setting"]], "--train", *trains, "--ce-weight", "0", "--kd-weight", "1",
-            "--temperature", "1", "--batch-size", str(job["batch_size"]), "--max-answer-tokens", str(job["answer_tokens"]),
-            "--max-steps", str(steps), "--log-every", "1", "--save-every", "1000000", "--dtype", job["dtype"],
-            "--device", job["device"], "--feature-cache", job["features"]]
+    return ["--teacher", job["llm"], "--student", f"{job['encoder']}+{job['llm']}", "--data", job["data"],
+            "--out", job["out"], "--channels", *CHANNELS[job["setting"]], "--train", *trains, "--ce-weight", "0",
+            "--kd-weight", "1", "--temperature", "1", "--batch-size", str(job["batch_size"]),
+            "--max-answer-tokens", str(job["answer_tokens"]), "--max-steps", str(steps), "--log-every", "1",
+            "--save-every", "1000000", "--dtype", job["dtype"], "--device", job["device"],
+            "--feature-cache", job["features"]]
 
 
 def ours(job, watch):
@@ -292,16 +305,19 @@ def ours(job, watch):
         now["frames"].extend(mel.shape[1] for mel in mels))
     student.spell = watch.counted(student.spell, lambda now, _, self, features:
         now["positions"].extend(len(f) for f in features))
-    student.splice = watch.counted(student.splice, lambda now, embeds, self, before, after, speech:
-        (now["s2t" if speech else "t2t"].extend(len(e) for e in embeds),
-         now.update(events=now["events"] + sum(len(e) for e in speech.values()))))
+
+    def note_tokens(now, embeds, self, before, after, speech):
+        watch.student = self
+        now["s2t" if speech else "t2t"] += [len(e) for e in embeds]
+        now["events"] += sum(map(len, speech.values()))
+    student.splice = watch.counted(student.splice, note_tokens)
     torch.Tensor.backward = watch.timed("backward", torch.Tensor.backward)
     torch.nn.utils.clip_grad_norm_ = watch.timed("clip, optimizer", torch.nn.utils.clip_grad_norm_)
     torch.optim.AdamW.step = watch.timed("clip, optimizer", torch.optim.AdamW.step)
     loader = torch.utils.data.dataloader._BaseDataLoaderIter
     loader.__next__ = watch.timed("data wait", loader.__next__)
     try:
-        train_kd.main(train_kd.get_args(flags(job, 2 + job["steps"]) + extra))
+        train_kd.main(train_kd.get_args(flags(job, 3 + job["steps"]) + extra))
     except Stop:
         pass
 
@@ -321,8 +337,8 @@ def one_backward(channels):
 # ---- rivals ----
 
 def plain_loop(job, watch):
-    """Both channels with full logits: per channel a teacher and a student forward with labels=, KL where an answer token
-    comes next, backward."""
+    """Both channels with full logits: per channel a teacher and a student forward with labels=, KL where an answer
+    token comes next, backward."""
     args = train_kd.get_args(flags(job, 1 + job["steps"]))
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.manual_seed(0)
@@ -406,10 +422,10 @@ def trl_parts(job, steps):
              "completion_mask": [0] * len(i["teacher_prompt"]) + [1] * len(i["answer"])}
             for items in batches(args, like, tokenizer) for i in items]
     tokenizer.padding_side = "left"
-    options = dict(output_dir=job["out"], per_device_train_batch_size=job["batch_size"], max_steps=steps, lmbda=0.0, beta=0.0,
-                   bf16=job["dtype"] == "bfloat16", gradient_checkpointing=False, learning_rate=2e-5, max_grad_norm=1.0,
-                   use_cpu=job["device"] == "cpu", save_strategy="no", report_to=[], logging_steps=1, disable_tqdm=True,
-                   dataloader_num_workers=1)
+    options = dict(output_dir=job["out"], per_device_train_batch_size=job["batch_size"], max_steps=steps, lmbda=0.0,
+                   beta=0.0, bf16=job["dtype"] == "bfloat16", gradient_checkpointing=False, learning_rate=2e-5,
+                   max_grad_norm=1.0, use_cpu=job["device"] == "cpu", save_strategy="no", report_to=[],
+                   logging_steps=1, disable_tqdm=True, dataloader_num_workers=1)
     return student, teacher, tokenizer, datasets.Dataset.from_list(rows), options
 
 
@@ -446,11 +462,12 @@ def trl_distill(job, watch):
         def _generate_and_score_completions(self, inputs):
             ids, masks = [i["input_ids"] for i in inputs], [i["completion_mask"] for i in inputs]
             starts = [mask.index(1) for mask in masks]
-            width, longest = max(starts), max(len(x) - n for x, n in zip(ids, starts))
+            width, answers = max(starts), [x[n:] for x, n in zip(ids, starts)]
+            longest = max(map(len, answers))
             given = {"prompt_ids": [[0] * (width - n) + x[:n] for x, n in zip(ids, starts)],
                      "prompt_mask": [[0] * (width - n) + [1] * n for n in starts],
-                     "completion_ids": [x[n:] + [0] * (longest - len(x) + n) for x, n in zip(ids, starts)],
-                     "completion_mask": [[1] * (len(x) - n) + [0] * (longest - len(x) + n) for x, n in zip(ids, starts)]}
+                     "completion_ids": [a + [0] * (longest - len(a)) for a in answers],
+                     "completion_mask": [[1] * len(a) + [0] * (longest - len(a)) for a in answers]}
             given = {key: torch.tensor(value, device=self.accelerator.device) for key, value in given.items()}
             return {**given, "num_items_in_batch": given["completion_mask"].sum().float()}
     config = DistillationConfig(**options, shuffle_dataset=False)
@@ -469,9 +486,8 @@ def run(**job):
     RUNS.get(job["rival"], ours)(job, watch)
     answer = watch.answer()
     if is_ours:
-        student = m.load_student(f"{job['encoder']}+{job['llm']}")
-        answer["flops"] = [step_flops(student.config, student.config.llm, counts, len(student.processors["classes"]) + 1)
-                           for counts in answer["counts"]]
+        config, classes = watch.student.config, len(watch.student.processors["classes"]) + 1
+        answer["flops"] = [step_flops(config, config.llm, counts, classes) for counts in answer["counts"]]
     return answer
 
 
@@ -490,27 +506,27 @@ def measure(args):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         llm, encoder = prepare_models(args, folder)
-        source = prepare_data(args, folder, args.batch_size * (2 + args.steps))
+        source = prepare_data(args, folder, args.batch_size * (3 + args.steps))
         common = {"llm": llm, "encoder": encoder, "features": str(folder / "features"),
                   **{k: getattr(args, k) for k in ("batch_size", "answer_tokens", "steps", "dtype", "device")}}
         with lib.Worker(__file__, log) as worker:
             peak = worker.ask(peak=True, **common)["peak_flops"]
         settings = {setting: {rival: [] for rival in rivals_of(setting)} for setting in CHANNELS}
-        for number in range(args.repeats):
+        for number in range(args.rounds):
             for setting, rivals in settings.items():
                 for rival, answers in rivals.items():
                     if rival == CHANNELS_IN_ONE and number:
                         continue  # only its memory is of interest
+                    job = dict(setting=setting, rival=rival, data=str(folder / f"{setting}.jsonl"),
+                               out=str(folder / f"{setting} {rival} {number}"))
                     with lib.Worker(__file__, log) as worker:
-                        answers.append(worker.ask(**common, setting=setting, rival=rival, data=str(folder / f"{setting}.jsonl"),
-                                                  out=str(folder / f"{setting} {rival} {number}")))
-                        answers[-1]["started"] = worker.started
+                        answers.append({**worker.ask(**common, **job), "started": worker.started})
                     shown = answers[-1].get("seconds", answers[-1])
                     print(f"{setting}: {rival} {shown}", flush=True)
     return {"settings": {setting: {rival: summary(answers, peak) for rival, answers in rivals.items()}
                          for setting, rivals in settings.items()},
             "peak_flops": peak, "rows": source, "llm": args.llm, "encoder": args.encoder,
-            **{k: getattr(args, k) for k in ("batch_size", "answer_tokens", "steps", "repeats", "dtype", "device")}}
+            **{k: getattr(args, k) for k in ("batch_size", "answer_tokens", "steps", "rounds", "dtype", "device")}}
 
 
 def summary(answers, peak):
@@ -521,7 +537,8 @@ def summary(answers, peak):
     seconds = [s for a in answers for s in a["seconds"]]
     above = lib.median([a["peak_bytes"] - a["rest_bytes"] - a["gradient_bytes"] for a in answers])
     result = {"seconds": lib.median(seconds), "all_seconds": seconds, "above_bytes": above,
-              "peak_bytes": lib.median([a["peak_bytes"] for a in answers]), "gradient_bytes": answers[0]["gradient_bytes"],
+              "peak_bytes": lib.median([a["peak_bytes"] for a in answers]),
+              "gradient_bytes": answers[0]["gradient_bytes"],
               "first_step_s": answers[-1]["first_at"] - answers[-1]["started"]}
     if "flops" in answers[0]:
         steps = [f for a in answers for f in a["flops"]]
@@ -542,7 +559,8 @@ def report(results):
     for setting, rivals in results["settings"].items():
         own = rivals["ours"]
         titles = {"dual": "by text and by speech", "text": "by text alone"}
-        lines += [f"**Training step, {titles[setting]}**: {batch} rows, {results['dtype']} autocast, {results['device']}", ""]
+        lines += [f"**Training step, {titles[setting]}**: {batch} rows, {results['dtype']} autocast, "
+                  f"{results['device']}, {results['llm']}, {results['encoder']}", ""]
         rows = []
         for name, r in rivals.items():
             if "error" in r:
@@ -552,11 +570,12 @@ def report(results):
                              lib.gib(r["peak_bytes"]), None, None])
             else:
                 share = f"{100 * r['share_of_peak']:.0f} %" if "share_of_peak" in r else None
-                rows.append([name, f"{batch / r['seconds']:.2f}", ratio(r["seconds"], own["seconds"]), lib.gib(r["above_bytes"]),
-                             ratio(own["above_bytes"], r["above_bytes"]), lib.gib(r["peak_bytes"]), share,
-                             f"{r['first_step_s']:.0f}"])
-        lines += [lib.table(["", "examples/s", "ours / it, speed", "GiB above weights, gradients, optimizer",
-                             "ours / it, memory", "GiB in all", "of the matmul peak", "start to first step, s"], rows), ""]
+                rows.append([name, f"{batch / r['seconds']:.2f}", ratio(r["seconds"], own["seconds"]),
+                             lib.gib(r["above_bytes"]), ratio(own["above_bytes"], r["above_bytes"]),
+                             lib.gib(r["peak_bytes"]), share, f"{r['first_step_s']:.0f}"])
+        header = ["", "examples/s", "ours / it, speed", "GiB above weights, gradients, optimizer", "ours / it, memory",
+                  "GiB in all", "of the matmul peak", "start to first step, s"]
+        lines += [lib.table(header, rows), ""]
     lines += ["**Operations of a step by text and by speech, and where its time goes** (ours; caches off | on)", "",
               work(results), ""]
     ours = results["settings"]["dual"]["ours"]
