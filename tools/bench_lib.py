@@ -119,7 +119,7 @@ def peak_bytes(device):
     return torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM")
 
 
-def matmul_peak(device, dtype, seconds=1.5):
+def matmul_peak(device, dtype, seconds=0.7):
     """FLOP/s of a large square matrix product: the best of those that fit into the time."""
     size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))

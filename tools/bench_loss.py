@@ -61,7 +61,9 @@ def plain(student_hidden, student_weight, teacher_hidden, teacher_weight, target
 
 
 def ours(**inputs):
-    losses.fused_ce_kd(**inputs, temperature=1.0, ce_weight=0.0, kd_weight=1.0)[0].backward()
+    head = inputs["student_weight"]
+    chunk_rows = max(256, 2**26 // len(head)) if head.is_cuda else 256  # as train_kd.py:channel_loss
+    losses.fused_ce_kd(**inputs, temperature=1.0, ce_weight=0.0, kd_weight=1.0, chunk_rows=chunk_rows)[0].backward()
 
 
 def liger(student_hidden, student_weight, teacher_hidden, teacher_weight, targets):

@@ -40,7 +40,6 @@ ENCODERS = {"base": dict(d_model=512, encoder_layers=6, encoder_attention_heads=
                           num_mel_bins=128)}
 CHANNELS = {"dual": ["t2t", "s2t"], "text": ["t2t"]}
 NEEDS = {"TRL GKD": ["trl", "datasets", "accelerate"], "TRL Distill": ["trl", "datasets", "accelerate"]}
-CACHES = "--teacher-cache" in Path(train_kd.__file__).read_text()  # teacher's answer rows from the disk
 PHASES = ("data wait", "teacher", "encoder", "student forward", "loss", "backward", "clip, optimizer")
 CHANNELS_IN_ONE = "ours, channels together"
 
@@ -198,7 +197,7 @@ class Watch:
 
     def __init__(self, device, steps, phases=False):
         self.device, self.steps, self.divided = device, steps, phases
-        self.seconds, self.records, self.counts, self.phases = [], [], [], {}
+        self.seconds, self.cpu_seconds, self.records, self.counts, self.phases = [], [], [], [], {}
         self.first_at = self.last = self.rest = self.peak = self.student = None
         self.dividing, self.nested, self.trained = False, [], []
         self.new_counts()
@@ -214,6 +213,7 @@ class Watch:
             self.first_at, self.rest = time.time(), lib.rest_bytes(self.device)
         elif len(self.seconds) < self.steps:
             self.seconds.append(spent)
+            self.cpu_seconds.append(time.process_time() - self.last_cpu)
             self.counts.append(self.now)
             self.records.append(record if isinstance(record, dict) else {})
             self.peak = lib.peak_bytes(self.device)
@@ -225,7 +225,7 @@ class Watch:
         if self.divided and len(self.seconds) == self.steps - (self.device == "cpu"):
             self.dividing, self.phases = True, dict.fromkeys(PHASES, 0.0)
         self.new_counts()
-        self.last = time.perf_counter()
+        self.last, self.last_cpu = time.perf_counter(), time.process_time()
 
     def timed(self, phase, function):
         """`function`, whose time counts as `phase`, less that of phases inside it."""
@@ -255,8 +255,9 @@ class Watch:
 
     def answer(self):
         gradients = sum(p.numel() * p.element_size() for p in self.trained)
-        return {"seconds": self.seconds, "first_at": self.first_at, "rest_bytes": self.rest, "peak_bytes": self.peak,
-                "gradient_bytes": gradients, "phases": self.phases, "counts": self.counts, "records": self.records}
+        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "first_at": self.first_at,
+                "rest_bytes": self.rest, "peak_bytes": self.peak, "gradient_bytes": gradients, "phases": self.phases,
+                "counts": self.counts, "records": self.records}
 
 
 def watch_optimizer(watch):
@@ -284,18 +285,17 @@ def flags(job, steps):
 
 
 def ours(job, watch):
-    """train_kd.main, as it is. Caches off: the encoder hears the audio in each step, which no flag asks for."""
-    extra = []
+    """train_kd.main, as it is. Caches off: the teacher reads and the encoder hears in each step; no flag asks for the
+    latter."""
+    extra = ["--teacher-cache", job["features"] + "-teacher"]
     if "caches" not in job["rival"]:
-        train_kd.feature_cache = lambda *_: None
-    elif CACHES:
-        extra = ["--teacher-cache", job["features"] + "-teacher"]
+        train_kd.feature_cache, extra = lambda *_: None, []
     if job["rival"] == CHANNELS_IN_ONE:
         one_backward(len(CHANNELS[job["setting"]]))
     train_kd.print_step = watch.end_of_step
     train_kd.make_optimizer = watch_optimizer(watch)
     train_kd.teacher_rows = watch.counted(watch.timed("teacher", train_kd.teacher_rows), lambda now, _, teacher, items:
-        now["teacher"].extend(len(i["teacher_prompt"]) + len(i["answer"]) for i in items))
+        now["teacher"].extend(len(i["teacher_prompt"] + i["answer"]) for i in items if "teacher_hidden" not in i))
     train_kd.channel_loss = watch.counted(watch.timed("loss", train_kd.channel_loss), lambda now, _, args, items, *rest:
         now["rows"].append(sum(len(i["answer"]) for i in items)))
     train_kd.ctc_loss = watch.timed("loss", train_kd.ctc_loss)
@@ -395,7 +395,7 @@ def autocast(args, dtype):
 def batches(args, student, tokenizer):
     """The batches that train_kd.main would take, in its order."""
     rows = [r for path in args.data for r in train_kd.read_manifest(path)]
-    lengths = [len(r["response"]) + 4 * r.get("seconds", 0) for r in rows]
+    lengths = train_kd.row_lengths(student.tokenizer, rows, args)
     plan = train_kd.plan_batches(lengths, args.batch_size, args.batch_size, args.max_steps, args.seed)
     return torch.utils.data.DataLoader(train_kd.Rows(rows, student, tokenizer, args), num_workers=args.workers,
                                        batch_sampler=[batch for step in plan for batch in step], collate_fn=list)
@@ -494,10 +494,9 @@ def run(**job):
 # ---- the part ----
 
 def rivals_of(setting):
-    caches = "ours, caches"
     if setting == "dual":
-        return ["plain loop", "ours", caches, CHANNELS_IN_ONE]
-    return [*lib.installed(NEEDS), "ours", *([caches] if CACHES else [])]
+        return ["plain loop", "ours", "ours, caches", CHANNELS_IN_ONE]
+    return [*lib.installed(NEEDS), "ours", "ours, caches"]
 
 
 def measure(args):
@@ -537,6 +536,7 @@ def summary(answers, peak):
     seconds = [s for a in answers for s in a["seconds"]]
     above = lib.median([a["peak_bytes"] - a["rest_bytes"] - a["gradient_bytes"] for a in answers])
     result = {"seconds": lib.median(seconds), "all_seconds": seconds, "above_bytes": above,
+              "cpu_seconds": lib.median([s for a in answers for s in a["cpu_seconds"]]),  # of all threads
               "peak_bytes": lib.median([a["peak_bytes"] for a in answers]),
               "gradient_bytes": answers[0]["gradient_bytes"],
               "first_step_s": answers[-1]["first_at"] - answers[-1]["started"]}
@@ -548,8 +548,7 @@ def summary(answers, peak):
         counts = [c for a in answers for c in a["counts"]]
         result["tokens"] = {key: sum(sum(c[key]) for c in counts) / len(counts) for key in ("t2t", "s2t", "rows")}
         records = [r for a in answers for r in a["records"]]
-        result["log"] = {key: lib.median([r[key] for r in records]) for key in ("padding", "wait")
-                         if all(key in r for r in records)}
+        result["log"] = {key: lib.median([r[key] for r in records]) for key in ("padding", "wait")}
     return result
 
 
@@ -583,9 +582,8 @@ def report(results):
         lines.append(f"A step: {ours['tokens']['t2t']:.0f} tokens by text, {ours['tokens']['s2t']:.0f} by speech, "
                      f"{ours['tokens']['rows']:.0f} answer rows; rows: {results['rows']}; matmul peak "
                      f"{results['peak_flops'] / 1e12:.2f} TFLOP/s ({results['dtype']}).")
-        for key, meaning in (("padding", "padding"), ("wait", "waiting for data")):
-            if key in ours["log"]:
-                lines.append(f"Log of train_kd.py, {meaning}: {ours['log'][key]:.3f}.")
+        lines.append("Log of train_kd.py: " + ", ".join(f"{meaning} {ours['log'][key]:.1%}" for key, meaning in (
+            ("padding", "padding"), ("wait", "waiting for data"))) + ".")
     return "\n".join(lines)
 
 
@@ -601,9 +599,9 @@ def work(results):
     rows = []
     for part in both[0]["flops"]:
         cells = [r["flops"].get(part, 0.0) for r in both]
-        rows.append([part, *(f"{c / 1e12:.3f} TFLOP" for c in cells),
+        rows.append([part, *(f"{c / 1e12:.3g} TFLOP" for c in cells),
                      *(f"{100 * c / sum(r['flops'].values()):.0f} %" for c, r in zip(cells, both))])
-    rows.append(["all operations", *(f"{sum(r['flops'].values()) / 1e12:.3f} TFLOP" for r in both), "100 %", "100 %"])
+    rows.append(["all operations", *(f"{sum(r['flops'].values()) / 1e12:.3g} TFLOP" for r in both), "100 %", "100 %"])
     for phase in (*PHASES, "rest"):
         cells = [r["phases"]["step"] - sum(r["phases"][p] for p in PHASES) if phase == "rest" else r["phases"][phase]
                  for r in both]
