@@ -181,5 +181,14 @@ def figure(panels):
     return drawn, list(axes[0])
 
 
+def scatter(axis, places, **labels):
+    """{name: (x, y)} from zero on, each with its name."""
+    for name, place in places.items():
+        axis.scatter(*place, color=colour(name))
+        axis.annotate(name, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axis.margins(0.25)
+    axis.set(xlim=(0, None), ylim=(0, None), **labels)
+
+
 def colour(name):
     return "#e07b27" if name.startswith("ours") else "#3b6fb6"

@@ -194,14 +194,9 @@ def report(results):
 def draw(results, path):
     figure, axes = lib.figure(len(results["cases"]))
     for axis, case in zip(axes, results["cases"]):
-        for name, r in case["rivals"].items():
-            if "error" in r:
-                continue
-            place = (r["seconds"], r["peak_bytes"] / 2**30)
-            axis.scatter(*place, color=lib.colour(name))
-            axis.annotate(name, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
-        axis.set(title=f"{case['case']}, N = {case['rows']:,}", xlabel="seconds", ylabel="GiB above the inputs",
-                 xlim=(0, None), ylim=(0, None))
+        lib.scatter(axis, {name: (r["seconds"], r["peak_bytes"] / 2**30) for name, r in case["rivals"].items()
+                           if "error" not in r},
+                    title=f"{case['case']}, N = {case['rows']:,}", xlabel="seconds", ylabel="GiB above the inputs")
     figure.savefig(path, dpi=130)
 
 

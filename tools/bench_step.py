@@ -565,12 +565,12 @@ def report(results):
             if "error" in r:
                 rows.append([name, r["error"], *[None] * 6])
             elif name == CHANNELS_IN_ONE:
-                rows.append([name, None, None, lib.gib(r["above_bytes"]), ratio(own["above_bytes"], r["above_bytes"]),
-                             lib.gib(r["peak_bytes"]), None, None])
+                rows.append([name, None, None, lib.gib(r["above_bytes"]),
+                             ratio(own.get("above_bytes"), r["above_bytes"]), lib.gib(r["peak_bytes"]), None, None])
             else:
                 share = f"{100 * r['share_of_peak']:.0f} %" if "share_of_peak" in r else None
-                rows.append([name, f"{batch / r['seconds']:.2f}", ratio(r["seconds"], own["seconds"]),
-                             lib.gib(r["above_bytes"]), ratio(own["above_bytes"], r["above_bytes"]),
+                rows.append([name, f"{batch / r['seconds']:.2f}", ratio(r["seconds"], own.get("seconds")),
+                             lib.gib(r["above_bytes"]), ratio(own.get("above_bytes"), r["above_bytes"]),
                              lib.gib(r["peak_bytes"]), share, f"{r['first_step_s']:.0f}"])
         header = ["", "examples/s", "ours / it, speed", "GiB above weights, gradients, optimizer", "ours / it, memory",
                   "GiB in all", "of the matmul peak", "start to first step, s"]
@@ -588,7 +588,7 @@ def report(results):
 
 
 def ratio(a, b):
-    return f"{a / b:.2f}" if b > 0 else None
+    return f"{a / b:.2f}" if a and b and b > 0 else None
 
 
 def work(results):
@@ -613,14 +613,9 @@ def work(results):
 def draw(results, path):
     figure, axes = lib.figure(3)
     for axis, (setting, rivals) in zip(axes, results["settings"].items()):
-        for name, r in rivals.items():
-            if "error" in r or name == CHANNELS_IN_ONE:
-                continue
-            place = (results["batch_size"] / r["seconds"], r["above_bytes"] / 2**30)
-            axis.scatter(*place, color=lib.colour(name))
-            axis.annotate(name, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
-        axis.set(title=f"step, {setting}", xlabel="examples/s", ylabel="GiB above weights, gradients, optimizer",
-                 xlim=(0, None), ylim=(0, None))
+        lib.scatter(axis, {name: (results["batch_size"] / r["seconds"], r["above_bytes"] / 2**30)
+                           for name, r in rivals.items() if "error" not in r and name != CHANNELS_IN_ONE},
+                    title=f"step, {setting}", xlabel="examples/s", ylabel="GiB above weights, gradients, optimizer")
     dual = results["settings"]["dual"]
     for place, name in enumerate(("ours", "ours, caches")):
         left = 0.0
@@ -629,7 +624,7 @@ def draw(results, path):
                          label=None if place else phase)
             left += dual[name]["phases"][phase]
     axes[2].set(title="where a step's time goes", xlabel="seconds", yticks=[0, 1], yticklabels=["ours", "caches"])
-    axes[2].legend(fontsize=6)
+    axes[2].legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     figure.savefig(path, dpi=130)
 
 
