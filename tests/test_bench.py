@@ -98,7 +98,11 @@ def test_the_step_is_compared_and_its_time_is_accounted_for(measured):
     rows = rows_of(text, ["", "examples/s", "ours / it, speed", "GiB above weights, gradients, optimizer",
                           "ours / it, memory", "GiB in all", "of the matmul peak", "start to first step, s"])
     assert list(rows)[:4] == ["plain loop", "ours", "ours, caches", bench_step.CHANNELS_IN_ONE]
-    ours, cached = (results["settings"]["dual"][name] for name in ("ours", "ours, caches"))
+    dual = results["settings"]["dual"]
+    ours, cached = dual["ours"], dual["ours, caches"]
+    assert dual["plain loop"]["grad_norm"] == pytest.approx(ours["grad_norm"], rel=0.02)  # they train the same
+    assert cached["grad_norm"] == pytest.approx(ours["grad_norm"], rel=0.02)
+    assert dual[bench_step.CHANNELS_IN_ONE]["grad_norm"] == pytest.approx(ours["grad_norm"], rel=0.02)
     parts = sum(seconds for phase, seconds in ours["phases"].items() if phase != "step")
     assert 0 < parts <= ours["phases"]["step"] and min(ours["phases"].values()) >= 0
     assert ours["flops"]["encoder"] > 0 and ours["flops"]["teacher body"] > 0

@@ -376,14 +376,13 @@ def plain_loop(job, watch):
                     loss = loss + args.ctc_weight * ctc / sum(len(i["spelling"]) for i in items)
             del teacher_logits, student_logits
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(watch.trained, args.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(watch.trained, args.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = 1e-6
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss.item()  # the log
         try:
-            watch.end_of_step()
+            watch.end_of_step({"loss": loss.item(), "grad_norm": norm.item()})
         except Stop:
             break
 
@@ -540,6 +539,9 @@ def summary(answers, peak):
               "peak_bytes": lib.median([a["peak_bytes"] for a in answers]),
               "gradient_bytes": answers[0]["gradient_bytes"],
               "first_step_s": answers[-1]["first_at"] - answers[-1]["started"]}
+    records = [r for a in answers for r in a["records"]]
+    if all("grad_norm" in r for r in records):
+        result["grad_norm"] = lib.median([r["grad_norm"] for r in records])  # that both train the same
     if "flops" in answers[0]:
         steps = [f for a in answers for f in a["flops"]]
         result["flops"] = {part: sum(f.get(part, 0) for f in steps) / len(steps) for part in steps[0]}
@@ -547,7 +549,6 @@ def summary(answers, peak):
         result["phases"] = {phase: lib.median([a["phases"][phase] for a in answers]) for phase in answers[0]["phases"]}
         counts = [c for a in answers for c in a["counts"]]
         result["tokens"] = {key: sum(sum(c[key]) for c in counts) / len(counts) for key in ("t2t", "s2t", "rows")}
-        records = [r for a in answers for r in a["records"]]
         result["log"] = {key: lib.median([r[key] for r in records]) for key in ("padding", "wait")}
     return result
 
@@ -615,7 +616,7 @@ def draw(results, path):
     for axis, (setting, rivals) in zip(axes, results["settings"].items()):
         lib.scatter(axis, {name: (results["batch_size"] / r["seconds"], r["above_bytes"] / 2**30)
                            for name, r in rivals.items() if "error" not in r and name != CHANNELS_IN_ONE},
-                    title=f"step, {setting}", xlabel="examples/s", ylabel="GiB above weights, gradients, optimizer")
+                    title=f"step, {setting}", xlabel="examples/s", ylabel="GiB above the state")
     dual = results["settings"]["dual"]
     for place, name in enumerate(("ours", "ours, caches")):
         left = 0.0
