@@ -36,19 +36,18 @@ SIZES = {  # of each device, where no flag says otherwise
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[1],
+    device = argparse.ArgumentParser(add_help=False)  # first, since the sizes depend on it
+    device.add_argument("--device", choices=list(SIZES), default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where; the sizes below are its own")
+    p = argparse.ArgumentParser(parents=[device], description=__doc__.splitlines()[1],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what is measured")
     p.add_argument("--out", required=True, help="folder of the results")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     p.add_argument("--repeats", type=int, default=3, help="interleaved repetitions of loss and answers")
     for name, part in PARTS.items():
         part.add_arguments(p.add_argument_group(name))
-    args = p.parse_args(argv)
-    for name, value in SIZES[args.device].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
+    p.set_defaults(**SIZES[device.parse_known_args(argv)[0].device])
+    return p.parse_args(argv)
 
 
 def main(args):
