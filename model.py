@@ -27,8 +27,8 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (AttentionInterface, AutoConfig, AutoFeatureExtractor, AutoModel,
-                          AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor,
+from transformers import (CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoFeatureExtractor,
+                          AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor,
                           AutoTokenizer, DynamicCache, PretrainedConfig, PreTrainedModel,
                           StaticCache, WhisperFeatureExtractor)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -140,7 +140,7 @@ def load_multimodal(folder, dtype, **options):
     """A multimodal model in eval mode; of one that also speaks, only the part that thinks."""
     config = json.loads((Path(folder) / "config.json").read_text())
     name = THINKERS.get(config["model_type"]) or (config.get("architectures") or [""])[0]
-    loader = getattr(transformers, name, AutoModelForMultimodalLM)  # which knows not all of them
+    loader = AutoModel if options else getattr(transformers, name, AutoModelForMultimodalLM)
     return loader.from_pretrained(folder, dtype=dtype, **options).eval()
 
 
@@ -846,12 +846,13 @@ def load_student(name, revision=None, trust_remote_code=False):
     config = json.loads((Path(folder) / "config.json").read_text())
     if config.get("model_type") == SpeechLLMConfig.model_type:
         return SpeechLLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if "auto_map" in config and not trust_remote_code:
-        raise RuntimeError(f"{name}: a model of type {config.get('model_type')!r} that runs code "
-                           "from its own folder; read it, then allow it with --trust-remote-code")
-    options = {"trust_remote_code": True} if "auto_map" in config else {}
+    remote = "auto_map" in config and config["model_type"] not in CONFIG_MAPPING
+    if remote and not trust_remote_code:
+        raise RuntimeError(f"{name}: a model of type {config['model_type']!r} that runs code from "
+                           "its own folder; read it, then allow it with --trust-remote-code")
+    options = {"trust_remote_code": True} if remote else {}
     model = load_multimodal(folder, torch.float32, **options)
-    if not hasattr(model.config, "audio_token_id"):
+    if not hasattr(model, "model") or not hasattr(model.config, "audio_token_id"):
         raise RuntimeError(f"{name}: a model of type {config.get('model_type')!r}, expected "
                            "ENCODER+LLM, a folder that train_kd.py wrote, or a speech LLM of "
                            "transformers")
@@ -872,6 +873,7 @@ def merge_adapter(model):
         layer.merge()
         model.set_submodule(name, layer.base_layer)
     model._hf_peft_config_loaded = model.config.has_lora_adapter = False
+    model._weight_conversions = None  # those of the adapter's names would spoil a saved folder
 
 
 def save_student(model, folder, dtype=None):

@@ -3,14 +3,17 @@ Speech LLMs of transformers as students: tiny random checkpoints made by their r
 
   python -m pytest -q tests/test_families.py                  <- CPU, no download, a minute and a half on one core
 """
+import argparse
+import base64
 import copy
+import functools
 import json
 import math
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as t
 from conftest import SYSTEM, hidden_rows, save_tokenizer, sound
 from safetensors.torch import load_file
@@ -145,18 +148,26 @@ def glmasr(folder):
 FAMILIES = (qwen2_audio, omni_thinker, omni, voxtral, granite_speech, audioflamingo3, glmasr)
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Function from a family to its folder; weights larger than usual, so that every input is felt in every output."""
+    @functools.cache
+    def folder_of(make):
+        folder = tmp_path_factory.mktemp(make.__name__)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = make(folder)
+            for name, p in model.named_parameters():
+                if p.dim() > 1 and not any(part in name for part in ("talker", "token2wav", "embed_positions")):
+                    torch.nn.init.normal_(p, std=0.2)
+            model.save_pretrained(folder)
+        return folder
+    return folder_of
+
+
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda make: make.__name__)
-def family(request, tmp_path_factory):
-    """Folder of a student; weights larger than usual, so that every input is felt in every output."""
-    folder = tmp_path_factory.mktemp(request.param.__name__)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = request.param(folder)
-        for name, p in model.named_parameters():
-            if p.dim() > 1 and "talker" not in name and "token2wav" not in name and "embed_positions" not in name:
-                torch.nn.init.normal_(p, std=0.2)
-        model.save_pretrained(folder)
-    return folder
+def family(request, checkpoint):
+    return checkpoint(request.param)
 
 
 ROWS = [{"prompt": "What is the capital of France?"}, {"audio": sound(0.9, 1)}, {"prompt": "Why?", "system": "Be brief."},
@@ -261,3 +272,150 @@ def test_training_by_both_channels_ends_in_a_folder_of_plain_transformers(tiny, 
         ours = trained.llm.get_output_embeddings()(answer_rows(trained, [row], ANSWERS[1:2])[0])
     assert_close(ours, logits[inputs["input_ids"].shape[1] - 1:-1], rtol=1e-3, atol=1e-3)
     assert {p.name for p in family.iterdir()} <= {p.name for p in (out / "last").iterdir()}
+
+
+def test_evaluation_asks_it_by_text_and_by_speech(tiny, family, student, data):
+    args = argparse.Namespace(student=str(family), teacher=tiny.llm, revision=None, dtype="float32", device="cpu", seed=0,
+                              trust_remote_code=False)
+    loaded, rows = eval_voicebench.load(args, "student"), train_kd.read_manifest(data)[:2]
+    asked = rows + [{**row, "audio": None} for row in rows]
+    assert loaded.generate(asked, 4) == student.generate(asked, 4)
+    sums = eval_voicebench.divergences(*eval_voicebench.load(args, "teacher"), loaded, rows)
+    assert all(tokens > 0 and by_text > 0 and gap > 0 for row in sums for tokens, by_text, gap in row)
+
+
+# ---- one family at a time ----
+
+def test_a_trained_omni_still_speaks(tiny, checkpoint, data, tmp_path):
+    folder, out = checkpoint(omni), tmp_path / "run"
+    train_kd.main(arguments(tiny, folder, data, out, "--dtype", "bfloat16", "--gradient-checkpointing", "--eval-data", data))
+    old, new = load_file(folder / "model.safetensors"), load_file(out / "last/model.safetensors")
+    changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name].to(old[name].dtype))}
+    assert old.keys() == new.keys() and changed == {"thinker"}
+    model = t.Qwen2_5OmniForConditionalGeneration.from_pretrained(out / "last")
+    assert model.has_talker and "Chelsie" in model.speaker_map
+
+
+def test_granites_adapter_becomes_a_part_of_its_weights(checkpoint, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    folder, apart = tmp_path / "granite", tmp_path / "apart"
+    shutil.copytree(checkpoint(granite_speech), folder)
+    model = t.GraniteSpeechForConditionalGeneration.from_pretrained(folder)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=".*language_model.*(q_proj|v_proj)", init_lora_weights=False))
+    model.save_pretrained(str(apart))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(apart / name, folder)
+    adapted = t.GraniteSpeechForConditionalGeneration.from_pretrained(folder).eval()
+    student = m.load_student(str(folder))
+    m.save_student(student, tmp_path / "saved")
+    inputs = plain_inputs(student, ROWS[1])
+    with torch.inference_mode():
+        expected, found = adapted(**inputs).logits, plain(tmp_path / "saved")(**inputs).logits
+        adapted.disable_adapters()
+        assert_close(found, expected, **CLOSE)
+        assert not torch.allclose(found, adapted(**inputs).logits, **CLOSE)
+    monkeypatch.setattr(m.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="comes with an adapter: pip install peft"):
+        m.load_student(str(folder))
+
+
+def test_a_folder_with_mistrals_tekken_alone_has_a_chat_template(checkpoint, tmp_path):
+    folder = tmp_path / "voxtral"
+    folder.mkdir()
+    named = {0: "<unk>", 1: "<s>", 2: "</s>", 3: "[INST]", 4: "[/INST]", 11: "<pad>", 17: "[SYSTEM_PROMPT]", 18: "[/SYSTEM_PROMPT]",
+             24: "[AUDIO]", 25: "[BEGIN_AUDIO]"}
+    special = [{"rank": i, "token_str": named.get(i, f"<SPECIAL_{i}>"), "is_control": True} for i in range(30)]
+    vocab = [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": None} for i in range(256)]
+    (folder / "tekken.json").write_text(json.dumps({"vocab": vocab, "special_tokens": special, "config": {
+        "pattern": r"\p{L}+|[^\p{L}]", "num_vocab_tokens": 256, "default_vocab_size": 286, "default_num_special_tokens": 30, "version": "v11"}}))
+    model = t.VoxtralForConditionalGeneration.from_pretrained(checkpoint(voxtral))
+    model.config.audio_token_id = 24
+    model.save_pretrained(folder)
+    shutil.copy(checkpoint(voxtral) / "preprocessor_config.json", folder)
+    student = m.load_student(str(folder))
+    text = [30 + byte for byte in b"Hi"]
+    assert m.chat_parts(student.tokenizer, "Hi") == [[1, 17, *text, 18, 3], [4]] and m.end_token(student.tokenizer) == 2
+    assert student.prompt({"audio": sound(1.0), "instruction": "Hi"})[2]["ids"].tolist() == [1, 3, 25, *[24] * 375, *text, 4]
+    assert student.prompt({"audio": sound(31.0)})[2]["ids"].tolist().count(24) == 750
+
+
+@pytest.mark.parametrize("make", [omni, voxtral])
+def test_the_text_side_of_a_multimodal_model_can_teach(checkpoint, make):
+    teacher, tokenizer = m.load_llm(str(checkpoint(make)))
+    model, ids = plain(checkpoint(make)), tokenizer("Why do people like music?", add_special_tokens=False).input_ids
+    assert not any("audio" in name or "visual" in name for name, _ in teacher.named_parameters())
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits[0]
+        rows = train_kd.teacher_rows(teacher, [{"teacher_prompt": ids[:3], "answer": ids[3:]}])[0]
+        assert_close(teacher.get_output_embeddings()(rows), logits[2:-1], **CLOSE)
+        assert_close(teacher(input_ids=torch.tensor([ids]), logits_to_keep=1).logits[0], logits[-1:], **CLOSE)
+
+
+def causal(kind, tokenizer, **more):
+    return getattr(t, f"{kind}ForCausalLM")(getattr(t, f"{kind}Config")(**text_config(tokenizer, **more))).eval()
+
+
+@pytest.mark.parametrize("kind, more, scale", [("Granite", dict(logits_scaling=8.0), 0.125), ("Cohere", dict(logit_scale=0.25), 0.25)])
+def test_scaled_logits_are_those_of_the_model(tiny, checkpoint, data, tmp_path, kind, more, scale):
+    tokenizer = save_tokenizer(tmp_path / "teacher")
+    teacher = causal(kind, tokenizer, **more)
+    teacher.save_pretrained(tmp_path / "teacher")
+    assert m.logit_scale(teacher) == scale
+    student, rows = m.load_student(str(checkpoint(granite_speech))), train_kd.read_manifest(data)
+    dataset = train_kd.Rows(rows, student, tokenizer, argparse.Namespace(labels="response", max_answer_tokens=64))
+    item, head = dataset[0], student.llm.get_output_embeddings()
+    prompts = item["teacher_prompt"], item["before"] + item["said"] + item["after"]
+    with torch.no_grad():
+        reference, ours = (model(input_ids=torch.tensor([prompt + item["answer"]])).logits[0, len(prompt) - 1:-1]
+                           for model, prompt in zip((teacher, student.llm), prompts))                     # (n, V), (n, V')
+        vocab = min(reference.shape[1], ours.shape[1])
+        expected = F.kl_div(ours[:, :vocab].log_softmax(-1), reference[:, :vocab].log_softmax(-1), log_target=True, reduction="sum")
+    found = train_kd.evaluate(student, teacher, dataset, [0], ["t2t"])["t2t"][0, 0]
+    assert float(found) == pytest.approx(float(expected), rel=1e-4) and m.logit_scale(student.llm) == 0.25
+    args = arguments(tiny, checkpoint(granite_speech), data, tmp_path / "run")
+    args.teacher = str(tmp_path / "teacher")
+    assert train_kd.main(args) == 0
+
+
+def test_capped_logits_are_refused(tiny, checkpoint, tmp_path):
+    student = m.load_student(str(checkpoint(qwen2_audio)))
+    with pytest.raises(RuntimeError, match="gemma2: capped logits"):
+        train_kd.check_pair(causal("Gemma2", student.tokenizer), m.load_llm(tiny.llm)[1], student)
+
+
+def test_the_papers_pair_differs_in_special_tokens_padding_and_template_and_passes(checkpoint, data, tiny, tmp_path):
+    """As Qwen2.5-7B-Instruct and Qwen2.5-Omni-7B: the same ids, some of them under other names."""
+    names = [f"<|box_{i}|>" for i in OMNI_TOKENS]
+    tokenizer = tokens(tmp_path / "teacher", {}, tiny_template(tiny), names)
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    config = t.Qwen2Config(**{**text_config(tokenizer), "vocab_size": len(tokenizer) + 30})
+    t.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    args = arguments(tiny, checkpoint(omni), data, tmp_path / "run", "--eval-data", data)
+    args.teacher = str(tmp_path / "teacher")
+    assert train_kd.main(args) == 0
+    student, (teacher, tokenizer) = m.load_student(str(checkpoint(omni))), m.load_llm(args.teacher)
+    other = m.load_llm(tiny.llm)[1]
+    spec = json.loads(other.backend_tokenizer.to_str())
+    vocab = spec["model"]["vocab"]
+    a, b = [token for token in vocab if len(token) > 1 and "<" not in token][-2:]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    other._tokenizer = type(other.backend_tokenizer).from_str(json.dumps(spec))
+    with pytest.raises(RuntimeError, match=f"{tiny.llm} and {checkpoint(omni)} differ"):
+        train_kd.check_pair(teacher, other, student)
+
+
+def tiny_template(tiny):
+    return m.load_llm(tiny.llm)[1].chat_template.replace(SYSTEM, "You are another one.")
+
+
+def test_what_cannot_be_a_student_is_named_with_what_to_do(tiny, checkpoint, data, tmp_path):
+    with pytest.raises(RuntimeError, match="type 'llama', expected ENCODER"):
+        m.load_student(tiny.llm)
+    with pytest.raises(ValueError, match="--warm-start-steps 3: .* has no CTC adapter"):
+        train_kd.main(arguments(tiny, checkpoint(qwen2_audio), data, tmp_path / "run", "--warm-start-steps", 3))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "ultravox", "auto_map": {"AutoModel": "code.Model"}}))
+    with pytest.raises(RuntimeError, match="'ultravox' that runs code from its own folder.*--trust-remote-code"):
+        m.load_student(str(tmp_path))
+    student = m.load_student(str(checkpoint(qwen2_audio)))
+    with pytest.raises(ValueError, match=r"<\|AUDIO\|> stands in a system message or instruction"):
+        student.prompt({"audio": sound(0.5), "instruction": "What is <|AUDIO|>?"})
