@@ -106,9 +106,6 @@ class TextLLM(PreTrainedModel):
         super().__init__(model.get_decoder().config)
         self.model, self.lm_head = model.get_decoder(), model.get_output_embeddings()
 
-    def set_attn_implementation(self, attn_implementation):
-        self.model.set_attn_implementation(attn_implementation)
-
     def forward(self, logits_to_keep=0, **inputs):
         output = self.model(**inputs)
         logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:]) * logit_scale(self)
@@ -719,11 +716,12 @@ class HubStudent(nn.Module):
             stacked = config.audio_config.intermediate_size // config.audio_config.hidden_size
             count, features = len(mel) * (WINDOW_FRAMES // 2 // stacked), {"input_features": mel}
         elif config.model_type.endswith("thinker"):
-            mel = self.processor(audio, padding="longest", return_attention_mask=True, **options)
-            features = {"input_features": mel.input_features,                     # (1, M, F)
-                        "feature_attention_mask": mel.attention_mask}             # (1, F)
-            count = int(self.whole.model.audio_tower._get_feat_extract_output_lengths(
-                mel.attention_mask.sum())[1])
+            frames = -(-len(audio) // self.processor.hop_length)
+            mel = self.processor(np.pad(audio, (0, self.processor.n_fft)), padding="longest",
+                                 **options).input_features[..., :frames]  # as if padded to 300 s
+            features = {"input_features": mel, "feature_attention_mask": torch.ones(
+                1, frames, dtype=torch.long)}                                     # (1, M, F), (1, F)
+            count = self.whole.model.audio_tower._get_feat_extract_output_lengths(frames)[1]
         else:
             features = dict(self.processor(text=text, audio=[audio], add_special_tokens=False,
                                            **options))

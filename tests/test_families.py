@@ -288,12 +288,25 @@ def test_evaluation_asks_it_by_text_and_by_speech(tiny, family, student, data):
 
 def test_a_trained_omni_still_speaks(tiny, checkpoint, data, tmp_path):
     folder, out = checkpoint(omni), tmp_path / "run"
-    train_kd.main(arguments(tiny, folder, data, out, "--dtype", "bfloat16", "--gradient-checkpointing", "--eval-data", data))
+    train_kd.main(arguments(tiny, folder, data, out, "--dtype", "bfloat16", "--gradient-checkpointing", "--eval-data", data, "--workers", 1))
     old, new = load_file(folder / "model.safetensors"), load_file(out / "last/model.safetensors")
     changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name].to(old[name].dtype))}
     assert old.keys() == new.keys() and changed == {"thinker"}
     model = t.Qwen2_5OmniForConditionalGeneration.from_pretrained(out / "last")
     assert model.has_talker and "Chelsie" in model.speaker_map
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.513, 1.3])
+def test_omni_hears_what_its_processor_would_make_of_the_clip(checkpoint, seconds):
+    """Which pads to 300 s, masks, and wants torchvision."""
+    student, waveform = m.load_student(str(checkpoint(omni))), sound(seconds)
+    clip = student.prompt({"audio": waveform})[2]
+    padded = student.processor(waveform.numpy(), padding="max_length", return_attention_mask=True, sampling_rate=16_000, return_tensors="pt")
+    frames = int(padded.attention_mask.sum())
+    assert padded.input_features.shape[-1] == 30_000 and torch.equal(padded.input_features[..., :frames], clip["input_features"])
+    model, count = student.whole.model, int((clip["ids"] == student.config.audio_token_id).sum())
+    heard = model.get_audio_features(padded.input_features, padded.attention_mask).last_hidden_state
+    assert len(heard) == count and torch.allclose(heard, student.sounds([clip]), **CLOSE)
 
 
 def test_granites_adapter_becomes_a_part_of_its_weights(checkpoint, tmp_path, monkeypatch):
