@@ -646,6 +646,9 @@ class HubStudent(nn.Module):
     one piece, out of parameters(): what is none of the three parts (vision) never trains.
     """
     forward, splice, generate = SpeechLLM.forward, SpeechLLM.splice, SpeechLLM.generate
+    spell = staticmethod(lambda features: (features, None, None))  # embeddings, no CTC logits
+    read = staticmethod(lambda embeddings, *_: (embeddings, None))
+    spelling = staticmethod(lambda text: [])
     spoken_hz = 25
 
     def __init__(self, model, processor, tokenizer):
@@ -674,10 +677,6 @@ class HubStudent(nn.Module):
         self.adapter.eval()
         return self
 
-    def spelling(self, text):
-        """No CTC here: neither classes nor logits."""
-        return []
-
     def prompt(self, row):
         """A row of the manifest -> (before, after, clip or None) as of SpeechLLM.prompt;
         a clip is a whole prompt."""
@@ -692,10 +691,10 @@ class HubStudent(nn.Module):
         audio = row["audio"] if isinstance(row["audio"], Tensor) else load_audio(row["audio"])
         audio = F.pad(audio, (0, max(0, SAMPLE_RATE // 10 - len(audio)))).numpy()
         chat = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        said = self.audio_token + (row.get("instruction") or "")
+        question = row.get("instruction") or ""
+        said = self.audio_token + question
         if self.audio_token in self.tokenizer.chat_template:  # else it knows text only
-            said = [{"type": "audio"}] + (
-                [{"type": "text", "text": row["instruction"]}] if row.get("instruction") else [])
+            said = [{"type": "audio"}, {"type": "text", "text": question}][:1 + bool(question)]
         text = self.tokenizer.apply_chat_template(
             [*chat, {"role": "user", "content": said}], tokenize=False, add_generation_prompt=True,
             enable_thinking=False)
@@ -719,8 +718,8 @@ class HubStudent(nn.Module):
             frames = -(-len(audio) // self.processor.hop_length)
             mel = self.processor(np.pad(audio, (0, self.processor.n_fft)), padding="longest",
                                  **options).input_features[..., :frames]  # as if padded to 300 s
-            features = {"input_features": mel, "feature_attention_mask": torch.ones(
-                1, frames, dtype=torch.long)}                                     # (1, M, F), (1, F)
+            features = {"input_features": mel,                                    # (1, M, F)
+                        "feature_attention_mask": torch.ones(1, frames, dtype=torch.long)}
             count = self.whole.model.audio_tower._get_feat_extract_output_lengths(frames)[1]
         else:
             features = dict(self.processor(text=text, audio=[audio], add_special_tokens=False,
@@ -750,18 +749,13 @@ class HubStudent(nn.Module):
             joined = torch.cat([F.pad(c[key], (0, width - c[key].shape[-1])) for c in clips])
             inputs[key] = joined.to(self.device, dtype if joined.is_floating_point() else None)
         with (torch.autocast(self.device.type, dtype) if dtype != torch.float32
-              else contextlib.nullcontext()):  # the adapter may be fp32
+              else contextlib.nullcontext()):  # beside a frozen encoder, the adapter is fp32
             states = hear(**inputs)
         return getattr(states, "pooler_output", states).flatten(0, -2)
 
-    def spell(self, features):
-        return features, None, None
-
-    def read(self, features, logits=None, lengths=None):
-        return features, None
-
     def hear(self, clips):
-        return self.read(self.features(clips))
+        """As features, and no texts: these models do not spell what they hear."""
+        return self.features(clips), None
 
 
 def qwen2_audio_features(base, input_features, feature_attention_mask):
