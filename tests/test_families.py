@@ -264,6 +264,8 @@ def test_training_by_both_channels_ends_in_a_folder_of_plain_transformers(tiny, 
     untouched = [n for n, _ in model.named_parameters() if "visual" in n or "bos_eos" in n or "embed_positions" in n]
     for name in untouched:
         assert torch.equal(model.get_parameter(name), student.whole.get_parameter(name)), name
+    for name, statistic in model.named_buffers():  # of a batch norm
+        assert torch.equal(statistic, student.whole.get_buffer(name)), name
     row, ids = ROWS[1], student.tokenizer.encode(ANSWERS[1], add_special_tokens=False)
     inputs = plain_inputs(trained, row)
     whole = torch.cat([inputs["input_ids"], torch.tensor([ids])], 1)
