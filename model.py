@@ -108,12 +108,11 @@ def json_lines(path, parse, bad=None):
     """
     data, rows = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8), []
     items = read_json(data, path) if data.lstrip().startswith(b"[") else data.split(b"\n")
-    for number, row in enumerate(items, 1):
+    for number, item in enumerate(items, 1):
         try:
-            if isinstance(row, bytes):
-                if not row.strip():
-                    continue
-                row = read_json(row, path, number)
+            if isinstance(item, bytes) and not item.strip():
+                continue
+            row = read_json(item, path, number) if isinstance(item, bytes) else item
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number}: {str(row)[:60]!r} is no JSON object; expected "
                                  "one a line")
@@ -137,16 +136,13 @@ def leave_out(bad, limit, out, write=True):
 
     Raises: ValueError if there are more than `limit`.
     """
-    if len(bad) > limit == 0:
-        raise ValueError(f"{bad[0]['reason']} (bad rows: {len(bad)}; mend them, or leave them out "
-                         f"by --max-bad-rows {len(bad)})")
     path = Path(out) / "bad_rows.jsonl"
-    if bad and write:
+    if bad and limit and write:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in bad))
     if len(bad) > limit:
-        raise ValueError(f"{len(bad)} bad rows, listed in {path}, are more than --max-bad-rows "
-                         f"{limit}; mend them or allow more; the first: {bad[0]['reason']}")
+        raise ValueError(f"{bad[0]['reason']} (bad rows: {len(bad)}{f', see {path}' * (limit > 0)};"
+                         f" mend them, or leave them out by --max-bad-rows {len(bad)})")
     return f"{len(bad)} bad rows are left out, listed in {path}" if bad else ""
 
 
@@ -161,13 +157,6 @@ def file_below(folder, name, where):
     return str(path)
 
 
-def read_config(folder):
-    config = read_json((Path(folder) / "config.json").read_bytes(), Path(folder) / "config.json")
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder}/config.json: no JSON object; expected a model's configuration")
-    return config
-
-
 def from_folder(loader, folder, **options):
     """loader.from_pretrained: no code of the folder's own runs, no pickle is read (a model has
     `dtype` among its options). Raises RuntimeError, also for missing weights."""
@@ -175,8 +164,6 @@ def from_folder(loader, folder, **options):
         options |= dict(use_safetensors=True, ignore_mismatched_sizes=True,
                         output_loading_info=True)
     try:
-        for path in Path(folder).glob("*.json"):
-            read_json(path.read_bytes(), path)
         loaded = loader.from_pretrained(folder, **{"trust_remote_code": False, **options})
     except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
         raise RuntimeError(f"{folder}: no {loader.__name__} can be read from it "
@@ -271,7 +258,7 @@ def load_tokenizer(folder, name):
 
 def load_multimodal(folder, dtype, **options):
     """A multimodal model in eval mode; of one that also speaks, only the part that thinks."""
-    config = read_config(folder)
+    config = PretrainedConfig.get_config_dict(folder)[0]
     name = THINKERS.get(config.get("model_type")) or (config.get("architectures") or [""])[0]
     loader = getattr(transformers, name, AutoModelForMultimodalLM)  # which knows not all of them
     return from_folder(loader, folder, dtype=dtype, **options).eval()
@@ -346,12 +333,11 @@ def chat_parts(tokenizer, system=None, instruction=None):
             messages + [{"role": "user", "content": said}], tokenize=False,
             add_generation_prompt=True, enable_thinking=False)
     except TemplateError as error:
-        raise ValueError(f"{tokenizer.name_or_path}: its chat template refuses system message "
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} refuses system message "
                          f"{str(system)[:60]!r} ({error})") from error
     if text.count(AUDIO_MARK) != 1:
-        raise ValueError(f"{AUDIO_MARK} stands in system message {str(system)[:60]!r} or "
-                         f"instruction {str(instruction)[:60]!r}, or the template repeats the "
-                         "question")
+        raise ValueError(f"{AUDIO_MARK} stands in a system message or instruction, "
+                         "or the template repeats the question")
     before, after = text.split(AUDIO_MARK)
     return [tokenizer(part, add_special_tokens=False).input_ids for part in (before, after)]
 
@@ -1006,7 +992,7 @@ def load_student(name, revision=None, trust_remote_code=False):
     if "+" in name and not Path(name).exists():
         return build_student(name, revision)
     folder = resolve(name, revision)
-    config = read_config(folder)
+    config = PretrainedConfig.get_config_dict(folder)[0]
     if config.get("model_type") == SpeechLLMConfig.model_type:
         return from_folder(SpeechLLM, folder, dtype=torch.float32).eval()
     if "auto_map" in config and not trust_remote_code:

@@ -137,13 +137,12 @@ def get_args(argv=None):
     if args.channels == ["t2t"] and "llm" not in args.train:
         p.error("--channels t2t trains nothing without --train llm")
     m.check_options(
-        p, args, batch_size=1, warm_start_batch_size=1, global_batch_size=0, batch_tokens=0,
-        log_every=1, save_every=1, eval_every=0, max_steps=0, warm_start_steps=0,
-        lr_warmup_steps=0, workers=0,
-        max_answer_tokens=1, max_bad_rows=0, seed=(0, 2**32), epochs=1e-3, temperature=1e-2,
-        max_grad_norm=1e-6, t2t_weight=0, s2t_weight=0, kd_weight=0, ce_weight=0, ctc_weight=0,
-        weight_decay=(0, 1), lr_encoder=(0, 1), lr_adapter=(0, 1), lr_llm=(0, 1),
-        warm_start_lr=(0, 1))
+        p, args, batch_size=1, warm_start_batch_size=1, log_every=1, save_every=1,
+        max_answer_tokens=1, seed=(0, 2**32), epochs=1e-3, temperature=1e-2, max_grad_norm=1e-6,
+        **dict.fromkeys("""global_batch_size batch_tokens eval_every max_steps warm_start_steps
+            lr_warmup_steps workers max_bad_rows t2t_weight s2t_weight kd_weight ce_weight
+            ctc_weight""".split(), 0),
+        **dict.fromkeys("weight_decay lr_encoder lr_adapter lr_llm warm_start_lr".split(), (0, 1)))
     if not args.kd_weight + args.ce_weight:
         p.error("--kd-weight 0 and --ce-weight 0 leave nothing to learn; set one of them")
     if args.loss in ("jsd", "skew_kl") and not 0 < args.beta < 1:
@@ -154,10 +153,8 @@ def get_args(argv=None):
 # ---- data ----
 
 def read_manifest(path, seen=None, bad=None):
-    """Manifest -> rows with absolute audio paths; raises ValueError that names the line.
-
-    seen: ids met before, and where. bad: list that takes bad rows, which then raise nothing.
-    """
+    """Manifest -> rows with absolute audio paths; raises ValueError that names the line, or
+    adds it to the list `bad`. seen: ids met before, and where."""
     path, seen = Path(path), {} if seen is None else seen
     if not path.is_file():
         raise ValueError(f"{path}: no such manifest; synth_speech.py writes one")
@@ -177,13 +174,11 @@ def read_manifest(path, seen=None, bad=None):
         if m.AUDIO_MARK in f"{row.get('system')}{row.get('instruction')}":
             raise ValueError(f"{where}: {m.AUDIO_MARK} stands in system or instruction; it is the "
                              "place of the sound, take it out")
+        if not (row.get("audio") if row["prompt"] is None else row["prompt"].strip()):
+            raise ValueError(f"{where}: neither prompt nor audio, or a blank prompt; expected text,"
+                             " or null where none stands for the sound")
         if row.get("audio"):
             row["audio"] = m.file_below(path.parent, row["audio"], where)
-        elif not row["prompt"]:
-            raise ValueError(f"{where}: neither prompt nor audio")
-        if row["prompt"] is not None and not row["prompt"].strip():
-            raise ValueError(f"{where}: prompt is blank; expected text, or null where no text "
-                             "stands for the sound")
         return row
 
     return m.json_lines(path, parse, bad)
@@ -367,11 +362,12 @@ def row_lengths(tokenizer, rows, args, spoken_hz=3):
             for a, s, n in zip(asked, spoken, sizes(r[args.labels] for r in rows))]
 
 
-def too_long(args, rows, llms, tokenizer):
+def too_long(args, rows, teacher, student):
     """{id: why} of the rows whose prompt and answer exceed the context of one of the LLMs."""
     rows = [row for row in rows if row.get(args.labels)]
-    context = min(getattr(llm.config, "max_position_embeddings", None) or math.inf for llm in llms)
-    sizes = row_lengths(tokenizer, rows, args) if rows else []
+    context = min(getattr(llm.config, "max_position_embeddings", None) or math.inf
+                  for llm in (teacher, student.llm))
+    sizes = row_lengths(student.tokenizer, rows, args, student.spoken_hz) if rows else []
     return {row["id"]: f"row {row['id']!r}: {size} tokens of prompt, speech and answer, the "
             f"models' context is {context}; shorten it or lower --max-answer-tokens"
             for row, size in zip(rows, sizes) if size > context}
@@ -739,8 +735,7 @@ def main(args):
         print("--compile: no C++ compiler (g++) found, running eagerly")
 
     # ---- data ----
-    llms = teacher, student.llm
-    train_rows, eval_rows = (drop(rows, "id", too_long(args, rows, llms, student.tokenizer), bad)
+    train_rows, eval_rows = (drop(rows, "id", too_long(args, rows, teacher, student), bad)
                              for rows in (train_rows, eval_rows))
     m.leave_out(bad, args.max_bad_rows, out, master)
     needed = sum(usable_rows(args, train_rows, global_batch_size, warm_batch), eval_rows)

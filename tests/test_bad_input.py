@@ -259,7 +259,7 @@ MANIFESTS = {
     "an hour by the manifest": ({"seconds": 3600}, r":2: seconds is 3600, expected 0 to 600"),
     "id twice": ({"id": "train-000"}, r":2: id 'train-000' .*also that of .*train.jsonl:1; every row needs its own"),
     "id twice, as number": ({"id": 7}, r"other.jsonl:1: id '7' .*also that of .*train.jsonl:2"),
-    "prompt blank": ({"prompt": " \n"}, r":2: prompt is blank; expected text, or null"),
+    "prompt blank": ({"prompt": " \n"}, r":2: neither prompt nor audio, or a blank prompt; expected text, or null"),
     "prompt empty, no sound": ({"prompt": "", "audio": None}, r":2: neither prompt nor audio"),
     "clip missing": ({"audio": "wav/none.flac"}, r":2: audio file 'wav/none.flac' not found \(paths are relative to .*box\)"),
     "clip a folder": ({"audio": "wav"}, r":2: audio file 'wav' not found"),
@@ -469,11 +469,10 @@ def other_vocabulary(folder):
 
 NO = r"no \w+ can be read from it \("
 MODELS = {
-    "config not JSON": ("llm", lambda f: (f / "config.json").write_text("{oops"), NO + r".*config.json:1: not JSON"),
-    "config a list": ("student", lambda f: (f / "config.json").write_text("[]"), r"a model of type None, expected ENCODER\+LLM or a folder"),
-    "student's config not JSON": ("student", half("config.json"), r"config.json:\d+: not JSON"),
+    "config not JSON": ("llm", lambda f: (f / "config.json").write_text("{oops"), NO + r".*config.json' is not a valid JSON file"),
+    "student's config not JSON": ("student", half("config.json"), r"config.json' is not a valid JSON file"),
     "unknown architecture": ("llm", config(model_type="nope"), NO + r".*model type `nope`"),
-    "an image model": ("llm", config(model_type="vit"), NO + r".*Unrecognized configuration class.*ViTConfig"),
+    "an image model": ("llm", config(model_type="vit", architectures=["ViTModel"]), r"no weights for embeddings.* and \d+ more; expected all"),
     "another language model": ("llm", config(model_type="bert"), r"do not fit its config.json: no weights for .* and \d+ more; expected all"),
     "its own code": ("llm", config(model_type="own", auto_map={"AutoConfig": "own.C"}), NO + r".*contains custom code"),
     "more layers than weights": ("llm", config(num_hidden_layers=3), r"no weights for model.layers.2.*expected all"),
@@ -482,16 +481,16 @@ MODELS = {
     "pickled weights alone": ("llm", pickled, NO + r".*no file named model.safetensors.*whose weights are safetensors"),
     "cut weights": ("llm", half("model.safetensors"), NO + r".*header"),
     "no tokenizer": ("llm", without("tokenizer.json", "tokenizer_config.json"), NO + r".*tokenizer"),
-    "tokenizer not JSON": ("llm", half("tokenizer.json"), NO + r".*tokenizer.json:\d+: not JSON"),
+    "tokenizer not JSON": ("llm", half("tokenizer.json"), NO + r"(Expecting|Unterminated|Invalid)"),
     "no chat template": ("llm", without("chat_template.jinja"), r"its tokenizer has no chat template; use an instruction-tuned"),
-    "a template that refuses": ("llm", lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no') }}"), r"its chat template refuses .*no"),
+    "a template that refuses": ("llm", lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no') }}"), r"the chat template of .* refuses .*no"),
     "other vocabulary": ("llm", other_vocabulary, r"teacher and student need one tokenizer: .* differ, e.g. in"),
-    "capped logits": ("llm", config(final_logit_softcapping=30.0), r"scaled or capped logits \(final_logit_softcapping\) are not supported"),
+    "capped logits": ("llm", config(final_logit_softcapping=30.0), r"capped logits \(final_logit_softcapping\) are not supported"),
     "student without weights": ("student", without("model.safetensors"), NO + r".*no file named model.safetensors"),
     "student with a weight less": ("student", one_less, r"no weights for adapter.* and 0 more; expected all of them"),
     "student without feature extractor": ("student", without("preprocessor_config.json"), NO + r".*feature extractor"),
     "student without tokenizer": ("student", without("tokenizer.json", "tokenizer_config.json"), NO + r".*tokenizer"),
-    "an LLM as student": ("llm as student", lambda f: None, r"a model of type 'llama', expected ENCODER\+LLM or a folder that train_kd.py"),
+    "an LLM as student": ("llm as student", lambda f: None, r"a model of type 'llama', expected ENCODER\+LLM, a folder that train_kd.py"),
     "an LLM as encoder": ("llm+llm", lambda f: None, r"speech encoder of type 'llama', expected a Whisper model"),
     "encoder without extractor": ("encoder+", without("preprocessor_config.json"), NO + r".*feature extractor"),
     "encoder with a weight less": ("encoder+", one_less, r"no weights for .* and 0 more"),
@@ -624,7 +623,7 @@ def test_one_bad_row_more_than_the_limit_is_an_error_that_counts_and_lists_them(
     spoil(box)
     code, lines = call("train", [*box.good("train"), "--batch-size", 2, "--max-bad-rows", 2], monkeypatch, capsys)
     assert code == 2 and len(lines) == 1
-    assert re.search(r"3 bad rows, listed in .*bad_rows.jsonl, are more than --max-bad-rows 2; mend them or allow", lines[0])
+    assert re.search(r"not JSON.* \(bad rows: 3, see .*bad_rows.jsonl; mend them, or leave them out by --max-bad-rows 3\)", lines[0])
     assert set(listing(box.out)) == {"mine.txt", "bad_rows.jsonl"}
 
 
