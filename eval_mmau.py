@@ -46,12 +46,11 @@ def get_args(argv=None):
     add("--official-denominator", action="store_true", help="skip items without model_output")
     add("--batch-size", type=int, default=8, help="items per GPU per forward")
     add("--max-new-tokens", type=int, default=64, help="longest answer; decoding is greedy")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the student")
     add("--seed", type=int, default=0, help="of the intervals, and of an untrained adapter")
     args = p.parse_args(argv)
-    if min(args.batch_size, args.max_new_tokens) <= 0 or args.limit < 0:
-        p.error("--batch-size and --max-new-tokens must be positive, --limit not negative")
+    m.check_options(p, args, batch_size=1, max_new_tokens=1, limit=0, seed=(0, 2**32))
     return args
 
 
@@ -83,10 +82,7 @@ def from_hub(name, revision, folder, rank):
 
 def read_items(path):
     """JSON file -> items that can be asked; all or none of them have an answer. Else ValueError."""
-    try:
-        items = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+    items = m.read_json(Path(path).read_bytes(), path)
     if not isinstance(items, list) or not items or not all(isinstance(i, dict) for i in items):
         raise ValueError(f"{path}: expected a list of objects, as in mmau-test-mini.json")
     ids, answered = set(), sum(bool(item.get("answer")) for item in items)
@@ -117,9 +113,7 @@ def find_clips(items, folder, args):
         raise ValueError(f"{len(lost)} of {len(items)} clips are not in {folder}, first {lost[0]}; "
                          "name their folder by --audio, or leave such items out: --only-available")
     rows = [{"id": item["id"], "instruction": PROMPT.format(**item) + args.prompt_suffix, "audio":
-             str(clip), "seconds": soundfile.info(clip).duration} for item, clip in pairs if clip]
-    if short := [row["audio"] for row in rows if row["seconds"] < 0.02]:
-        raise ValueError(f"{short[0]}: expected at least 20 ms of sound")
+             str(clip), "seconds": m.audio_seconds(clip)} for item, clip in pairs if clip]
     return [item for item, clip in pairs if clip], rows
 
 
@@ -211,8 +205,6 @@ def main(args):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, vb.stop)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("--device cuda, but torch sees no GPU; use --device cpu")
     rank, world = vb.start_ranks(args.device)
     out, data = Path(args.out), args.score_only or args.data
     if not Path(data).exists() and not data.endswith(".json"):
@@ -232,9 +224,9 @@ def main(args):
         items = [{**item, "model_output": answer} for item, answer in zip(items, answers)]
     if rank:
         return 0
+    record |= score(items, args.official_denominator, args.seed) if answered else {}
     out.mkdir(parents=True, exist_ok=True)
     vb.write_json(out / "predictions.json", items)
-    record |= score(items, args.official_denominator, args.seed) if answered else {}
     text = to_text(record) if answered else (
         f"no right answers, no scores: the submission file is {out / 'predictions.json'}\n")
     vb.write_json(out / "report.json", {**record, "prompt": PROMPT + args.prompt_suffix})
@@ -247,5 +239,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(get_args()))
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"eval_mmau.py: {error}", file=sys.stderr)
+        print("eval_mmau.py:", *str(error).split(), file=sys.stderr)
         sys.exit(2)

@@ -87,7 +87,7 @@ def get_args(argv=None):
     add("--max-new-tokens", type=int, default=512, help="longest answer; officially 2048")
     add("--batch-size", type=int, default=16, help="rows per GPU that are answered together")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the models")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add("--judge", metavar="URL", help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1")
     add("--judge-model", metavar="NAME", help="the judge's name at that endpoint")
     add("--judge-samples", type=int, default=3, help="replies of the judge to each answer")
@@ -100,8 +100,10 @@ def get_args(argv=None):
         p.error("give either --student, or answers to score: --score-only FILE")
     if args.judge and not args.judge_model:
         p.error("--judge needs --judge-model")
-    if min(args.batch_size, args.max_new_tokens, args.judge_samples) < 1 or args.limit < 0:
-        p.error("--batch-size, --max-new-tokens and --judge-samples must be positive, --limit >= 0")
+    m.check_options(p, args, batch_size=1, max_new_tokens=1, judge_samples=1, limit=0,
+                    seed=(0, 2**32))
+    if args.judge and not re.fullmatch(r"https?://[!-?A-~]+", args.judge):
+        p.error(f"--judge {args.judge!r}: expected a URL like http://HOST/v1, without a password")
     return args
 
 
@@ -109,24 +111,34 @@ def get_args(argv=None):
 
 def read_rows(path, subset, *more):
     """JSON lines -> rows that have the subset's columns and `more`; ValueError names the line."""
-    kind, rows = SUBSETS[subset][0], []
+    kind = SUBSETS[subset][0]
     needs = ["prompt", *COLUMNS.get(kind, []), *more]
     known = {"mcq": ("a", "b", "c", "d"), "bbh": tuple(TRUTH)}.get(kind)
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
-        if line.strip():
-            where = f"{path}:{number}"
+
+    def parse(row, where):
+        if missing := [column for column in needs if row.get(column) is None]:
+            raise ValueError(f"{where}: no {', '.join(missing)}; {subset} needs "
+                             f"{', '.join(needs)}")
+        many = kind == "qa" and isinstance(row["reference"], list)
+        m.check_texts(row, where, "prompt", "response", "audio", *["reference"][many:],
+                      *["id"][kind != "bbh":])
+        for key in ["score"][kind not in JUDGED or "score" not in row:] + ["reference"] * many:
+            if not (isinstance(row[key], list) and row[key]
+                    and all(isinstance(text, str) for text in row[key])):
+                raise ValueError(f"{where}: {key} is {str(row[key])[:60]!r}, expected a list of "
+                                 "texts")
+        if known and row["reference"].lower() not in known:
+            raise ValueError(f"{where}: reference {row['reference']!r} is none of {known}")
+        if kind == "bbh" and not any(task in row["id"] for task in BBH_TASKS):
+            raise ValueError(f"{where}: id {row['id']!r} names none of {', '.join(BBH_TASKS)}")
+        if kind == "ifeval":
             try:
-                rows.append(row := dict(json.loads(line)))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{where}: expected one JSON object a line ({error})") from error
-            if missing := [column for column in needs if row.get(column) is None]:
-                raise ValueError(f"{where}: no {', '.join(missing)}; {subset} needs "
-                                 f"{', '.join(needs)}")
-            if known and str(row["reference"]).lower() not in known:
-                raise ValueError(f"{where}: reference {row['reference']!r} is none of {known}")
-            if kind == "bbh" and not any(task in str(row["id"]) for task in BBH_TASKS):
-                raise ValueError(f"{where}: id {row['id']!r} names none of {', '.join(BBH_TASKS)}")
-    return rows
+                check_ifeval("An answer.", row["instruction_id_list"], row["kwargs"])
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"{where}: {error}") from error
+        return row
+
+    return m.json_lines(path, parse)
 
 
 def fetch(args, rank):
@@ -159,7 +171,6 @@ def fetch(args, rank):
 
 def read_data(args, folder):
     """-> {subset: [{"split", "columns", "text": what is asked, "speech"}]}, {file: its origin}."""
-    import soundfile
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; expected one of SUBSET-SPLIT.jsonl, or {HUB}")
     data, origins = {}, {}
@@ -172,18 +183,14 @@ def read_data(args, folder):
                                   "commit": commit.read_text() if commit.exists() else None}
             for columns in read_rows(path, subset):
                 asked = {"id": len(rows), "system": args.system}
-                sound = str(folder / str(columns.pop("audio", "")))
-                rows.append({"split": split, "columns": columns,
-                             "speech": {**asked, "audio": sound},
+                rows.append({"split": split, "columns": columns, "where": str(path),
+                             "speech": {**asked, "audio": columns.pop("audio", None) or ""},
                              "text": {**asked, "prompt": columns["prompt"]}})
         count = min(args.limit or len(rows), len(rows))
         rows = [rows[i * len(rows) // count] for i in range(count)]
         for row in rows if "speech" in args.modality else []:
-            try:
-                row["speech"]["seconds"] = soundfile.info(row["speech"]["audio"]).duration
-            except (soundfile.LibsndfileError, OSError) as error:
-                raise ValueError(f"{folder}/{subset}-{row['split']}.jsonl: audio is missing or not "
-                                 f"readable: {error}") from error
+            row["speech"]["audio"] = m.file_below(folder, row["speech"]["audio"], row["where"])
+            row["speech"]["seconds"] = m.audio_seconds(row["speech"]["audio"])
         if not rows and (args.subsets or paths):
             raise ValueError(f"{folder}: no {subset}-SPLIT.jsonl with rows of {subset}")
         data |= {subset: rows} if rows else {}
@@ -237,7 +244,6 @@ def answer_all(out, name, rows, ask, *, settings, batch_size, rank=0, world=1):
         changed = [f"{k} {old.get(k)} -> {v}" for k, v in settings.items() if old.get(k) != v]
         raise ValueError(f"{out}: {name} was begun with other settings ({', '.join(changed)}); "
                          "repeat those to go on, or choose another --out")
-    write_json(path, settings)
     order = sorted(range(len(rows)), key=lambda i: (size(rows[i]), i))
     plan = [order[i:i + batch_size] for i in range(0, len(rows), batch_size)]
     done, stopped, mine = stage.load(), [], range(rank, len(plan), world)
@@ -247,7 +253,10 @@ def answer_all(out, name, rows, ask, *, settings, batch_size, rank=0, world=1):
     with bar:
         for k in mine:
             if k not in done and not stopped:
-                stage.add([{"id": k, "responses": ask([rows[i] for i in plan[k]])}])
+                responses = ask([rows[i] for i in plan[k]])
+                if not path.exists():  # a model that cannot be loaded leaves nothing behind
+                    write_json(path, settings)
+                stage.add([{"id": k, "responses": responses}])
                 bar.update(len(plan[k]))
         while len(stage.load()) < len(plan) and not stopped:
             time.sleep(0.2)  # the other ranks are still at work
@@ -1061,8 +1070,6 @@ def main(args):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, stop)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("--device cuda, but torch sees no GPU; use --device cpu")
     official = load_official(args.official) if args.official else None
     out, files, origins, weights, sums = Path(args.out), args.score_only, {}, {}, "not measured"
     if not args.score_only:
@@ -1098,5 +1105,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(get_args()))
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"eval_voicebench.py: {error}", file=sys.stderr)
+        print("eval_voicebench.py:", *str(error).split(), file=sys.stderr)
         sys.exit(2)

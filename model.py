@@ -8,8 +8,9 @@ how its inputs are made, how it is loaded, saved and asked.
 The adapter hears with CTC. Its classes are the short tokens of the LLM's own tokenizer, so it
 *spells*: what is spelled is tokenised again, and each token of it enters the LLM as its own
 embedding plus a learned correction from the sound. Where no word is heard, the sound itself gives
-an embedding a second. Nothing here parses arguments or prints.
+an embedding a second. Nothing here prints.
 """
+import codecs
 import contextlib
 import functools
 import importlib.util
@@ -18,6 +19,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import urllib.parse
 from pathlib import Path
 
@@ -25,6 +27,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoFeatureExtractor,
@@ -44,6 +48,7 @@ MEL_RATE_HZ = 100                  # log-mel frames a second: hop of 160 samples
 FEATURE_RATE_HZ = 50               # encoder positions a second: its second convolution has stride 2
 STACK = 4                          # encoder positions that become one adapter frame: 12.5 Hz
 WINDOW_FRAMES = 30 * MEL_RATE_HZ   # encoder was trained on 30 s; longer clips go window by window
+MAX_SECONDS = 600                  # of a clip: the adapter attends over all of it
 AUDIO_MARK = "<|audio|>"           # stands for the speech in the rendered template; never tokenised
 # byte-level BPE: one character is one byte
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -57,6 +62,119 @@ TEKKEN_TEMPLATE = (  # of Mistral's models, Voxtral too, whose folders have tekk
     "[/INST]{% endif %}{% endfor %}")
 DEFAULT_LLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_STUDENT = f"openai/whisper-base+{DEFAULT_LLM}"
+
+
+# ---- what people give: options, JSON, files ----
+
+def check_options(parser, args, **limits):
+    """parser.error unless each option is a number within its limits, low or (low, high),
+    nothing is named twice, the GPU is there, and OUT is or can become a folder."""
+    for name, limit in limits.items():
+        low, high = limit if isinstance(limit, tuple) else (limit, sys.float_info.max)
+        if not low <= getattr(args, name) <= high:  # NaN never is
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number, "
+                         + (f"{low} to {high}" if isinstance(limit, tuple) else f"{low} or more"))
+    for name in ("data", "channels", "train", "subsets", "modality"):
+        values = getattr(args, name, None)
+        if isinstance(values, list) and len(set(values)) < len(values):
+            parser.error(f"--{name} {' '.join(values)}: one is named twice")
+    rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if getattr(args, "device", "cpu") == "cuda" and rank >= gpus:
+        parser.error(f"--device cuda, but torch sees {gpus or 'no'} GPU, and this is process {rank}"
+                     " of torchrun (from 0); use --device cpu, or fewer processes")
+    out = Path(getattr(args, "out", ".")).absolute()
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        parser.error(f"--out {args.out}: {there} is no folder that can be written to; "
+                     "choose another")
+
+
+def read_json(data, where, line=1):
+    """UTF-8 bytes, with or without BOM -> JSON value; raises ValueError that names FILE:LINE."""
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        line += getattr(error, "lineno", 1) - 1
+        raise ValueError(f"{where}:{line}: not JSON in UTF-8 ({error})") from error
+    return value
+
+
+def json_lines(path, parse, bad=None):
+    """parse(object, FILE:LINE) of each line of a file, or item of its JSON list -> list.
+
+    What is no object, or raises ValueError in parse, raises, or is added to `bad`.
+    """
+    data, rows = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8), []
+    items = read_json(data, path) if data.lstrip().startswith(b"[") else data.split(b"\n")
+    for number, item in enumerate(items, 1):
+        try:
+            if isinstance(item, bytes) and not item.strip():
+                continue
+            row = read_json(item, path, number) if isinstance(item, bytes) else item
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: {str(row)[:60]!r} is no JSON object; expected "
+                                 "one a line")
+            rows.append(parse(row, f"{path}:{number}"))
+        except ValueError as error:
+            if bad is None:
+                raise
+            bad.append({"id": f"{path}:{number}", "reason": str(error)})
+    return rows
+
+
+def check_texts(row, where, *keys):
+    """ValueError unless each key holds text or null, or is absent."""
+    for key in keys:
+        if not isinstance(row.get(key), str | None):
+            raise ValueError(f"{where}: {key} is {str(row[key])[:60]!r}, expected text or null")
+
+
+def leave_out(bad, limit, out, write=True):
+    """Bad rows, [{"id", "reason"}], are listed in OUT/bad_rows.jsonl -> what to say about it.
+
+    Raises: ValueError if there are more than `limit`.
+    """
+    path = Path(out) / "bad_rows.jsonl"
+    if bad and limit and write:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in bad))
+    if len(bad) > limit:
+        raise ValueError(f"{bad[0]['reason']} (bad rows: {len(bad)}{f', see {path}' * (limit > 0)};"
+                         f" mend them, or leave them out by --max-bad-rows {len(bad)})")
+    return f"{len(bad)} bad rows are left out, listed in {path}" if bad else ""
+
+
+def file_below(folder, name, where):
+    """FOLDER/NAME; ValueError unless it is a file that lies below FOLDER, also behind links."""
+    path = Path(folder, name)
+    if not os.path.isfile(path):
+        raise ValueError(f"{where}: audio file {name!r} not found (paths are relative to {folder})")
+    if os.path.isabs(name) or not path.resolve().is_relative_to(Path(folder).resolve()):
+        raise ValueError(f"{where}: audio file {name!r} leads out of {folder}; copy it there, "
+                         "and give its path from there")
+    return str(path)
+
+
+def from_folder(loader, folder, **options):
+    """loader.from_pretrained: no code of the folder's own runs, no pickle is read (a model has
+    `dtype` among its options). Raises RuntimeError, also for missing weights."""
+    if "dtype" in options:
+        options |= dict(use_safetensors=True, ignore_mismatched_sizes=True,
+                        output_loading_info=True)
+    try:
+        loaded = loader.from_pretrained(folder, **{"trust_remote_code": False, **options})
+    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
+        raise RuntimeError(f"{folder}: no {loader.__name__} can be read from it "
+                           f"({str(error)[:200]}); expected a folder of transformers whose weights "
+                           "are safetensors") from error
+    if "dtype" not in options:
+        return loaded
+    lost = sorted({*loaded[1]["missing_keys"], *(k for k, *_ in loaded[1]["mismatched_keys"])})
+    if lost:
+        raise RuntimeError(f"{folder}: its safetensors do not fit its config.json: no weights for "
+                           f"{lost[0]} and {len(lost) - 1} more; expected all of them")
+    return loaded[0]
 
 
 # ---- names, audio, text ----
@@ -121,7 +239,7 @@ def logit_scale(llm):
 
 def load_tokenizer(folder, name):
     """Tokenizer of a local folder, with the chat template of its model or processor."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, mistral_format=False)
+    tokenizer = from_folder(AutoTokenizer, folder, mistral_format=False)
     legacy = Path(folder) / "chat_template.json"
     if not tokenizer.chat_template and legacy.exists():
         tokenizer.chat_template = json.loads(legacy.read_text())["chat_template"]
@@ -130,15 +248,16 @@ def load_tokenizer(folder, name):
     if not tokenizer.chat_template:
         raise RuntimeError(f"{name}: its tokenizer has no chat template; "
                            "use an instruction-tuned model")
+    chat_parts(tokenizer)  # or the template refuses
     return tokenizer
 
 
 def load_multimodal(folder, dtype, **options):
     """A multimodal model in eval mode; of one that also speaks, only the part that thinks."""
-    config = json.loads((Path(folder) / "config.json").read_text())
-    name = THINKERS.get(config["model_type"]) or (config.get("architectures") or [""])[0]
+    config = PretrainedConfig.get_config_dict(folder)[0]
+    name = THINKERS.get(config.get("model_type")) or (config.get("architectures") or [""])[0]
     loader = AutoModel if options else getattr(transformers, name, AutoModelForMultimodalLM)
-    return loader.from_pretrained(folder, dtype=dtype, **options).eval()
+    return from_folder(loader, folder, dtype=dtype, **options).eval()
 
 
 def load_llm(name, dtype=torch.float32, revision=None):
@@ -146,23 +265,40 @@ def load_llm(name, dtype=torch.float32, revision=None):
     -> (causal LM in eval mode, tokenizer with a chat template)."""
     folder = resolve(name, revision)
     tokenizer = load_tokenizer(folder, name)
-    if AutoConfig.from_pretrained(folder).model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), tokenizer
+    if from_folder(AutoConfig, folder).model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return from_folder(AutoModelForCausalLM, folder, dtype=dtype).eval(), tokenizer
     return TextLLM(load_multimodal(folder, dtype)).eval(), tokenizer
+
+
+def audio_seconds(path):
+    """Length of an audio file by its header; raises ValueError if that is no usable audio's."""
+    import soundfile
+    try:
+        with soundfile.SoundFile(str(path)) as file:
+            frames, rate = file.frames, file.samplerate
+    except (RuntimeError, TypeError, OSError) as error:
+        raise ValueError(f"{path}: not a readable audio file ({error})") from error
+    if rate % 25 or not 0.02 <= frames / rate <= MAX_SECONDS:  # odd rates: a huge kernel
+        raise ValueError(f"{path}: {frames} samples at {rate} Hz, expected 20 ms to {MAX_SECONDS} "
+                         "s at a rate in steps of 25 Hz; cut or resample it")
+    return frames / rate
 
 
 def load_audio(path):
     """Audio file -> waveform (S,) float32 at 16 kHz, mono.
     Raises ValueError if it is no usable audio."""
     import soundfile
+    seconds = audio_seconds(path)
     try:
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
+    except RuntimeError as error:
         raise ValueError(f"{path}: not a readable audio file ({error})") from error
     waveform = torch.from_numpy(samples).mean(dim=1)
-    if len(waveform) < rate // 50 or not torch.isfinite(waveform).all():
-        raise ValueError(f"{path}: {len(waveform)} samples at {rate} Hz, "
-                         "expected at least 20 ms of finite samples")
+    if len(waveform) < 0.95 * seconds * rate:
+        raise ValueError(f"{path}: cut: {len(waveform)} of {seconds * rate:.0f} samples are there")
+    if not waveform.abs().max() < 100:
+        raise ValueError(f"{path}: a sample of {waveform.abs().max()}, expected finite samples "
+                         "of -1 to 1; divide them by their full scale")
     if rate != SAMPLE_RATE:
         from torchaudio.functional import resample
         waveform = resample(waveform, rate, SAMPLE_RATE)
@@ -188,9 +324,13 @@ def chat_parts(tokenizer, system=None, instruction=None):
     """
     said = f"{instruction}\n\n{AUDIO_MARK}" if instruction else AUDIO_MARK
     messages = [{"role": "system", "content": system}] if system else []
-    text = tokenizer.apply_chat_template(
-        messages + [{"role": "user", "content": said}], tokenize=False,
-        add_generation_prompt=True, enable_thinking=False)
+    try:
+        text = tokenizer.apply_chat_template(
+            messages + [{"role": "user", "content": said}], tokenize=False,
+            add_generation_prompt=True, enable_thinking=False)
+    except TemplateError as error:
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} refuses system message "
+                         f"{str(system)[:60]!r} ({error})") from error
     if text.count(AUDIO_MARK) != 1:
         raise ValueError(f"{AUDIO_MARK} stands in a system message or instruction, "
                          "or the template repeats the question")
@@ -229,6 +369,13 @@ AttentionInterface.register("decode", decode_attention)
 AttentionMaskInterface.register("decode", sdpa_mask)
 
 
+def check_context(llm, prompt_tokens, new_tokens):
+    context = getattr(llm.config, "max_position_embeddings", None)
+    if context and prompt_tokens + new_tokens > context:
+        raise ValueError(f"{prompt_tokens} tokens of prompt and {new_tokens} new ones exceed the "
+                         f"LLM's context of {context}; shorten it or lower --max-new-tokens")
+
+
 @torch.inference_mode()
 def generate(llm, prompts, **options):
     """`decode`, which see, with the attention that suits this device."""
@@ -257,8 +404,10 @@ def decode(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, 
         end in an id of eos_ids.
     """
     batch, device, shortest = len(prompts), prompts[0].device, min(len(p) for p in prompts)
+    longest = max(map(len, prompts))
+    check_context(llm, longest, max_new_tokens)
     cache_config = dict(config=llm.config,
-                        max_cache_len=max(len(p) for p in prompts) + max_new_tokens)
+                        max_cache_len=longest + max_new_tokens)
     cache, shared = StaticCache(**cache_config), 0
     plain = not any(layer.is_sliding for layer in cache.layers)  # only these can be copied below
     if plain and batch > 1:
@@ -270,7 +419,7 @@ def decode(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, 
         for i, layer in enumerate(prefix.layers):
             cache.update(layer.keys.expand(batch, -1, -1, -1),
                          layer.values.expand(batch, -1, -1, -1), i)
-    width = max(len(p) for p in prompts)
+    width = longest
     # (B, T, H), padded on the left
     embeds = prompts[0].new_zeros(batch, width - shared, prompts[0].shape[1])
     mask = torch.zeros(batch, width + max_new_tokens, dtype=torch.long, device=device)  # 1 = attend
@@ -482,9 +631,8 @@ class SpeechLLM(PreTrainedModel):
         """Tokenizer and feature extractor: given, or from the folder that the model came from.
         Idempotent."""
         if self.processors is None:
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(self.name_or_path)
-            extractor = (feature_extractor
-                         or WhisperFeatureExtractor.from_pretrained(self.name_or_path))
+            tokenizer = tokenizer or from_folder(AutoTokenizer, self.name_or_path)
+            extractor = feature_extractor or from_folder(WhisperFeatureExtractor, self.name_or_path)
             short, classes = short_tokenizer(tokenizer, self.config.ctc_merges)
             self.processors = dict(
                 tokenizer=tokenizer, extractor=extractor, short=short, classes=classes,
@@ -816,16 +964,16 @@ def build_student(name=DEFAULT_STUDENT, revision=None, **adapter):
     from transformers import WhisperModel
     encoder_name, _, llm_name = name.partition("+")
     folder = resolve(encoder_name, revision)
-    config = AutoConfig.from_pretrained(folder)
+    config = from_folder(AutoConfig, folder)
     if config.model_type != "whisper":
         raise RuntimeError(f"{encoder_name}: speech encoder of type {config.model_type!r}, "
                            "expected a Whisper model")
     llm, tokenizer = load_llm(llm_name)
-    encoder = WhisperModel.from_pretrained(folder, dtype=torch.float32).encoder
+    encoder = from_folder(WhisperModel, folder, dtype=torch.float32).encoder
     model = SpeechLLM(
         SpeechLLMConfig(encoder=config.to_dict(), llm=llm.config.to_dict(), **adapter),
         encoder, llm)
-    model.load_processors(tokenizer, WhisperFeatureExtractor.from_pretrained(folder))
+    model.load_processors(tokenizer, from_folder(WhisperFeatureExtractor, folder))
     return model.eval()
 
 
@@ -835,13 +983,13 @@ def load_student(name, revision=None, trust_remote_code=False):
     if "+" in name and not Path(name).exists():
         return build_student(name, revision)
     folder = resolve(name, revision)
-    config = json.loads((Path(folder) / "config.json").read_text())
+    config = PretrainedConfig.get_config_dict(folder)[0]
     if config.get("model_type") == SpeechLLMConfig.model_type:
-        return SpeechLLM.from_pretrained(folder, dtype=torch.float32).eval()
-    remote = "auto_map" in config and config["model_type"] not in CONFIG_MAPPING
+        return from_folder(SpeechLLM, folder, dtype=torch.float32).eval()
+    remote = "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING
     if remote and not trust_remote_code:
-        raise RuntimeError(f"{name}: a model of type {config['model_type']!r} that runs code from "
-                           "its own folder; read it, then allow it with --trust-remote-code")
+        raise RuntimeError(f"{name}: a model of type {config.get('model_type')!r} that runs code "
+                           "from its own folder; read it, then allow it with --trust-remote-code")
     options = {"trust_remote_code": True} if remote else {}
     model = load_multimodal(folder, torch.float32, **options)
     if not hasattr(model, "model") or not hasattr(model.config, "audio_token_id"):
@@ -852,8 +1000,7 @@ def load_student(name, revision=None, trust_remote_code=False):
         merge_adapter(model)
     # Omni's processor wants torchvision, for what is never shown; Voxtral's takes files only
     plain = hasattr(model.model, "visual") or model.config.model_type == "voxtral"
-    processor = (AutoFeatureExtractor if plain else AutoProcessor).from_pretrained(
-        folder, **options)
+    processor = from_folder(AutoFeatureExtractor if plain else AutoProcessor, folder, **options)
     return HubStudent(model, processor, load_tokenizer(folder, name)).eval()
 
 

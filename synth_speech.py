@@ -59,6 +59,8 @@ def get_args(argv=None):
                    help="extra rows that only teach hearing: prompts "
                    "with words exchanged for random words of the teacher's vocabulary")
     g.add_argument("--limit", type=int, default=0, help="read at most so many rows; 0 = all")
+    g.add_argument("--max-bad-rows", type=int, default=0,
+                   help="leave out so many unreadable rows; OUT/bad_rows.jsonl lists them")
     g.add_argument("--max-words", type=int, default=40,
                    help="longest prompt; 40 words are about 16 s of speech")
     g.add_argument("--exclude", help="file of prompts to keep out, "
@@ -77,7 +79,7 @@ def get_args(argv=None):
     g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
                    help="of the teacher; auto measures which is faster")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                   help="for teacher and recogniser")
+                   choices=["cuda", "cpu"], help="for teacher and recogniser")
     g = p.add_argument_group("speech")
     g.add_argument("--engine", choices=["espeak", "hf", "command"], default="espeak",
                    help="hf: --tts-model, command: --tts-command")
@@ -110,12 +112,9 @@ def get_args(argv=None):
                                          and shutil.which(words[0])):
         p.error(f"--tts-command {' '.join(words)!r}: expected an installed program "
                 "and the words {text} and {wav}")
-    if not 0 <= args.wer_sample <= 1 or args.max_wer < 0:
-        p.error("--wer-sample must be 0-1 and --max-wer >= 0")
-    if min(args.workers, args.batch_size, args.max_new_tokens, args.max_words) < 1:
-        p.error("--workers, --batch-size, --max-new-tokens and --max-words must be at least 1")
-    if min(args.sample_prompts, args.heldout, args.drill, args.limit) < 0:
-        p.error("--sample-prompts, --heldout, --drill and --limit cannot be negative")
+    m.check_options(p, args, workers=1, batch_size=1, max_new_tokens=1, max_words=1, heldout=0,
+                    sample_prompts=0, drill=0, limit=0, answers=-1, preview=0, max_bad_rows=0,
+                    wer_sample=(0, 1), max_wer=0, seed=(0, 2**32))
     if args.engine == "espeak" and args.language != "en" and args.voices == VOICES:
         p.error(f"--language {args.language} needs --voices that speak it, "
                 f"e.g. --voices {args.language}")
@@ -144,32 +143,20 @@ def to_row(raw, row_id):
     return {**row, **{k: v for k, v in optional.items() if v}}
 
 
-def read_rows(path, limit=0):
-    """JSON lines or JSON list -> rows; raises ValueError that names the line."""
+def read_rows(path, limit=0, bad=None):
+    """JSON lines or JSON list -> rows; raises ValueError that names the line, or adds it to bad."""
     path = Path(path)
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        try:
-            objects = list(enumerate(json.loads(text), 1))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); "
-                             "expected a list of objects") from error
-    else:
-        objects = []
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                if line.strip():
-                    objects.append((number, json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error.msg}); "
-                                 "expected one object a line") from error
-    rows = []
-    for number, raw in objects[:limit or None]:
-        row = to_row(raw, f"{path.stem}-{number:06d}") if isinstance(raw, dict) else {}
-        if not row.get("prompt"):
-            raise ValueError(f"{path}:{number}: no text under prompt, question or instruction")
-        rows.append(row)
-    return rows
+
+    def parse(raw, where):
+        if "finish" in raw:  # a manifest of ours
+            m.check_texts(raw, where, "system", "instruction", "response", "finish", "reference",
+                          "source")
+        row = to_row(raw, f"{path.stem}-{int(where.rsplit(':', 1)[1]):06d}")
+        if not row["prompt"]:
+            raise ValueError(f"{where}: no text under prompt, question or instruction")
+        return row
+
+    return m.json_lines(path, parse, bad)[:limit or None]
 
 
 def hub_rows(name, limit):
@@ -396,7 +383,8 @@ def espeak_engine():
 
 def hf_engine(name, revision):
     from transformers import pipeline
-    pipe = pipeline("text-to-speech", model=m.resolve(name, revision))
+    pipe = pipeline("text-to-speech", model=m.resolve(name, revision), trust_remote_code=False,
+                    model_kwargs={"use_safetensors": True})
 
     def speak(text, _voice, rng):
         torch.manual_seed(rng.getrandbits(32))
@@ -466,9 +454,9 @@ def synthesise(job):
 def load_recogniser(args):
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
     folder = m.resolve(args.asr, args.revision)
-    whisper = WhisperForConditionalGeneration.from_pretrained(
-        folder, dtype=measured_dtype(args.device))
-    return whisper.to(args.device).eval(), WhisperProcessor.from_pretrained(folder)
+    whisper = m.from_folder(WhisperForConditionalGeneration, folder,
+                            dtype=measured_dtype(args.device))
+    return whisper.to(args.device).eval(), m.from_folder(WhisperProcessor, folder)
 
 
 def word_error_rates(whisper, processor, waveforms, texts, language):
@@ -654,7 +642,10 @@ def main(args):
         for voice in args.voices:
             espeak_engine()("a", voice, random.Random(0))
     out = Path(args.out)
-    raw = read_rows(args.input, args.limit) if args.input else []
+    bad = []
+    raw = read_rows(args.input, args.limit, bad) if args.input else []
+    if (said := m.leave_out(bad, args.max_bad_rows, out, rank == 0)) and rank == 0:
+        print(said)
     raw = hub_rows(args.hub_dataset, args.limit) if args.hub_dataset else raw
     unimportant = ("workers", "preview", "device", "out")
     plan, plan_path = ({k: v for k, v in vars(args).items() if k not in unimportant},
@@ -665,17 +656,22 @@ def main(args):
         changed = ", ".join(k for k in plan if plan[k] != old.get(k))
         raise ValueError(f"{out} was begun with other options ({changed}); repeat them to go on, "
                          "or choose another --out")
-    (out / ".stages").mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        write_atomically(plan_path, json.dumps(plan))
-    dtype_path = out / ".stages" / "dtype"
-    # measured once: a restart must not answer in another precision
+    for name in filter(None, (args.tts_model, (args.max_wer or args.wer_sample) and args.asr)):
+        m.resolve(name, args.revision)
+    dtype_path, loaded = out / ".stages" / "dtype", []
+    # measured once: a restart must not answer in another precision; a bad teacher leaves no trace
     if rank == 0 and not dtype_path.exists():
         dtype = str(measured_dtype(args.device)) if args.dtype == "auto" else args.dtype
-        write_atomically(dtype_path, dtype.removeprefix("torch."))
+        dtype = dtype.removeprefix("torch.")
+        if args.answers and not all(row.get("response") for row in raw or [{}]):
+            loaded.append(m.load_llm(args.teacher, getattr(torch, dtype), args.revision))
+            m.check_context(loaded[0][0].to(args.device), 1, args.max_new_tokens)
+        dtype_path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(dtype_path, dtype)
+    if rank == 0:
+        write_atomically(plan_path, json.dumps(plan))
     if world > 1:
         dist.barrier()
-    loaded = []
 
     def teacher():  # only when something is left to generate
         if not loaded:
@@ -686,7 +682,7 @@ def main(args):
 
     rows, drops = gather_prompts(args, raw, out, rank, world, teacher)
     if args.drill:
-        tokenizer = AutoTokenizer.from_pretrained(m.resolve(args.teacher, args.revision))
+        tokenizer = m.from_folder(AutoTokenizer, m.resolve(args.teacher, args.revision))
         rows += drill_rows(rows, args.drill, tokenizer.get_vocab(), args.seed)
     stages = [Stage(out, name, rank) for name in ("answers", "speech", "wer")]
     for stage in stages:
@@ -713,5 +709,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(get_args()))
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"synth_speech.py: {error}", file=sys.stderr)
+        print("synth_speech.py:", *str(error).split(), file=sys.stderr)
         sys.exit(2)

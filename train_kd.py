@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -54,6 +55,8 @@ def get_args(argv=None):
     g.add_argument("--revision", help="revision of hub models")
     g.add_argument("--data", nargs="+", required=True, help="manifests to train on")
     g.add_argument("--eval-data", nargs="+", default=[], help="manifests to measure on")
+    g.add_argument("--max-bad-rows", type=int, default=0,
+                   help="leave out so many unusable rows; OUT/bad_rows.jsonl lists them")
     g.add_argument("--labels", choices=["response", "reference"], default="response",
                    help="the teacher's answer, or the data set's")
     g.add_argument("--max-answer-tokens", type=int, default=256,
@@ -117,7 +120,7 @@ def get_args(argv=None):
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                    help="torch.compile the LLM")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                   help="cuda or cpu")
+                   choices=["cuda", "cpu"])
     g.add_argument("--workers", type=int, default=1,
                    help="processes per GPU that load data; 0 = none")
     g.add_argument("--seed", type=int, default=0,
@@ -133,9 +136,15 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     if args.channels == ["t2t"] and "llm" not in args.train:
         p.error("--channels t2t trains nothing without --train llm")
-    if min(args.temperature, args.batch_size, args.warm_start_batch_size, args.log_every,
-           args.save_every) <= 0:
-        p.error("--temperature, batch sizes, --log-every and --save-every must be positive")
+    m.check_options(
+        p, args, batch_size=1, warm_start_batch_size=1, log_every=1, save_every=1,
+        max_answer_tokens=1, seed=(0, 2**32), epochs=1e-3, temperature=1e-2, max_grad_norm=1e-6,
+        **dict.fromkeys("""global_batch_size batch_tokens eval_every max_steps warm_start_steps
+            lr_warmup_steps workers max_bad_rows t2t_weight s2t_weight kd_weight ce_weight
+            ctc_weight""".split(), 0),
+        **dict.fromkeys("weight_decay lr_encoder lr_adapter lr_llm warm_start_lr".split(), (0, 1)))
+    if not args.kd_weight + args.ce_weight:
+        p.error("--kd-weight 0 and --ce-weight 0 leave nothing to learn; set one of them")
     if args.loss in ("jsd", "skew_kl") and not 0 < args.beta < 1:
         p.error(f"--beta {args.beta}: expected 0 < beta < 1")
     return args
@@ -143,31 +152,43 @@ def get_args(argv=None):
 
 # ---- data ----
 
-def read_manifest(path):
-    """Manifest -> rows with absolute audio paths; raises ValueError that names the line."""
-    path, rows = Path(path), []
+def read_manifest(path, seen=None, bad=None):
+    """Manifest -> rows with absolute audio paths; raises ValueError that names the line, or
+    adds it to the list `bad`. seen: ids met before, and where."""
+    path, seen = Path(path), {} if seen is None else seen
     if not path.is_file():
         raise ValueError(f"{path}: no such manifest; synth_speech.py writes one")
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-            row["id"], row["prompt"], row["response"] = (
-                str(row["id"]), row["prompt"], row["response"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{where}: expected a JSON object with id, prompt, audio, response "
-                             f"({error!r})") from error
+
+    def parse(row, where):
+        if lost := [key for key in ("id", "prompt", "response") if key not in row]:
+            raise ValueError(f"{where}: no {', '.join(lost)}; expected id, prompt, audio, response")
+        m.check_texts(row, where, "prompt", "response", "reference", "audio", "finish",
+                      "instruction", "system")
+        seconds = row["seconds"] = row.get("seconds") or 0
+        if not isinstance(seconds, int | float) or not 0 <= seconds <= m.MAX_SECONDS:
+            raise ValueError(f"{where}: seconds is {seconds!r}, expected 0 to {m.MAX_SECONDS}")
+        if not isinstance(row["id"], str | int) or seen.setdefault(str(row["id"]), where) != where:
+            raise ValueError(f"{where}: id {row['id']!r} is no text, or also that of "
+                             f"{seen.get(str(row['id']))}; every row needs its own")
+        row["id"] = str(row["id"])
+        if m.AUDIO_MARK in f"{row.get('system')}{row.get('instruction')}":
+            raise ValueError(f"{where}: {m.AUDIO_MARK} stands in system or instruction; it is the "
+                             "place of the sound, take it out")
+        if not (row.get("audio") if row["prompt"] is None else row["prompt"].strip()):
+            raise ValueError(f"{where}: neither prompt nor audio, or a blank prompt; expected text,"
+                             " or null where none stands for the sound")
         if row.get("audio"):
-            audio = path.parent / row["audio"]
-            if (os.path.isabs(row["audio"]) or ".." in Path(row["audio"]).parts
-                    or not audio.is_file()):
-                raise ValueError(f"{where}: audio file {row['audio']} not found "
-                                 "(paths are relative to the manifest)")
-            row["audio"] = str(audio)
-        elif not row["prompt"]:
-            raise ValueError(f"{where}: neither prompt nor audio")
-        rows.append(row)
-    return rows
+            row["audio"] = m.file_below(path.parent, row["audio"], where)
+        return row
+
+    return m.json_lines(path, parse, bad)
+
+
+def drop(rows, key, reasons, bad):
+    """Rows without those whose row[key] has one of the reasons; they are added to `bad`."""
+    why = [reasons.get(row.get(key)) for row in rows]
+    bad += [{"id": row["id"], "reason": reason} for row, reason in zip(rows, why) if reason]
+    return [row for row, reason in zip(rows, why) if not reason]
 
 
 def answer_ids(tokenizer, row, labels, max_tokens):
@@ -251,43 +272,66 @@ def fingerprint(model, dtype):
 def fill_cache(todo, path_of, load, compute, workers, show, what):
     """Compute what is not on disk yet, 16 at a time in the order given -> one file each.
 
-    `load` runs in worker processes: thing -> what `compute` wants; `compute`: list -> tensors.
+    `load` runs in worker processes: thing -> what `compute` wants, or str, why it cannot be used;
+    `compute`: list -> tensors. Returns {path: why} of the latter.
     """
-    batches = [todo[i:i + 16] for i in range(0, len(todo), 16)]
+    batches, bad = [todo[i:i + 16] for i in range(0, len(todo), 16)], {}
     loader = DataLoader(batches, batch_size=None, num_workers=workers,
                         collate_fn=lambda batch: [(path_of(x), load(x)) for x in batch])
     with tqdm(total=len(todo), desc=what, disable=not show or not todo) as bar, torch.no_grad():
-        for batch in loader:
-            for (path, _), value in zip(batch, compute([loaded for _, loaded in batch])):
+        for loaded in loader:
+            bad |= {path: x for path, x in loaded if isinstance(x, str)}
+            good = [(path, x) for path, x in loaded if path not in bad]
+            for (path, _), value in zip(good, compute([x for _, x in good]) if good else []):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 temporary = path.with_suffix(f".{os.getpid()}")
                 save_file({"x": value.contiguous().cpu()}, temporary)
                 os.replace(temporary, path)
-            bar.update(len(batch))
+            bar.update(len(loaded))
     if dist.is_initialized():
         dist.barrier()
+    return bad
 
 
 def feature_cache(args, student, rows, rank, world, dtype):
-    """Encode each clip once -> function from audio path to the file of its features (S, D), fp16.
+    """Read each clip; encode it once, unless the encoder trains -> function from audio path to the
+    file of its features (S, D) in fp16, or None; {audio path: why} of clips that cannot be used.
 
     The file's name depends on the clip and on the encoder, so that neither can change unnoticed.
     """
-    encoder = fingerprint(student.encoder, dtype)
+    frozen = "encoder" not in args.train and isinstance(student, m.SpeechLLM)
+    encoder = fingerprint(student.encoder, dtype) if frozen else None
 
     def path_of(audio):
         stat = os.stat(audio)
-        folder = Path(args.feature_cache or Path(audio).parent.parent / ".features") / encoder
+        folder = Path(args.feature_cache or Path(audio).parent.parent / ".features") / str(encoder)
         return folder / (hashlib.sha1(f"{audio} {stat.st_size} {stat.st_mtime_ns}".encode())
                          .hexdigest() + ".safetensors")
 
     seconds = {row["audio"]: row.get("seconds", 0) for row in rows if row.get("audio")}
     clips = sorted(seconds, key=lambda clip: (seconds[clip], clip))  # like lengths: little padding
-    fill_cache([clip for clip in clips[rank::world] if not path_of(clip).exists()], path_of,
-               lambda clip: student.mel(m.load_audio(clip)),
-               lambda mels: [f.half() for f in student.features(
-                   [mel.to(student.device) for mel in mels])], args.workers, rank == 0, "encoding")
-    return path_of
+
+    def read(clip):
+        try:
+            waveform, said = m.load_audio(clip), seconds[clip]
+        except (ValueError, OSError) as error:
+            return str(error)
+        length = len(waveform) / m.SAMPLE_RATE
+        if length < 0.9 * said - 0.1:
+            return f"{clip}: {length:.2f} s, but the manifest says {said}: was it cut?"
+        return student.mel(waveform) if frozen else None
+
+    def encode(mels):
+        return [f.half() for f in student.features([mel.to(student.device) for mel in mels])]
+
+    todo = [clip for clip in clips[rank::world] if not (frozen and path_of(clip).exists())]
+    bad = fill_cache(todo, path_of, read, encode if frozen else lambda mels: [], args.workers,
+                     rank == 0, "encoding" if frozen else "reading")
+    marks = torch.tensor([path_of(c) in bad for c in clips], dtype=torch.int, device=student.device)
+    if world > 1:  # every rank must leave out the same
+        dist.all_reduce(marks)
+    return (path_of if frozen else None,
+            {clip: str(read(clip)) for clip, mark in zip(clips, marks.tolist()) if mark})
 
 
 def teacher_cache(args, teacher, data, rank, world):
@@ -318,15 +362,28 @@ def row_lengths(tokenizer, rows, args, spoken_hz=3):
             for a, s, n in zip(asked, spoken, sizes(r[args.labels] for r in rows))]
 
 
+def too_long(args, rows, teacher, student):
+    """{id: why} of the rows whose prompt and answer exceed the context of one of the LLMs."""
+    rows = [row for row in rows if row.get(args.labels)]
+    context = min(getattr(llm.config, "max_position_embeddings", None) or math.inf
+                  for llm in (teacher, student.llm))
+    sizes = row_lengths(student.tokenizer, rows, args, student.spoken_hz) if rows else []
+    return {row["id"]: f"row {row['id']!r}: {size} tokens of prompt, speech and answer, the "
+            f"models' context is {context}; shorten it or lower --max-answer-tokens"
+            for row, size in zip(rows, sizes) if size > context}
+
+
 def usable_rows(args, rows, global_batch_size, warm_batch):
     """Rows to distil, which a channel can use, and rows to hear, whose words are known.
 
     Raises: ValueError if there are fewer than a phase needs for one global batch.
     """
-    needs = {"t2t": "prompt", "s2t": "audio"}
-    distil_rows = [r for r in rows
-                   if r.get(args.labels) and any(r.get(needs[c]) for c in args.channels)]
-    spoken_rows = [r for r in rows if r.get("audio") and r["prompt"] and not r.get("instruction")]
+    # with a frozen LLM the text channel gives no gradient, so a batch needs sound on every rank
+    needs = [{"t2t": "prompt", "s2t": "audio"}[c] for c in args.channels
+             if c != "t2t" or "llm" in args.train]
+    distil_rows = [r for r in rows if r.get(args.labels) and any(r.get(key) for key in needs)]
+    spoken_rows = [r for r in rows if args.warm_start_steps and r.get("audio") and r["prompt"]
+                   and not r.get("instruction")]
     for what, found, size in (("distil", distil_rows, global_batch_size),
                               ("hear", spoken_rows, warm_batch if args.warm_start_steps else 0)):
         if len(found) < size:
@@ -552,7 +609,11 @@ def save_checkpoint(path, student, optimizer, scaler, step, best, args, world):
 
 
 def load_checkpoint(path, student, optimizer, scaler, args, world):
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: no checkpoint can be read from it ({str(error)[:99]}); start "
+                         "afresh in another --out") from error
     free = ("resume", "device", "workers", "tensorboard", "out", "log_every", "save_every",
             "feature_cache")
     changed = [f"{k} {saved['args'].get(k)!r} -> {v!r}" for k, v in vars(args).items()
@@ -624,8 +685,6 @@ def main(args):
     ddp = "RANK" in os.environ
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world, master = int(os.environ.get("WORLD_SIZE", 1)), rank == 0
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("--device cuda, but torch sees no GPU; use --device cpu")
     device = (torch.device("cuda", local_rank) if args.device == "cuda"
               else torch.device(args.device))
     if ddp:
@@ -644,9 +703,12 @@ def main(args):
     if checkpoint_path.exists() and not args.resume:
         raise ValueError(f"{checkpoint_path} exists: add --resume to go on, "
                          "or choose another --out")
-    train_rows = [row for path in args.data for row in read_manifest(path)]
-    eval_rows = [row for path in args.eval_data for row in read_manifest(path)]
+    seen, bad, warm_batch = {}, [], args.warm_start_batch_size * world
+    train_rows = [row for path in args.data for row in read_manifest(path, seen, bad)]
+    eval_rows = [row for path in args.eval_data for row in read_manifest(path, bad=bad)]
     eval_rows = [r for r in eval_rows if r["prompt"] and r["response"] and r.get("audio")]
+    m.leave_out(bad, args.max_bad_rows, out, master)
+    usable_rows(args, train_rows, global_batch_size, warm_batch)  # fail before the models load
 
     # ---- teacher and student ----
     torch.manual_seed(args.seed)  # the adapter's first weights are the same on every rank
@@ -673,12 +735,16 @@ def main(args):
         print("--compile: no C++ compiler (g++) found, running eagerly")
 
     # ---- data ----
-    warm_batch = args.warm_start_batch_size * world
+    train_rows, eval_rows = (drop(rows, "id", too_long(args, rows, teacher, student), bad)
+                             for rows in (train_rows, eval_rows))
+    m.leave_out(bad, args.max_bad_rows, out, master)
+    needed = sum(usable_rows(args, train_rows, global_batch_size, warm_batch), eval_rows)
+    cache, unread = feature_cache(args, student, needed, rank, world, dtype)
+    train_rows, eval_rows = (drop(rows, "audio", unread, bad) for rows in (train_rows, eval_rows))
+    said = m.leave_out(bad, args.max_bad_rows, out, master)
+    if said and master:
+        print(said)
     distil_rows, spoken_rows = usable_rows(args, train_rows, global_batch_size, warm_batch)
-    cache = None
-    if "encoder" not in args.train and isinstance(student, m.SpeechLLM):
-        needed = distil_rows + eval_rows + (spoken_rows if args.warm_start_steps else [])
-        cache = feature_cache(args, student, needed, rank, world, dtype)
     distil_steps = args.max_steps or max(
         1, round(args.epochs * len(distil_rows) / global_batch_size))
     total_steps = args.warm_start_steps + distil_steps
@@ -847,6 +913,10 @@ def main(args):
         scaler.unscale_(optimizer)  # clip the true gradient
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+        if not torch.isfinite(grad_norm) and scaler.get_scale() <= 1:  # else fp16 skips the step
+            raise RuntimeError(f"gradient norm {grad_norm} in step {step + 1}; lower the learning "
+                               f"rate, or --dtype bfloat16; {checkpoint_path} keeps the last good "
+                               "state")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -898,5 +968,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(get_args()))
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"train_kd.py: {error}", file=sys.stderr)
+        print("train_kd.py:", *str(error).split(), file=sys.stderr)
         sys.exit(2)

@@ -105,7 +105,7 @@ def test_every_key_set_is_read(tmp_path, content):
 
 @pytest.mark.parametrize("content, message", [
     ('{"prompt": "a"}\n{"prompt": \n', "2: not JSON"), ('{"prompt": "a"}\n\n{"text": "b"}', "3: no text"),
-    ('{"prompt": " "}', "1: no text"), ('{"prompt": 5}', "1: no text"), ("5", "1: no text"),
+    ('{"prompt": " "}', "1: no text"), ('{"prompt": 5}', "1: no text"), ("5", "1: '5' is no JSON object"),
     ('[{"prompt": "a"}, {}]', "2: no text"), ('[{"prompt": "a"},\n oops]', "2: not JSON")])
 def test_a_bad_file_gets_one_line_that_names_the_place(tmp_path, content, message):
     (tmp_path / "in.json").write_text(content)

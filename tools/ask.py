@@ -20,7 +20,9 @@ def get_args(argv=None):
     p.add_argument("--system", help="system message")
     p.add_argument("--max-new-tokens", type=int, default=128, help="longest answer in tokens")
     p.add_argument("questions", nargs="+", help="audio files or texts")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    m.check_options(p, args, max_new_tokens=1)
+    return args
 
 
 def main(args):
@@ -38,4 +40,5 @@ if __name__ == "__main__":
     try:
         main(get_args())
     except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"ask.py: {error}")
+        print("ask.py:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)

@@ -44,7 +44,9 @@ def get_args(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     p.add_argument("--seed", type=int, default=0, help="of the untrained adapter (as in train_kd.py) and of the bootstrap")
     p.add_argument("--out", required=True, help="folder of the report")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    m.check_options(p, args, limit=1, max_new_tokens=1, seed=(0, 2**32))
+    return args
 
 
 def stem(word):
@@ -195,4 +197,5 @@ if __name__ == "__main__":
     try:
         main(get_args())
     except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"compare.py: {error}")
+        print("compare.py:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)

@@ -236,4 +236,5 @@ if __name__ == "__main__":
     try:
         main(get_args())
     except (ValueError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"offline_models.py: {error}")
+        print("offline_models.py:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)

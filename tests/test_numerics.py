@@ -1,0 +1,115 @@
+"""Numerical trouble in train_kd.py: what stops the run stops it before the weights are spoilt, the rest goes on."""
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import losses
+import model as m
+import train_kd
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    torch.set_num_threads(1)
+    data = tiny.manifest(tmp_path, 8)
+
+    def run(*options, student=tiny.student_folder):
+        argv = ["--teacher", tiny.llm, "--student", student, "--data", data, "--out", tmp_path / "out", "--dtype", "float32",
+                "--batch-size", "4", "--log-every", "1", "--workers", "0", "--lr-warmup-steps", "0", "--device", "cpu",
+                "--save-every", "1", "--feature-cache", tmp_path / "features", *options]
+        return train_kd.main(train_kd.get_args([str(x) for x in argv]))
+    return run
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
+
+
+def saved(folder):
+    return torch.load(folder / "out/ckpt.pt", weights_only=True)
+
+
+def spoil_loss(monkeypatch, change, steps):
+    """change(loss, hidden rows) in these steps, counted from 1; two channels a step."""
+    original, calls = losses.fused_ce_kd, []
+
+    def spoilt(**inputs):
+        calls.append(1)
+        loss, ce, kd = original(**inputs)
+        return (change(loss, inputs["student_hidden"]) if (len(calls) + 1) // 2 in steps else loss), ce, kd
+    monkeypatch.setattr(losses, "fused_ce_kd", spoilt)
+
+
+def no_gradient(loss, hidden):
+    """The loss stays finite, its gradient is not."""
+    return loss + (hidden * 0).sum().sqrt()
+
+
+def test_features_that_are_not_numbers_stop_the_run_with_the_rows(run, tmp_path):
+    assert run("--max-steps", "1") == 0
+    (tmp_path / "out/ckpt.pt").unlink()
+    for path in (tmp_path / "features").rglob("*.safetensors"):
+        save_file({"x": load_file(path)["x"] * math.nan}, path)
+    with pytest.raises(RuntimeError, match=r"loss nan in step 1.*'train-00\d'.*last good state"):
+        run("--max-steps", "2")
+
+
+def test_logits_that_overflow_stop_the_run_before_the_first_update(run, tiny, tmp_path):
+    student = m.load_student(tiny.student_folder)
+    student.llm.base_model.norm.weight.data *= 1e38
+    m.save_student(student, tmp_path / "loud")
+    with pytest.raises(RuntimeError, match=r"loss nan in step 1"):
+        run("--max-steps", "2", student=tmp_path / "loud")
+    assert not (tmp_path / "out/ckpt.pt").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_the_checkpoint_stays_good(run, tmp_path, monkeypatch):
+    spoil_loss(monkeypatch, no_gradient, [2])
+    with pytest.raises(RuntimeError, match=r"gradient norm nan in step 2; .*last good state"):
+        run("--max-steps", "3")
+    assert saved(tmp_path)["step"] == 1 and all(torch.isfinite(x).all() for x in saved(tmp_path)["model"].values())
+
+
+def test_fp16_skips_a_step_whose_gradient_overflows_and_halves_its_scale(run, tmp_path, monkeypatch):
+    spoil_loss(monkeypatch, no_gradient, [2])
+    assert run("--max-steps", "3", "--dtype", "float16") == 0
+    assert saved(tmp_path)["scaler"]["scale"] == 2.0**15 and saved(tmp_path)["step"] == 3
+    assert all(torch.isfinite(x).all() for x in saved(tmp_path)["model"].values())
+    assert [math.isfinite(r["grad_norm"]) for r in logged(tmp_path) if "grad_norm" in r] == [True, False, True]
+
+
+def test_fp16_that_overflows_in_every_step_is_an_error_and_no_idle_run(run, tmp_path, monkeypatch):
+    spoil_loss(monkeypatch, no_gradient, range(100))
+    with pytest.raises(RuntimeError, match=r"gradient norm nan in step 17; .*--dtype bfloat16"):
+        run("--max-steps", "40", "--dtype", "float16")
+
+
+def test_a_spike_of_the_loss_is_in_the_log_and_moves_the_weights_no_further_than_any_step(run, tmp_path, monkeypatch):
+    spoil_loss(monkeypatch, lambda loss, hidden: loss * 1e6, [2])
+    assert run("--max-steps", "3", "--lr-llm", "1e-3", "--weight-decay", "0") == 0
+    steps = [r for r in logged(tmp_path) if "loss" in r]
+    assert steps[1]["loss"] > 1e5 * steps[0]["loss"] and steps[1]["grad_norm"] > 1e4 and steps[2]["loss"] < 2 * steps[0]["loss"]
+
+
+def test_answers_of_one_token_are_learned(run, tiny, tmp_path):
+    rows = [{**json.loads(line), "response": "Y", "finish": "length"} for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("--max-steps", "2") == 0
+    dataset = train_kd.Rows(train_kd.read_manifest(tmp_path / "train.jsonl"), m.load_student(tiny.student_folder), m.load_llm(tiny.llm)[1],
+                            train_kd.get_args(["--data", "x", "--out", str(tmp_path)]))
+    assert [len(dataset[i]["answer"]) for i in range(8)] == [1] * 8
+    assert all(0 < r["ce_s2t"] < 100 and r["kd_s2t"] >= 0 for r in logged(tmp_path) if "loss" in r)
+
+
+def test_rows_without_an_answer_give_no_loss_and_no_step_lacks_a_gradient(run, tmp_path, capsys):
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    for row in rows[:2]:
+        row["response"] = None
+    for row in rows[2:4]:
+        row["audio"] = None
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("--max-steps", "1", "--train", "adapter") == 0  # the LLM is frozen: text alone would teach nothing
+    assert "4 rows to distil" in capsys.readouterr().out
