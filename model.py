@@ -12,6 +12,7 @@ an embedding a second. Nothing here prints.
 """
 import codecs
 import contextlib
+import copy
 import functools
 import importlib.util
 import inspect
@@ -31,6 +32,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoFeatureExtractor,
                           AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor,
                           AutoTokenizer, DynamicCache, PretrainedConfig, PreTrainedModel,
@@ -388,7 +390,8 @@ def generate(llm, prompts, **options):
         llm.set_attn_implementation(original)
 
 
-def decode(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, generator=None):
+def decode(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, generator=None,
+           speech=None):
     """Batched decoding: the prefix that all prompts share is read once,
     finished rows leave the batch.
 
@@ -399,6 +402,7 @@ def decode(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, 
         eos_ids: ids that end a row; the ending id is kept in the result.
         temperature: 0 = greedy, else the softmax temperature among the top_k tokens;
             draws from `generator`.
+        speech: list of (T_i, 1), 1 = speech: where LoRA acts, if only at speech.
     Returns:
         list of token id lists; a row that was cut at max_new_tokens does not
         end in an id of eos_ids.
@@ -415,6 +419,8 @@ def decode(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, 
         shared = int((heads == heads[:1]).all(-1).all(0).int().cumprod(0).sum())
     if shared:
         prefix = DynamicCache(config=llm.config)
+        if speech:
+            llm.lora_mask = speech[0][None, :shared]                              # (1, T, 1)
         llm(inputs_embeds=prompts[0][None, :shared], past_key_values=prefix, logits_to_keep=1)
         for i, layer in enumerate(prefix.layers):
             cache.update(layer.keys.expand(batch, -1, -1, -1),
@@ -429,6 +435,9 @@ def decode(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, 
         mask[b, shared + width - len(prompt):width] = 1
     positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)                      # (B, T)
     inputs = dict(inputs_embeds=embeds, position_ids=positions[:, shared:])
+    if speech:
+        llm.lora_mask = nn.utils.rnn.pad_sequence(
+            speech, batch_first=True, padding_side="left")[:, shared:]            # (B, T, 1)
     positions, alive, eos = (positions[:, -1:], list(range(batch)),
                              torch.tensor(eos_ids, device=device))
     rows = [[] for _ in range(batch)]
@@ -436,6 +445,8 @@ def decode(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, 
     for length in range(width, width + max_new_tokens):
         logits = llm(**inputs, attention_mask=mask[:, :length], past_key_values=cache,
                      logits_to_keep=1).logits[:, -1]
+        if speech:
+            llm.lora_mask = 0
         if temperature:
             values, candidates = logits.topk(min(top_k, logits.shape[-1]))        # (B, K)
             drawn = torch.multinomial((values.float() / temperature).softmax(-1), 1,
@@ -459,6 +470,61 @@ def decode(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, 
             mask, positions, tokens, done = mask[keep], positions[keep], tokens[keep], done[keep]
         inputs = dict(input_ids=tokens[:, None], position_ids=positions)
     return rows
+
+
+# ---- LoRA ----
+
+def layers_of(model):
+    """The layers of a causal LM or an encoder: the outermost list of modules in it."""
+    lists = [x for x in getattr(model, "base_model", model).modules()
+             if isinstance(x, nn.ModuleList)]
+    return lists[0] if lists else []
+
+
+def add_lora(llm, rank, alpha):
+    """LoRA, untrained and in float32, on the linear layers of the decoder.
+
+    It acts where llm.lora_mask says: None = everywhere, 0 = nowhere, (B, T, 1) = where that is 1.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise RuntimeError("LoRA needs the package peft: pip install peft") from error
+    linear = {x for x in layers_of(llm).modules() if isinstance(x, nn.Linear)}
+    llm.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=[
+        name for name, x in llm.named_modules() if x in linear]))
+    llm.lora_mask = None
+
+    def masked(module, inputs, output):
+        return output if llm.lora_mask is None else output * llm.lora_mask
+
+    for name, module in llm.named_modules():
+        if name.endswith((".lora_A.default", ".lora_B.default")):
+            module.float()
+        if name.endswith(".lora_B.default"):
+            module.register_forward_hook(masked)
+
+
+def save_adapter(config, state, folder):
+    """LoRA's weights in a state dict -> peft's own format, under the names of the base model."""
+    weights = {k.removeprefix("llm.").replace(".default.", "."): v
+               for k, v in state.items() if ".lora_" in k}
+    config = copy.copy(config)
+    config.target_modules = sorted({k.rpartition(".lora_")[0] for k in weights})
+    config.save_pretrained(folder)
+    save_file({f"base_model.model.{k}": v for k, v in weights.items()},
+              folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def merge_lora(config, state):
+    """State dict with LoRA -> that of the plain model: W + alpha / rank * B A."""
+    merged = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
+    for key in [k for k in state if k.endswith(".lora_A.default.weight")]:
+        a, b = state[key].float(), state[key.replace(".lora_A.", ".lora_B.")].float()
+        name = key.replace(".lora_A.default.", ".")
+        weight = merged[name].float() + config.lora_alpha / config.r * (b @ a)
+        merged[name] = weight.to(merged[name].dtype)
+    return merged
 
 
 # ---- the adapter ----
@@ -546,7 +612,7 @@ class Adapter(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.spell = nn.Linear(dim, llm_dim)
         self.blank = nn.Parameter(torch.randn(1, llm_dim) / llm_dim**0.5)
-        self.log_scale = nn.Parameter(torch.tensor(3.0))   # logits need about 20 times a cosine
+        self.log_scale = nn.Parameter(torch.tensor([3.0]))  # logits need about 20 times a cosine
         self.correct = nn.Linear(dim, llm_dim)             # added to a heard token's embedding
         self.sound = nn.Linear(dim, llm_dim)               # stands alone where no token is heard
         nn.init.zeros_(self.correct.weight)
@@ -583,6 +649,7 @@ class SpeechLLMConfig(PretrainedConfig):
     adapter_heads: int = 6
     adapter_kernel: int = 7
     ctc_merges: int = 500
+    speech_lora: dict | None = None  # rank, alpha of LoRA that acts at speech only: never merged
 
     def __post_init__(self, **kwargs):
         for name in ("encoder", "llm"):
@@ -609,6 +676,8 @@ class SpeechLLM(PreTrainedModel):
         self.encoder = encoder if encoder is not None else WhisperEncoder(c.encoder)
         self.llm = (llm if llm is not None
                     else AutoModelForCausalLM.from_config(c.llm, dtype=torch.get_default_dtype()))
+        if c.speech_lora:
+            add_lora(self.llm, **c.speech_lora)
         self.adapter = Adapter(c.encoder.d_model, c.adapter_dim,
                                self.llm.get_input_embeddings().embedding_dim,
                                c.adapter_layers, c.adapter_heads, c.adapter_kernel)
@@ -731,7 +800,8 @@ class SpeechLLM(PreTrainedModel):
             no (B, T, V) tensor is made.
         """
         speech, logits, lengths, zero = {}, None, None, 0
-        if self.training and torch.is_grad_enabled():  # DDP waits for all that trains, used or not
+        # DDP waits for all that trains, used or not
+        if self.training and torch.is_grad_enabled() and not isinstance(self, FSDPModule):
             idle = [p for part in (self.adapter, self.encoder) for p in part.parameters()
                     if p.requires_grad]
             zero = 0 * sum(p.sum() for p in idle)
@@ -741,7 +811,11 @@ class SpeechLLM(PreTrainedModel):
             if not llm:
                 return None, logits + zero, lengths
             speech = dict(zip(clips, self.read(states, logits, lengths)[0]))
-        embeds = self.splice(before, [a + y for a, y in zip(after, answers)], speech)
+        after = [a + y for a, y in zip(after, answers)]
+        embeds = self.splice(before, after, speech)
+        if getattr(self.config, "speech_lora", None):
+            self.llm.lora_mask = nn.utils.rnn.pad_sequence(
+                self.speech_positions(before, after, speech), batch_first=True)   # (B, T, 1)
         padded = nn.utils.rnn.pad_sequence(embeds, batch_first=True)      # (B, T, H), right-padded
         self.positions[0] += sum(map(len, embeds))
         self.positions[1] += padded.shape[0] * padded.shape[1]
@@ -758,6 +832,12 @@ class SpeechLLM(PreTrainedModel):
         parts = iter(self.llm.get_input_embeddings()(flat).split(lengths))
         return [torch.cat([next(parts), *([speech[row]] if row in speech else []), next(parts)])
                 for row in range(len(before))]
+
+    def speech_positions(self, before, after, speech):
+        """As splice -> list of B (T_i, 1), 1 = speech."""
+        return [torch.tensor([0.] * len(b) + [1.] * len(speech.get(row, ())) + [0.] * len(a),
+                             device=self.device)[:, None]
+                for row, (b, a) in enumerate(zip(before, after))]
 
     def prompt(self, row):
         """A row of the manifest -> (before, after, waveform or None).
@@ -778,10 +858,12 @@ class SpeechLLM(PreTrainedModel):
         before, after, waveforms = zip(*(self.prompt(row) for row in rows))
         clips = [b for b, waveform in enumerate(waveforms) if waveform is not None]
         heard = self.hear([waveforms[b] for b in clips])[0] if clips else []
-        embeds = self.splice(before, after, dict(zip(clips, heard)))
+        speech = dict(zip(clips, heard))
+        if getattr(self.config, "speech_lora", None):
+            options["speech"] = self.speech_positions(before, after, speech)
         was_training = self.training
         self.eval()  # in training mode, gradient checkpointing turns the cache off
-        ids = generate(self.llm, embeds, max_new_tokens=max_new_tokens,
+        ids = generate(self.llm, self.splice(before, after, speech), max_new_tokens=max_new_tokens,
                        eos_ids=[end_token(self.tokenizer)], **options)
         self.train(was_training)
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -1015,26 +1097,46 @@ def merge_adapter(model):
     model._weight_conversions = None  # those of the adapter's names would spoil a saved folder
 
 
-def save_student(model, folder, dtype=None):
+def whole(tensor, keep=True):
+    """What FSDP has sharded, gathered on the CPU: every rank must ask, `keep` or not."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    tensor = tensor.full_tensor()
+    return tensor.cpu() if keep else None
+
+
+def save_student(model, folder, dtype=None, write=True):
     """Write a transformers folder that AutoModel.from_pretrained(folder, trust_remote_code=True)
     loads anywhere.
 
     The folder is written beside its place and renamed: it is complete or not there at all.
+    With a sharded model every rank must call it, one with `write`.
     """
+    state = getattr(model, "whole", model).state_dict()
+    state = {k: whole(v, write) for k, v in state.items()}
+    if not write:
+        return
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    config = getattr(model.llm, "peft_config", {}).get("default")
+    lora = None if getattr(model.config, "speech_lora", None) else config
+    weights = merge_lora(lora, state) if lora else state
     if isinstance(model, HubStudent):
-        save_whole(model.whole, temporary, dtype)
+        save_whole(model.whole, weights, temporary, dtype)
     else:
-        state = {k: v.to(dtype) if dtype and not k.startswith("adapter.") else v
-                 for k, v in model.state_dict().items()
-                 if k not in model.all_tied_weights_keys}  # a cast copy is not seen to be tied
+        weights = {k: v.to(dtype) if dtype and not k.startswith("adapter.") else v
+                   for k, v in weights.items()
+                   if k not in model.all_tied_weights_keys}  # a cast copy is not seen to be tied
         SpeechLLM.register_for_auto_class("AutoModel")
         SpeechLLMConfig.register_for_auto_class("AutoConfig")
-        model.save_pretrained(temporary, state_dict=state)
+        original, model.__class__ = model.__class__, SpeechLLM  # fully_shard makes it a subclass
+        model.save_pretrained(temporary, state_dict=weights)
+        model.__class__ = original
         model.tokenizer.save_pretrained(temporary)
         model.processors["extractor"].save_pretrained(temporary)
+    if lora:
+        save_adapter(lora, state, temporary / "adapter")
     config = json.loads((temporary / "config.json").read_text())
     config["dtype"] = str(dtype or torch.float32).removeprefix("torch.")  # not the live model's
     (temporary / "config.json").write_text(json.dumps(config, indent=2))
@@ -1046,12 +1148,12 @@ def save_student(model, folder, dtype=None):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_whole(model, folder, dtype):
+def save_whole(model, state, folder, dtype):
     """A model of transformers, and all else of the folder that it came from: the processor; of a
     model that also speaks, the weights that nothing here loads."""
     source = Path(model.name_or_path)
     state = {k: v.to(dtype) if dtype and v.is_floating_point() else v
-             for k, v in model.state_dict().items() if k not in model.all_tied_weights_keys}
+             for k, v in state.items() if k not in model.all_tied_weights_keys}
     if json.loads((source / "config.json").read_text())["model_type"] in THINKERS:
         folder.mkdir(parents=True)
         trained = revert_weight_conversion(model, state)  # the names that the files have

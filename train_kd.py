@@ -18,6 +18,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -29,7 +30,10 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.utils import logging
@@ -86,6 +90,16 @@ def get_args(argv=None):
     g = p.add_argument_group("what trains")
     g.add_argument("--train", nargs="+", choices=["encoder", "adapter", "llm"],
                    default=["adapter", "llm"], help="parts that train")
+    g.add_argument("--freeze", help="of these, leave what this regular expression finds in a "
+                   "parameter's name, e.g. 'layers\\.[0-3]\\.'")
+    g.add_argument("--lora-rank", type=int, default=0,
+                   help="LoRA on the LLM's linear layers, embeddings and head frozen, at --lr-llm "
+                        "(1e-4 to 5e-4); needs peft; 0 = off")
+    g.add_argument("--lora-alpha", type=float, default=32, help="LoRA is scaled by alpha / rank")
+    g.add_argument("--lora-speech-only", action="store_true",
+                   help="LoRA acts at the speech alone: by text the LLM stays what it is")
+    g.add_argument("--share-teacher", action=argparse.BooleanOptionalAction, default=True,
+                   help="with LoRA on the teacher itself: one copy of it, adapters off = teacher")
     g.add_argument("--lr-encoder", type=float, default=1e-5,
                    help="peak learning rate; 1e-6 to 5e-5")
     g.add_argument("--lr-adapter", type=float, default=2e-4,
@@ -117,6 +131,8 @@ def get_args(argv=None):
                    help="of the computation; what trains is float32")
     g.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
                    help="recompute activations: less memory, about 30%% slower")
+    g.add_argument("--shard", action="store_true",
+                   help="FSDP2 in place of DDP: teacher, student and optimizer split over the GPUs")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                    help="torch.compile the LLM")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -134,14 +150,25 @@ def get_args(argv=None):
     g.add_argument("--tensorboard", action="store_true",
                    help="also log to OUT/tensorboard (needs the package)")
     args = p.parse_args(argv)
-    if args.channels == ["t2t"] and "llm" not in args.train:
-        p.error("--channels t2t trains nothing without --train llm")
+    if args.channels == ["t2t"] and ("llm" not in args.train or args.lora_speech_only):
+        p.error("--channels t2t trains nothing without --train llm, or with --lora-speech-only")
+    if args.lora_rank and "llm" not in args.train:
+        p.error("--lora-rank trains the LLM: add llm to --train")
+    if args.lora_speech_only and not args.lora_rank:
+        p.error("--lora-speech-only needs --lora-rank")
+    try:
+        re.compile(args.freeze or "")
+    except re.error as error:
+        p.error(f"--freeze {args.freeze}: {error}")
+    if args.shard and ("RANK" not in os.environ or args.compile or args.dtype == "float16"):
+        p.error("--shard needs torchrun, and goes with neither --compile nor --dtype float16")
     m.check_options(
         p, args, batch_size=1, warm_start_batch_size=1, log_every=1, save_every=1,
         max_answer_tokens=1, seed=(0, 2**32), epochs=1e-3, temperature=1e-2, max_grad_norm=1e-6,
+        lora_alpha=1e-3,
         **dict.fromkeys("""global_batch_size batch_tokens eval_every max_steps warm_start_steps
             lr_warmup_steps workers max_bad_rows t2t_weight s2t_weight kd_weight ce_weight
-            ctc_weight""".split(), 0),
+            ctc_weight lora_rank""".split(), 0),
         **dict.fromkeys("weight_decay lr_encoder lr_adapter lr_llm warm_start_lr".split(), (0, 1)))
     if not args.kd_weight + args.ce_weight:
         p.error("--kd-weight 0 and --ce-weight 0 leave nothing to learn; set one of them")
@@ -378,9 +405,13 @@ def usable_rows(args, rows, global_batch_size, warm_batch):
 
     Raises: ValueError if there are fewer than a phase needs for one global batch.
     """
-    # with a frozen LLM the text channel gives no gradient, so a batch needs sound on every rank
+    for row in rows if args.shard else []:
+        if not all(row.get(key) for key in ("prompt", "audio", args.labels)):
+            raise ValueError(f"--shard: row {row['id']} lacks prompt, audio or {args.labels}; all "
+                             "processes must do the same work, so leave such rows out")
+    # where by text nothing trains, that channel gives no gradient: a batch needs sound on every rank
     needs = [{"t2t": "prompt", "s2t": "audio"}[c] for c in args.channels
-             if c != "t2t" or "llm" in args.train]
+             if c != "t2t" or "llm" in args.train and not args.lora_speech_only]
     distil_rows = [r for r in rows if r.get(args.labels) and any(r.get(key) for key in needs)]
     spoken_rows = [r for r in rows if args.warm_start_steps and r.get("audio") and r["prompt"]
                    and not r.get("instruction")]
@@ -440,6 +471,8 @@ def teacher_rows(teacher, items):
     if "teacher_hidden" in items[0]:
         head = teacher.get_output_embeddings().weight
         return [item["teacher_hidden"].to(head.device) for item in items]
+    if hasattr(teacher, "llm"):
+        return base_rows(teacher, items)
     sequences = [torch.tensor(item["teacher_prompt"] + item["answer"]) for item in items]
     padded = torch.nn.utils.rnn.pad_sequence(
         sequences, batch_first=True).to(teacher.device)  # (B, T), right padding
@@ -447,6 +480,20 @@ def teacher_rows(teacher, items):
         hidden = teacher.base_model(input_ids=padded, use_cache=False).last_hidden_state
     return [h[len(s) - len(item["answer"]) - 1:len(s) - 1]
             for h, s, item in zip(hidden, sequences, items)]
+
+
+def base_rows(student, items):
+    """teacher_rows of the student's own LLM: LoRA off, eval mode. Through the student's forward,
+    where FSDP gathers the weights."""
+    llm, training, mask = student.llm, student.training, student.llm.lora_mask
+    student.eval()
+    llm.lora_mask = 0
+    with torch.no_grad():
+        hidden = student([i["teacher_prompt"] for i in items], [[] for _ in items],
+                         [i["answer"] for i in items])[0]                        # (N, H)
+    llm.lora_mask = mask
+    student.train(training)
+    return hidden.split([len(i["answer"]) for i in items])
 
 
 def student_inputs(items, channel):
@@ -517,7 +564,7 @@ def ctc_loss(items, logits, lengths):
 
 # ---- evaluation ----
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(student, teacher, dataset, indices, channels=("t2t", "s2t"), batch_size=16,
              progress=False):
     """Per row and channel: sums over answer tokens, all and the first EARLY,
@@ -532,11 +579,12 @@ def evaluate(student, teacher, dataset, indices, channels=("t2t", "s2t"), batch_
     was_training = student.training
     student.eval()
     results = {channel: torch.zeros(len(indices), 6, dtype=torch.float64) for channel in channels}
-    heads = [x.get_output_embeddings().weight.float() * m.logit_scale(x)
-             for x in (student.llm, teacher)]
+    teacher_llm = getattr(teacher, "llm", teacher)
+    heads = [m.whole(x.get_output_embeddings().weight).to(student.device).float()
+             * m.logit_scale(x) for x in (student.llm, teacher_llm)]
     vocab = min(map(len, heads))
-    autocast = torch.autocast(student.device.type, dtype=teacher.dtype,
-                              enabled=teacher.dtype != torch.float32)
+    autocast = torch.autocast(student.device.type, dtype=teacher_llm.dtype,
+                              enabled=teacher_llm.dtype != torch.float32)
     for start in tqdm(range(0, len(indices), batch_size), desc="evaluating", unit="batch",
                       disable=not progress):
         items = [dataset[i] for i in indices[start:start + batch_size]]
@@ -576,6 +624,52 @@ def eval_log(results):
     return log
 
 
+# ---- what trains ----
+
+def load_teacher(args, student, dtype):
+    """-> (teacher, tokenizer); with LoRA on the teacher's own weights, the student itself,
+    whose LLM `teacher_rows` then reads with LoRA off."""
+    shares = args.lora_rank and args.share_teacher and not args.teacher_cache
+    if shares and args.student.partition("+")[2] == args.teacher:
+        return student, student.tokenizer
+    teacher, tokenizer = m.load_llm(args.teacher, dtype, args.revision)
+    own = {k.replace(".base_layer.", "."): v for k, v in student.llm.state_dict().items()}
+    if shares and all(k in own and torch.equal(own[k].to(v), v)
+                      for k, v in teacher.state_dict().items()):
+        return student, student.tokenizer
+    return teacher.requires_grad_(False), tokenizer
+
+
+def add_lora(args, student):
+    """LoRA by --lora-*, unless the student brings it along from such a run."""
+    wanted = dict(rank=args.lora_rank, alpha=args.lora_alpha) if args.lora_speech_only else None
+    present = getattr(student.config, "speech_lora", None)
+    if present and present != wanted:
+        raise ValueError(f"{args.student} has LoRA at its speech, {present}; "
+                         f"these options ask for {wanted}")
+    if wanted and isinstance(student, m.HubStudent):
+        raise ValueError(f"--lora-speech-only: {args.student} does not tell its speech from its "
+                         "template, only ENCODER+LLM does; leave the option out")
+    if args.lora_rank and not present:
+        student.llm.name_or_path = args.student.partition("+")[2] or args.student
+        m.add_lora(student.llm, args.lora_rank, args.lora_alpha)
+    if wanted:
+        student.config.speech_lora = wanted
+
+
+def trainable_names(args, student):
+    """Names of the parameters that train: of the parts of --train (with LoRA, nothing else of the
+    LLM) without those that --freeze finds; and the latter. ValueError if it finds none or all."""
+    names = {name for name, _ in student.named_parameters() if name.split(".")[0] in args.train
+             and "embed_positions" not in name  # sinusoids
+             and (not args.lora_rank or not name.startswith("llm.") or ".lora_" in name)}
+    frozen = {name for name in names if args.freeze and re.search(args.freeze, name)}
+    if args.freeze and not 0 < len(frozen) < len(names):
+        raise ValueError(f"--freeze {args.freeze!r} finds {len(frozen)} of the {len(names)} "
+                         f"parameters that train, e.g. {min(names)}; expected some of them")
+    return names - frozen, frozen
+
+
 # ---- checks, checkpoints ----
 
 def check_pair(teacher, teacher_tokenizer, student):
@@ -591,20 +685,41 @@ def check_pair(teacher, teacher_tokenizer, student):
         raise RuntimeError("teacher and student need one tokenizer: "
                            f"{teacher_tokenizer.name_or_path} and {student.tokenizer.name_or_path} "
                            f"differ, e.g. in {example!r}, and end a turn with {ends}")
-    for llm in (teacher, student.llm):
+    for llm in (getattr(teacher, "llm", teacher), student.llm):
         if getattr(llm.config.get_text_config(decoder=True), "final_logit_softcapping", None):
             raise RuntimeError(f"{llm.config.model_type}: capped logits (final_logit_softcapping) "
                                "are not supported; choose another model")
 
 
-def save_checkpoint(path, student, optimizer, scaler, step, best, args, world):
+def shard(student, teacher, dtype, device):
+    """FSDP2: layers one by one, then the rest. Layers are gathered in `dtype` when they are needed,
+    gradients are summed in float32; the adapter is all float32. The teacher's head stays whole."""
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False))
+    one = teacher is student or teacher.device.type == "meta"
+    llms = [student.llm] if one else [student.llm, teacher]
+    for layer in [x for part in (student.encoder, *llms) for x in m.layers_of(part)]:
+        fully_shard(layer, **options)
+    fully_shard(student.adapter, mesh=mesh, reshard_after_forward=False,
+                mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    fully_shard(student, **options)
+    if not one:
+        teacher.get_output_embeddings().to(device)
+        fully_shard(teacher.base_model, **options)
+
+
+def save_checkpoint(path, student, optimizer, scaler, step, best, args, world, write=True):
     """Trainable weights and everything else that a bit-exact continuation needs;
-    complete or not there."""
-    weights = {k: v.detach() for k, v in student.named_parameters()
-               if k.split(".")[0] in args.train}
-    torch.save({"model": weights, "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), "step": step, "best": best, "args": vars(args),
-                "world": world}, path.with_suffix(".tmp"))
+    complete or not there. With --shard every rank must call it, one with `write`."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    weights = {k: v.detach() for k, v in student.named_parameters() if id(v) in trained}
+    state = tree_map(lambda x: m.whole(x, write),
+                     {"model": weights, "optimizer": optimizer.state_dict()})
+    if not write:
+        return
+    torch.save({**state, "scaler": scaler.state_dict(), "step": step, "best": best,
+                "args": vars(args), "world": world}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -615,7 +730,7 @@ def load_checkpoint(path, student, optimizer, scaler, args, world):
         raise ValueError(f"{path}: no checkpoint can be read from it ({str(error)[:99]}); start "
                          "afresh in another --out") from error
     free = ("resume", "device", "workers", "tensorboard", "out", "log_every", "save_every",
-            "feature_cache")
+            "feature_cache", "shard")
     changed = [f"{k} {saved['args'].get(k)!r} -> {v!r}" for k, v in vars(args).items()
                if k not in free and saved["args"].get(k) != v]
     if saved["world"] != world or changed:
@@ -623,24 +738,25 @@ def load_checkpoint(path, student, optimizer, scaler, args, world):
                          f"changed options: {', '.join(changed) or 'none'}; "
                          "repeat the old ones, or start afresh in another --out")
     parameters = dict(student.named_parameters())
-    missing = [k for k in parameters if k.split(".")[0] in args.train and k not in saved["model"]]
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [k for k, p in parameters.items() if id(p) in trained and k not in saved["model"]]
     if missing:
         raise ValueError(f"{path}: no weights for {missing[0]} and {len(missing) - 1} more; "
                          "is this the same student?")
+
+    def like(value, p):  # whole, as in the file -> sharded as the parameter is
+        sharded = value.shape == p.shape and isinstance(p, DTensor)
+        return (distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+                if sharded else value)
+
     for name, value in saved["model"].items():
-        parameters[name].data.copy_(value)
+        parameters[name].data.copy_(like(value, parameters[name]))
+    in_order = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, state in saved["optimizer"]["state"].items():
+        state.update({key: like(value, in_order[index]) for key, value in state.items()})
     optimizer.load_state_dict(saved["optimizer"])
     scaler.load_state_dict(saved["scaler"])
     return saved["step"], saved["best"]
-
-
-def train_only(parts, names):
-    """The parts of these names train, but for the sinusoids of some encoders."""
-    for name, part in parts.items():
-        part.requires_grad_(name in names)
-    for name, parameter in parts["encoder"].named_parameters():
-        if "embed_positions" in name:
-            parameter.requires_grad_(False)
 
 
 def make_optimizer(args, parts, device):
@@ -689,7 +805,9 @@ def main(args):
               else torch.device(args.device))
     if ddp:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if device.type == "cpu":  # torchrun sets one thread a process
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        else:  # torchrun sets one thread a process
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0))
                                       // int(os.environ["LOCAL_WORLD_SIZE"])))
     dtype, out = getattr(torch, args.dtype), Path(args.out)
@@ -712,21 +830,30 @@ def main(args):
 
     # ---- teacher and student ----
     torch.manual_seed(args.seed)  # the adapter's first weights are the same on every rank
-    student = m.load_student(args.student, args.revision, args.trust_remote_code).to(device)
+    student = m.load_student(args.student, args.revision, args.trust_remote_code)
+    (student.encoder if args.shard else student).to(device)  # what is sharded moves piece by piece
     if isinstance(student, m.HubStudent) and args.warm_start_steps:
         raise ValueError(f"--warm-start-steps {args.warm_start_steps}: {args.student} has no CTC "
                          "adapter to warm up, only ENCODER+LLM has; use 0")
-    teacher, teacher_tokenizer = m.load_llm(args.teacher, dtype, args.revision)
-    teacher.to(device).requires_grad_(False)
-    check_pair(teacher, teacher_tokenizer, student)
     parts = {"encoder": student.encoder, "adapter": student.adapter, "llm": student.llm}
-    train_only(parts, args.train)
     for name, part in parts.items():
-        if name not in args.train and name != "adapter":
-            part.to(dtype)  # frozen: no master weights needed
-    head, teacher_head = (student.llm.get_output_embeddings().weight,
-                          teacher.get_output_embeddings().weight)
-    scales = m.logit_scale(student.llm), m.logit_scale(teacher)
+        if name != "adapter" and (name not in args.train or name == "llm" and args.lora_rank):
+            for tensor in part.state_dict(keep_vars=True).values():  # frozen: needs no master
+                if tensor.is_floating_point():  # part.to would round RoPE's frequencies too
+                    tensor.data = tensor.data.to(dtype)
+    teacher, teacher_tokenizer = load_teacher(args, student, dtype)
+    if not args.shard or args.teacher_cache:
+        teacher.to(device)
+    check_pair(teacher, teacher_tokenizer, student)
+    add_lora(args, student)
+    trainable, frozen = trainable_names(args, student)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name in trainable)
+        if name in trainable:
+            parameter.data = parameter.data.float()
+    text_trains = not args.lora_speech_only and any(n.startswith("llm.") for n in trainable)
+    llms = student.llm, getattr(teacher, "llm", teacher)
+    scales = list(map(m.logit_scale, llms))
     if args.gradient_checkpointing:
         student.llm.gradient_checkpointing_enable()
     if args.compile and (device.type == "cuda" or shutil.which("g++")):
@@ -771,6 +898,8 @@ def main(args):
     eval_set = Rows(eval_rows, student, teacher_tokenizer, args, cache, hidden_of)
 
     # ---- optimizer, resume ----
+    if args.shard:
+        shard(student, teacher, dtype, device)
     optimizer = make_optimizer(args, parts, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best = 0, None
@@ -790,7 +919,8 @@ def main(args):
                  for name, part in parts.items()}
         print(f"{len(distil_rows)} rows to distil, {len(spoken_rows)} to hear, "
               f"{len(eval_rows)} to measure on; trains: "
-              + ", ".join(f"{name} {size / 1e6:.1f} M" for name, size in sizes.items() if size))
+              + ", ".join(f"{name} {size / 1e6:.1f} M" for name, size in sizes.items() if size)
+              + f"; --freeze keeps {len(frozen)} parameters as they are" * bool(frozen))
     writer = None
     if args.tensorboard and master:
         try:
@@ -815,20 +945,26 @@ def main(args):
         nonlocal best
         if not eval_rows:
             return
-        results = evaluate(student, teacher, eval_set, range(rank, len(eval_rows), world),
-                           args.channels)
-        sums = {channel: rows.sum(0) for channel, rows in results.items()}
+        mine = list(range(rank, len(eval_rows), world))
+        results = evaluate(student, teacher, eval_set,  # as many rows on every rank
+                           mine + [0] * (-(-len(eval_rows) // world) - len(mine)), args.channels)
+        if args.shard:  # what the backward would do
+            student.reshard()
+            student.adapter.reshard()
+        sums = {channel: rows[:len(mine)].sum(0) for channel, rows in results.items()}
         for channel in sums if ddp else []:
             dist.all_reduce(sums[channel])
         record = eval_log(sums)
+        score = record.get("eval_kl8_s2t", record.get("eval_kl8_t2t"))
+        if best is None or score < best:
+            best = score
+            if master or args.shard:
+                m.save_student(student, out / "best", dtype, master)
         if master:
             log({"step": step, **record})
             print("eval  " + " | ".join(f"{k[5:]} {v:.3f}" for k, v in record.items()))
-            score = record.get("eval_kl8_s2t", record.get("eval_kl8_t2t"))
-            if best is None or score < best:
-                best = score
-                m.save_student(student, out / "best", dtype)
-            write_samples(student, eval_rows[:3], out / "samples.jsonl", step)
+            if not args.shard:  # ranks would lose step
+                write_samples(student, eval_rows[:3], out / "samples.jsonl", step)
 
     # ---- the loop ----
     if step == 0 and not args.warm_start_steps:
@@ -839,15 +975,18 @@ def main(args):
         rows, first_step, plan, peaks, channels = phases[phase]
         if phase != current:  # the warm start trains the adapter alone
             current = phase
-            train_only(parts, set(args.train) & set(peaks))
+            for name, parameter in student.named_parameters():
+                parameter.requires_grad_(name in trainable  # which FSDP reads only once
+                                         and (args.shard or name.split(".")[0] in peaks))
             student.train()
             devices = [local_rank] if device.type == "cuda" else None
-            model = DistributedDataParallel(student, device_ids=devices) if ddp else student
+            model = (DistributedDataParallel(student, device_ids=devices)
+                     if ddp and not args.shard else student)
             mine = [batch for batches in plan[step - first_step:] for batch in batches[rank::world]]
             stream = iter(DataLoader(rows, batch_sampler=mine, num_workers=args.workers,
                                      collate_fn=pack))
-            if "t2t" in channels and "llm" not in args.train and master:
-                print("the LLM is frozen: by text nothing can change, "
+            if "t2t" in channels and not text_trains and master:
+                print("by text nothing trains, "
                       "so the text channel is measured but not trained")
         warm_up = min(1.0, (step - first_step + 1) / max(1, args.lr_warmup_steps))
         factor = warm_up * 0.5 * (1 + math.cos(math.pi * (step - first_step) / len(plan)))
@@ -860,7 +999,7 @@ def main(args):
         waited += time.perf_counter() - asked
         passes = [(channel, chosen, items) for items in micro_batches for channel in channels
                   if (chosen := channel_items(items, channel))
-                  and not (channel == "t2t" and "llm" not in args.train)]
+                  and (channel != "t2t" or text_trains)]
         # Mean over ALL supervised tokens of the step, per channel.
         # DDP averages over ranks, hence `world` below.
         counts = torch.tensor([*count_tokens(args, passes), len(stopped)], dtype=torch.float64)
@@ -881,7 +1020,7 @@ def main(args):
                 done = items
             # no_sync must cover forward AND backward:
             # DDP decides in forward whether this backward will sync
-            with (contextlib.nullcontext() if not ddp or number == len(passes) - 1
+            with (contextlib.nullcontext() if model is student or number == len(passes) - 1
                   else model.no_sync()):
                 with torch.amp.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                     hidden, logits, spelled = model(**student_inputs(chosen, channel))
@@ -890,6 +1029,8 @@ def main(args):
                         at = CHANNELS.index(channel)
                         weight = ({"t2t": args.t2t_weight, "s2t": args.s2t_weight}[channel]
                                   / num_tokens[at])
+                        # after the forward: then FSDP has gathered the student's head
+                        head, teacher_head = (x.get_output_embeddings().weight for x in llms)
                         channel_sum, ce, kd = channel_loss(args, chosen, hidden, head,
                                                            teacher_hidden, teacher_head,
                                                            scales)
@@ -910,9 +1051,14 @@ def main(args):
             raise RuntimeError(f"loss {values[0]} in step {step + 1}, learning rate "
                                f"{group['lr']:.2e}; rows of rank {rank}: {ids}; "
                                f"{checkpoint_path} keeps the last good state")
-        scaler.unscale_(optimizer)  # clip the true gradient
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+        for p, part in [(p, g["part"]) for g in optimizer.param_groups for p in g["params"]]:
+            if part not in peaks:
+                p.grad = None
+            elif p.grad is None:  # FSDP leaves out what no channel used, DDP gives it zeros
+                p.grad = torch.zeros_like(p)
+        scaler.unscale_(optimizer)  # clip the true gradient
+        grad_norm = m.whole(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm))
         if not torch.isfinite(grad_norm) and scaler.get_scale() <= 1:  # else fp16 skips the step
             raise RuntimeError(f"gradient norm {grad_norm} in step {step + 1}; lower the learning "
                                f"rate, or --dtype bfloat16; {checkpoint_path} keeps the last good "
@@ -946,8 +1092,9 @@ def main(args):
         due = phase == "distil" and args.eval_every and (step - first_step) % args.eval_every == 0
         if at_end or step == args.warm_start_steps or due:
             measure()
-        if master and (at_end or stop or step % args.save_every == 0):
-            save_checkpoint(checkpoint_path, student, optimizer, scaler, step, best, args, world)
+        if (master or args.shard) and (at_end or stop or step % args.save_every == 0):
+            save_checkpoint(checkpoint_path, student, optimizer, scaler, step, best, args, world,
+                            master)
         if stop:
             if master:
                 print(f"stopped by SIGTERM after step {step}; "
@@ -955,8 +1102,9 @@ def main(args):
             return 143
 
     # ---- the student ----
+    if master or args.shard:
+        m.save_student(student, out / "last", dtype, master)
     if master:
-        m.save_student(student, out / "last", dtype)
         print(f"wrote {out / 'last'}")
     if ddp:
         dist.barrier()
