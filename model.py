@@ -500,7 +500,7 @@ def add_lora(llm, rank, alpha):
 
     for name, module in llm.named_modules():
         if name.endswith((".lora_A.default", ".lora_B.default")):
-            module.float()
+            module.weight = nn.Parameter(module.weight.data.float())
         if name.endswith(".lora_B.default"):
             module.register_forward_hook(masked)
 

@@ -706,7 +706,7 @@ def shard(student, teacher, dtype, device):
     fully_shard(student, **options)
     if not one:
         teacher.get_output_embeddings().to(device)
-        fully_shard(teacher.base_model, **options)
+        fully_shard(teacher.base_model, reshard_after_forward=True, **options)
 
 
 def save_checkpoint(path, student, optimizer, scaler, step, best, args, world, write=True):

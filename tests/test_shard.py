@@ -10,6 +10,7 @@ import torch
 
 import model as m
 import train_kd
+from test_memory_plan import memory_plan
 from test_train import ROOT, arguments, assert_logs_agree, data, one_thread, read_log, train  # noqa: F401
 
 # Runs one after the other in one process group, since starting Python takes longer than they do;
@@ -21,7 +22,12 @@ import torch.distributed as dist
 import train_kd
 dist.init_process_group("gloo")
 dist.init_process_group = dist.destroy_process_group = lambda *a: None
-count = train_kd.count_tokens
+count, save, held = train_kd.count_tokens, train_kd.save_checkpoint, {{}}
+def saved(path, student, optimizer, *rest):
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    held[str(path)] = [sum(getattr(t, "to_local", lambda: t)().nbytes for t in ts) for ts in (list(student.parameters()), states)]
+    save(path, student, optimizer, *rest)
+train_kd.save_checkpoint = saved
 for argv, last in json.load(open(sys.argv[1])):
     steps = []
     def counted(*a):
@@ -32,6 +38,8 @@ for argv, last in json.load(open(sys.argv[1])):
     train_kd.count_tokens = counted
     code = train_kd.main(train_kd.get_args(argv))
     assert code == (143 if last else 0), code
+if dist.get_rank() == 0:
+    json.dump(held, open(sys.argv[1], "w"))
 """
 STEPS = ["--warm-start-steps", "2", "--warm-start-lr", "1e-4", "--max-steps", "18", "--global-batch-size", "16",
          "--batch-size", "4", "--save-every", "100"]
@@ -47,7 +55,7 @@ def runs(tiny, data, tmp_path_factory):
 
     def argv(name, *options, batch=8):
         return [str(a) for a in arguments(
-            tiny, data, root / name, "--eval-data", data, "--feature-cache", root / "features", *STEPS,
+            tiny, data, root / name, "--student", tiny.student, "--eval-data", data, "--feature-cache", root / "features", *STEPS,
             "--warm-start-batch-size", batch, *options)]
 
     for kind, options in KINDS.items():
@@ -90,6 +98,14 @@ def test_a_checkpoint_of_shards_is_that_of_ddp_and_holds_what_trains(runs):
         for index, state in ddp["optimizer"]["state"].items():
             for key, value in state.items():
                 assert torch.allclose(value, sharded["optimizer"]["state"][index][key], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_process_holds_its_share_as_the_memory_plan_says(tiny, runs, kind):
+    held = json.loads((runs / "plan.json").read_text())[str(runs / f"shard-{kind}/ckpt.pt")]
+    options = {"full": dict(train=("encoder", "adapter", "llm")), "lora": dict(lora_rank=4)}[kind]
+    table = memory_plan.plan(tiny.student, tiny.llm, world=2, shard=True, dtype="float32", **options)
+    assert held == [table["student weights"], table["optimizer"]]
 
 
 def test_a_run_goes_on_with_and_without_shards_in_turn(runs):
