@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import model as m
+import test_families as families
 import train_kd
 from conftest import QUESTIONS, build_student, hidden_rows, sound
 from test_train import arguments, assert_logs_agree, data, one_thread, read_log, train  # noqa: F401
@@ -148,6 +149,23 @@ def test_a_student_with_lora_at_the_speech_trains_on_only_with_the_same_options(
     assert lora_run(tiny, data, tmp_path / "on", "--lora-speech-only", *map(str, more))
     saved = torch.load(tmp_path / "on/ckpt.pt", weights_only=True)["model"]
     assert all(v.dtype == torch.float32 for v in saved.values())
+
+
+@pytest.mark.parametrize("make", [families.qwen2_audio, families.omni], ids=lambda make: make.__name__)
+def test_a_speech_llm_of_transformers_gets_lora_too_merged_and_as_an_adapter(tiny, data, tmp_path, make):
+    from peft import PeftModel
+    folder = tmp_path / "student"
+    folder.mkdir()
+    torch.manual_seed(0)
+    make(folder).save_pretrained(folder)
+    run = lora_run(tiny, data, tmp_path / "run", "--student", folder, "--teacher", folder, "--max-steps", "2")
+    assert all(".lora_" in k for k in torch.load(run / "ckpt.pt", weights_only=True)["model"] if k.startswith("llm."))
+    base, merged = families.plain(folder), families.plain(run / "last")
+    inputs = dict(input_ids=torch.tensor([[5, 6, 7, 8]]), attention_mask=torch.ones(1, 4, dtype=torch.long))
+    with torch.no_grad():
+        plain, ours = base(**inputs).logits, merged(**inputs).logits
+        adapted = PeftModel.from_pretrained(base, run / "last/adapter")(**inputs).logits
+    assert torch.allclose(adapted, ours, atol=1e-4) and (ours - plain).abs().max() > 1e-3
 
 
 def test_a_stopped_lora_run_goes_on_to_the_same_log_and_weights(tiny, data, tmp_path, run, monkeypatch):
