@@ -409,7 +409,7 @@ def usable_rows(args, rows, global_batch_size, warm_batch):
         if not all(row.get(key) for key in ("prompt", "audio", args.labels)):
             raise ValueError(f"--shard: row {row['id']} lacks prompt, audio or {args.labels}; all "
                              "processes must do the same work, so leave such rows out")
-    # where by text nothing trains, that channel gives no gradient: a batch needs sound on every rank
+    # where by text nothing trains, that channel gives no gradient: each rank needs sound
     needs = [{"t2t": "prompt", "s2t": "audio"}[c] for c in args.channels
              if c != "t2t" or "llm" in args.train and not args.lora_speech_only]
     distil_rows = [r for r in rows if r.get(args.labels) and any(r.get(key) for key in needs)]
