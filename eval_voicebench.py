@@ -42,7 +42,7 @@ from transformers.utils import logging
 import model as m
 import synth_speech
 import train_kd
-from synth_speech import Stage, write_atomically
+from synth_speech import Stage, stop_now, write_atomically
 
 HUB = "hlt-lab/voicebench"
 SUBSETS = {  # subset: kind of score, rows on the hub
@@ -217,12 +217,6 @@ def start_ranks(device):
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def stop(*_):
-    """Handler of SIGTERM."""
-    print("stopped by SIGTERM; the same command goes on", file=sys.stderr, flush=True)
-    sys.exit(143)
-
-
 def size(row):
     """Batches are sorted by seconds of sound, or by characters of text."""
     return row["seconds"] if row.get("audio") is not None else len(row["prompt"])
@@ -262,7 +256,7 @@ def answer_all(out, name, rows, ask, *, settings, batch_size, rank=0, world=1):
             time.sleep(0.2)  # the other ranks are still at work
     signal.signal(signal.SIGTERM, before)
     if stopped:
-        stop()
+        stop_now()
     answers = {}
     for k, batch in enumerate(plan):
         answers |= dict(zip(batch, stage.done[k]["responses"], strict=True))
@@ -1060,7 +1054,8 @@ def draw(report, path):
     axis.set_ylabel("score, 0-100")
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(f"{path}.tmp", dpi=130, format="png")
+    os.replace(f"{path}.tmp", path)
     plt.close(figure)
 
 
@@ -1069,7 +1064,7 @@ def draw(report, path):
 def main(args):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, stop_now)
     official = load_official(args.official) if args.official else None
     out, files, origins, weights, sums = Path(args.out), args.score_only, {}, {}, "not measured"
     if not args.score_only:

@@ -15,12 +15,14 @@ import collections
 import ctypes
 import hashlib
 import html
+import io
 import json
 import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -279,8 +281,7 @@ class Stage:
         self.name, self.folder, self.own = name, folder, folder / f"{name}.{rank}.jsonl"
         if self.own.exists():
             data = self.own.read_bytes()
-            if not data.endswith(b"\n"):
-                self.own.write_bytes(data[:data.rfind(b"\n") + 1])
+            os.truncate(self.own, data.rfind(b"\n") + 1)
         self.done = {}
 
     def load(self):
@@ -442,8 +443,9 @@ def synthesise(job):
     plain = re.fullmatch(r"[\w.-]{1,80}", row_id) and row_id.strip(".")
     name = row_id if plain else hashlib.sha1(row_id.encode()).hexdigest()
     path = Path(out) / "wav" / f"{name}.flac"
-    soundfile.write(path.with_suffix(".tmp"), samples, m.SAMPLE_RATE, format="FLAC",
-                    subtype="PCM_16")
+    flac = io.BytesIO()  # in a file soundfile would hide that the disk is full
+    soundfile.write(flac, samples, m.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    path.with_suffix(".tmp").write_bytes(flac.getvalue())
     os.replace(path.with_suffix(".tmp"), path)
     return {"id": row_id, "audio": f"wav/{name}.flac", "voice": voice, "sample_rate": m.SAMPLE_RATE,
             "seconds": round(len(samples) / m.SAMPLE_RATE, 3)}
@@ -538,15 +540,14 @@ def speak_all(args, stage, rows, out, rank, world):
             if r["id"] not in stage.done]
     if not todo:
         return
-    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), start_worker,
-                             (args,)) as pool:
-        bar = tqdm(total=len(mine), initial=len(mine) - len(todo), desc="speech", unit="row",
-                   disable=rank > 0)
+    with (ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), start_worker,
+                              (args,)) as pool,
+          tqdm(total=len(mine), initial=len(mine) - len(todo), desc="speech", unit="row",
+               disable=rank > 0) as bar):
         for record in pool.map(synthesise, todo,
                                chunksize=min(16, 1 + len(todo) // (4 * args.workers))):
             stage.add([record])
             bar.update()
-        bar.close()
 
 
 def check_all(args, stage, rows, speech, out, rank, world):
@@ -571,8 +572,17 @@ def check_all(args, stage, rows, speech, out, rank, world):
 def write_atomically(path, text):
     """The file appears complete or not at all, whichever rank is quicker."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def stop_now(*_):
+    """Handler of SIGTERM."""
+    print("stopped by SIGTERM; the same command goes on", file=sys.stderr, flush=True)
+    sys.exit(143)
 
 
 def preview(rows):
@@ -629,6 +639,7 @@ def write_results(args, out, rows, drops, stages, tokens_per_s):
 
 
 def main(args):
+    signal.signal(signal.SIGTERM, stop_now)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

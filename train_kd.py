@@ -5,7 +5,7 @@ Distil a text LLM (teacher) into a speech LLM (student), by text and by speech.
   torchrun --nproc_per_node=8 train_kd.py --student ENCODER+LLM --data train.jsonl --out out/run
 
 Reads   manifests of synth_speech.py: JSON lines with id, prompt, audio, response, finish
-Writes  OUT/last, OUT/best (students), OUT/ckpt.pt, log.jsonl, samples.jsonl, args.json
+Writes  OUT/last, OUT/best (students), ckpt-STEP-SHA256.pt, log.jsonl, samples.jsonl, args.json
 
 T2T: the student reads the question.   loss = CE(answer) + lambda * tau^2 * KL(teacher || student)
 S2T: the student hears it.             the same + CTC, which keeps the adapter spelling the words
@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -40,6 +41,7 @@ from transformers.utils import logging
 
 import losses
 import model as m
+from synth_speech import stop_now, write_atomically
 
 # answer tokens in which question and answer are not yet told apart by the answer itself:
 EARLY = 8  # the gap shows there
@@ -146,7 +148,9 @@ def get_args(argv=None):
     g.add_argument("--eval-every", type=int, default=0,
                    help="optimizer steps; 0 = only after the last")
     g.add_argument("--save-every", type=int, default=50, help="optimizer steps between checkpoints")
-    g.add_argument("--resume", action="store_true", help="go on from OUT/ckpt.pt if there is one")
+    g.add_argument("--keep", type=int, default=2, help="newest checkpoints that stay")
+    g.add_argument("--resume", action="store_true",
+                   help="go on from the newest whole checkpoint of OUT, if there is one")
     g.add_argument("--tensorboard", action="store_true",
                    help="also log to OUT/tensorboard (needs the package)")
     args = p.parse_args(argv)
@@ -164,8 +168,8 @@ def get_args(argv=None):
         p.error("--shard needs torchrun, and goes with neither --compile nor --dtype float16")
     m.check_options(
         p, args, batch_size=1, warm_start_batch_size=1, log_every=1, save_every=1,
-        max_answer_tokens=1, seed=(0, 2**32), epochs=1e-3, temperature=1e-2, max_grad_norm=1e-6,
-        lora_alpha=1e-3,
+        max_answer_tokens=1, keep=1, seed=(0, 2**32), epochs=1e-3, temperature=1e-2,
+        max_grad_norm=1e-6, lora_alpha=1e-3,
         **dict.fromkeys("""global_batch_size batch_tokens eval_every max_steps warm_start_steps
             lr_warmup_steps workers max_bad_rows t2t_weight s2t_weight kd_weight ce_weight
             ctc_weight lora_rank""".split(), 0),
@@ -273,8 +277,9 @@ def pack(items):
             item |= {f"mel {k}": v for k, v in item.pop("mel").items()}
         for key in [k for k, v in item.items() if isinstance(v, torch.Tensor)]:
             found.setdefault(key, []).append((number, item.pop(key)))
-    return items, {key: (torch.cat([x.flatten() for _, x in parts]),
-                         [(number, x.shape) for number, x in parts]) for key, parts in found.items()}
+    packed = {key: (torch.cat([x.flatten() for _, x in parts]), [(n, x.shape) for n, x in parts])
+              for key, parts in found.items()}
+    return items, packed
 
 
 def unpack(batch):
@@ -296,20 +301,26 @@ def fingerprint(model, dtype):
     return hashlib.sha1(weights + str(dtype).encode()).hexdigest()[:12]
 
 
-def fill_cache(todo, path_of, load, compute, workers, show, what):
-    """Compute what is not on disk yet, 16 at a time in the order given -> one file each.
+def fill_cache(things, path_of, load, compute, workers, rank, world, what):
+    """Compute what is not on disk yet, 16 at a time in the order given -> one file each. What
+    meets in a batch depends on `things` alone, so that a restart gives the same bits.
 
     `load` runs in worker processes: thing -> what `compute` wants, or str, why it cannot be used;
     `compute`: list -> tensors. Returns {path: why} of the latter.
     """
-    batches, bad = [todo[i:i + 16] for i in range(0, len(todo), 16)], {}
-    loader = DataLoader(batches, batch_size=None, num_workers=workers,
-                        collate_fn=lambda batch: [(path_of(x), load(x)) for x in batch])
-    with tqdm(total=len(todo), desc=what, disable=not show or not todo) as bar, torch.no_grad():
+    batches, bad = [things[i:i + 16] for i in range(0, len(things), 16)][rank::world], {}
+    todo = [batch for batch in batches if not all(path_of(x).exists() for x in batch)]
+    loader = iter(DataLoader(todo, batch_size=None, num_workers=workers,
+                             collate_fn=lambda batch: [(path_of(x), load(x)) for x in batch]))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else SIGTERM to all looks like a worker's crash
+    with tqdm(total=sum(map(len, todo)), desc=what, disable=rank > 0 or not todo) as bar, \
+            torch.no_grad():
         for loaded in loader:
             bad |= {path: x for path, x in loaded if isinstance(x, str)}
             good = [(path, x) for path, x in loaded if path not in bad]
             for (path, _), value in zip(good, compute([x for _, x in good]) if good else []):
+                if path.exists():
+                    continue
                 path.parent.mkdir(parents=True, exist_ok=True)
                 temporary = path.with_suffix(f".{os.getpid()}")
                 save_file({"x": value.contiguous().cpu()}, temporary)
@@ -351,9 +362,8 @@ def feature_cache(args, student, rows, rank, world, dtype):
     def encode(mels):
         return [f.half() for f in student.features([mel.to(student.device) for mel in mels])]
 
-    todo = [clip for clip in clips[rank::world] if not (frozen and path_of(clip).exists())]
-    bad = fill_cache(todo, path_of, read, encode if frozen else lambda mels: [], args.workers,
-                     rank == 0, "encoding" if frozen else "reading")
+    bad = fill_cache(clips, path_of, read, encode if frozen else lambda mels: [], args.workers,
+                     rank, world, "encoding" if frozen else "reading")
     marks = torch.tensor([path_of(c) in bad for c in clips], dtype=torch.int, device=student.device)
     if world > 1:  # every rank must leave out the same
         dist.all_reduce(marks)
@@ -372,8 +382,8 @@ def teacher_cache(args, teacher, data, rank, world):
 
     items = sorted((i for i in data if i["has_text"] and i["answer"]),
                    key=lambda i: len(i["teacher_prompt"] + i["answer"]))
-    fill_cache([i for i in items[rank::world] if not path_of(i).exists()], path_of, lambda i: i,
-               lambda items: teacher_rows(teacher, items), 0, rank == 0, "teaching")
+    fill_cache(items, path_of, lambda i: i, lambda items: teacher_rows(teacher, items), 0, rank,
+               world, "teaching")
     return path_of
 
 
@@ -566,12 +576,12 @@ def ctc_loss(items, logits, lengths):
 
 @torch.no_grad()
 def evaluate(student, teacher, dataset, indices, channels=("t2t", "s2t"), batch_size=16,
-             progress=False):
+             progress=False, stopped=()):
     """Per row and channel: sums over answer tokens, all and the first EARLY,
     of KL(teacher || student) and agreement.
 
     Channels beside t2t and s2t are controls: "silent" leaves the speech out,
-    "other" plays another row's.
+    "other" plays another row's. `stopped` fills to end it early.
     Returns:
         {channel: (rows, 6) float64: KL, agreements, tokens, KL8, agreements8, tokens8}.
         KL at tau = 1, nats.
@@ -587,6 +597,8 @@ def evaluate(student, teacher, dataset, indices, channels=("t2t", "s2t"), batch_
                               enabled=teacher_llm.dtype != torch.float32)
     for start in tqdm(range(0, len(indices), batch_size), desc="evaluating", unit="batch",
                       disable=not progress):
+        if stopped:
+            break
         items = [dataset[i] for i in indices[start:start + batch_size]]
         reference = torch.cat(teacher_rows(teacher, items)).float() @ heads[1][:vocab].T   # (N, V)
         for channel in channels:
@@ -709,28 +721,58 @@ def shard(student, teacher, dtype, device):
         fully_shard(teacher.base_model, reshard_after_forward=True, **options)
 
 
-def save_checkpoint(path, student, optimizer, scaler, step, best, args, world, write=True):
-    """Trainable weights and everything else that a bit-exact continuation needs;
-    complete or not there. With --shard every rank must call it, one with `write`."""
+def checkpoints(out):
+    """Files ckpt-STEP-SHA256.pt, the newest first."""
+    return sorted(out.glob("ckpt-*.pt"), reverse=True)
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def save_checkpoint(out, student, optimizer, scaler, step, best, args, world, write=True):
+    """Trainable weights and everything else that a bit-exact continuation needs; complete or not
+    there. --keep of them stay. With --shard every rank must call it, one with `write`.
+    Raises OSError if it cannot be written."""
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     weights = {k: v.detach() for k, v in student.named_parameters() if id(v) in trained}
     state = tree_map(lambda x: m.whole(x, write),
                      {"model": weights, "optimizer": optimizer.state_dict()})
     if not write:
         return
-    torch.save({**state, "scaler": scaler.state_dict(), "step": step, "best": best,
-                "args": vars(args), "world": world}, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    temporary = out / "ckpt.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({**state, "scaler": scaler.state_dict(), "step": step, "best": best,
+                        "args": vars(args), "world": world}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (RuntimeError, OSError) as error:  # torch does not say why, the system not where
+        raise OSError(f"{temporary} cannot be written ({error}): "
+                      f"{shutil.disk_usage(out).free / 2**30:.2f} GiB are free there") from error
+    path = out / f"ckpt-{step:06d}-{sha256(temporary)}.pt"
+    os.replace(temporary, path)
+    older = [old for old in checkpoints(out) if old.name < f"ckpt-{step:06d}"]
+    for old in {*checkpoints(out)} - {path, *older[:args.keep - 1]}:
+        old.unlink()
 
 
-def load_checkpoint(path, student, optimizer, scaler, args, world):
+def load_checkpoint(out, student, optimizer, scaler, args, world):
+    """The newest whole checkpoint -> (step, best, names of newer ones, which are damaged)."""
+    files = checkpoints(out)
+    whole = next((k for k, file in enumerate(files) if file.stem.endswith(sha256(file))), None)
+    if whole is None:
+        raise RuntimeError(f"{out}: no checkpoint has the SHA-256 that its name says "
+                           f"({len(files)} tried); copy one back, or choose another --out")
+    path = files[whole]
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: no checkpoint can be read from it ({str(error)[:99]}); start "
                          "afresh in another --out") from error
     free = ("resume", "device", "workers", "tensorboard", "out", "log_every", "save_every",
-            "feature_cache", "shard")
+            "feature_cache", "keep", "shard")
     changed = [f"{k} {saved['args'].get(k)!r} -> {v!r}" for k, v in vars(args).items()
                if k not in free and saved["args"].get(k) != v]
     if saved["world"] != world or changed:
@@ -756,7 +798,16 @@ def load_checkpoint(path, student, optimizer, scaler, args, world):
         state.update({key: like(value, in_order[index]) for key, value in state.items()})
     optimizer.load_state_dict(saved["optimizer"])
     scaler.load_state_dict(saved["scaler"])
-    return saved["step"], saved["best"]
+    return saved["step"], saved["best"], [file.name for file in files[:whole]]
+
+
+def cut_back(path, step):
+    """Leave the lines before a step's evaluation, which is repeated: they are as they would be
+    without a stop."""
+    lines = path.read_text().splitlines(True) if path.exists() else []
+    logged = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    write_atomically(path, "".join(line for line, record in logged if record["step"] < step
+                                   or record["step"] == step and "loss" in record))
 
 
 def make_optimizer(args, parts, device):
@@ -784,7 +835,9 @@ def print_step(record, step, steps, left_s):
 
 def write_samples(student, rows, path, step):
     """The student's answers by speech to a few rows, for whoever would rather read than count."""
-    answers = student.generate(rows, max_new_tokens=40)
+    was_training = student.training
+    answers = student.eval().generate(rows, max_new_tokens=40)
+    student.train(was_training)
     with open(path, "a") as file:
         for row, text in zip(rows, answers):
             file.write(json.dumps({"step": step, "prompt": row["prompt"], "by_speech": text,
@@ -796,6 +849,7 @@ def write_samples(student, rows, path, step):
 
 def main(args):
     # ---- processes and device ----
+    signal.signal(signal.SIGTERM, stop_now)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     ddp = "RANK" in os.environ
@@ -817,9 +871,8 @@ def main(args):
         raise ValueError(f"--global-batch-size {global_batch_size} is not a multiple of "
                          f"--batch-size {args.batch_size} x {world} processes; "
                          f"use {at_once * max(1, global_batch_size // at_once)}")
-    checkpoint_path = out / "ckpt.pt"
-    if checkpoint_path.exists() and not args.resume:
-        raise ValueError(f"{checkpoint_path} exists: add --resume to go on, "
+    if checkpoints(out) and not args.resume:
+        raise ValueError(f"{checkpoints(out)[0]} exists: add --resume to go on, "
                          "or choose another --out")
     seen, bad, warm_batch = {}, [], args.warm_start_batch_size * world
     train_rows = [row for path in args.data for row in read_manifest(path, seen, bad)]
@@ -904,17 +957,18 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best = 0, None
     out.mkdir(parents=True, exist_ok=True)
-    if args.resume and checkpoint_path.exists():
-        step, best = load_checkpoint(checkpoint_path, student, optimizer, scaler, args, world)
+    if checkpoints(out):
+        step, best, damaged = load_checkpoint(out, student, optimizer, scaler, args, world)
         if master:
-            print(f"going on from step {step}")
+            print(f"going on from step {step}"
+                  + "".join(f"; {name} is damaged and left out" for name in damaged))
     log_path = out / "log.jsonl"
     if master:
         versions = {"world_size": world, "torch": torch.__version__,
                     "transformers": transformers.__version__}
-        (out / "args.json").write_text(json.dumps({**vars(args), **versions}, indent=1))
-        logged = log_path.read_text().splitlines(True) if log_path.exists() else []
-        log_path.write_text("".join(line for line in logged if json.loads(line)["step"] <= step))
+        write_atomically(out / "args.json", json.dumps({**vars(args), **versions}, indent=1))
+        for path in (log_path, out / "samples.jsonl"):
+            cut_back(path, step)
         sizes = {name: sum(p.numel() for p in part.parameters() if p.requires_grad)
                  for name, part in parts.items()}
         print(f"{len(distil_rows)} rows to distil, {len(spoken_rows)} to hear, "
@@ -928,8 +982,8 @@ def main(args):
         except ImportError as error:
             raise RuntimeError("--tensorboard needs the package tensorboard: "
                                "pip install tensorboard") from error
-        writer = SummaryWriter(out / "tensorboard")
-    stopped = []
+        writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
+    stop, stopped = False, []  # of all ranks, of this one
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
 
     def log(record):
@@ -939,38 +993,45 @@ def main(args):
             if writer and isinstance(value, float):
                 writer.add_scalar(key, value, record["step"])
 
+    def due():
+        distilled, every = step - args.warm_start_steps, args.eval_every or distil_steps
+        return eval_rows and distilled >= 0 and (distilled % every == 0 or step == total_steps)
+
     def measure():
-        """Every rank evaluates its share;
-        the student with the best early answers by speech is kept in OUT/best."""
-        nonlocal best
-        if not eval_rows:
-            return
+        """Every rank evaluates its share; the student with the best early answers by speech is
+        kept in OUT/best. Returns False if SIGTERM came to a rank."""
+        nonlocal best, stop
         mine = list(range(rank, len(eval_rows), world))
         results = evaluate(student, teacher, eval_set,  # as many rows on every rank
-                           mine + [0] * (-(-len(eval_rows) // world) - len(mine)), args.channels)
+                           mine + [0] * (-(-len(eval_rows) // world) - len(mine)), args.channels,
+                           stopped=() if args.shard else stopped)
         if args.shard:  # what the backward would do
             student.reshard()
             student.adapter.reshard()
-        sums = {channel: rows[:len(mine)].sum(0) for channel, rows in results.items()}
-        for channel in sums if ddp else []:
-            dist.all_reduce(sums[channel])
-        record = eval_log(sums)
+        sums = torch.stack([rows[:len(mine)].sum(0) for rows in results.values()]
+                           + [torch.full((6,), len(stopped), dtype=torch.float64)]).to(device)
+        if ddp:
+            dist.all_reduce(sums)
+        *sums, stops = sums.cpu()
+        if stop := bool(stops[0]):
+            return False
+        record = eval_log(dict(zip(results, sums)))
         score = record.get("eval_kl8_s2t", record.get("eval_kl8_t2t"))
+        if master:
+            log({"step": step, **record})
+            print("eval  " + " | ".join(f"{k[5:]} {v:.3f}" for k, v in record.items()))
         if best is None or score < best:
             best = score
             if master or args.shard:
                 m.save_student(student, out / "best", dtype, master)
-        if master:
-            log({"step": step, **record})
-            print("eval  " + " | ".join(f"{k[5:]} {v:.3f}" for k, v in record.items()))
-            if not args.shard:  # ranks would lose step
-                write_samples(student, eval_rows[:3], out / "samples.jsonl", step)
+        if master and not args.shard:  # ranks would lose step
+            write_samples(student, eval_rows[:3], out / "samples.jsonl", step)
+        return True
 
     # ---- the loop ----
-    if step == 0 and not args.warm_start_steps:
-        measure()
-    current, start_time, tokens_seen, waited = None, time.perf_counter(), 0, 0.0
-    while step < total_steps:
+    current, tokens_seen, waited, begun = None, 0, 0.0, time.perf_counter()
+    start_time = begun
+    while (not due() or measure()) and step < total_steps:
         phase = "warm-start" if step < args.warm_start_steps else "distil"
         rows, first_step, plan, peaks, channels = phases[phase]
         if phase != current:  # the warm start trains the adapter alone
@@ -985,6 +1046,7 @@ def main(args):
             mine = [batch for batches in plan[step - first_step:] for batch in batches[rank::world]]
             stream = iter(DataLoader(rows, batch_sampler=mine, num_workers=args.workers,
                                      collate_fn=pack))
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a dead worker is found at the fetch
             if "t2t" in channels and not text_trains and master:
                 print("by text nothing trains, "
                       "so the text channel is measured but not trained")
@@ -995,7 +1057,13 @@ def main(args):
 
         # -------- one optimizer step --------
         asked = time.perf_counter()
-        micro_batches = [unpack(next(stream)) for _ in plan[step - first_step][rank::world]]
+        try:
+            micro_batches = [unpack(next(stream)) for _ in plan[step - first_step][rank::world]]
+        except RuntimeError as error:
+            if not stopped:  # SIGTERM to all processes ends the workers too
+                raise RuntimeError(f"{error}; memory full? --resume goes on, also with fewer "
+                                   "--workers") from error
+            micro_batches = []
         waited += time.perf_counter() - asked
         passes = [(channel, chosen, items) for items in micro_batches for channel in channels
                   if (chosen := channel_items(items, channel))
@@ -1006,7 +1074,9 @@ def main(args):
         if ddp:
             counts = counts.to(device)
             dist.all_reduce(counts)
-        num_tokens, stop = counts[:3].clamp(min=1).tolist(), counts[3] > 0
+        if stop := bool(counts[3]):
+            break
+        num_tokens = counts[:3].clamp(min=1).tolist()
         # after the fetch: a new DataLoader iterator draws from it
         torch.manual_seed(args.seed + 100_003 * step + rank)
         # loss; ce, kd of t2t; ce, kd of s2t; ctc
@@ -1050,7 +1120,7 @@ def main(args):
             ids = [i["id"] for items in micro_batches for i in items]
             raise RuntimeError(f"loss {values[0]} in step {step + 1}, learning rate "
                                f"{group['lr']:.2e}; rows of rank {rank}: {ids}; "
-                               f"{checkpoint_path} keeps the last good state")
+                               f"the newest checkpoint of {out} keeps the last good state")
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         for p, part in [(p, g["part"]) for g in optimizer.param_groups for p in g["params"]]:
             if part not in peaks:
@@ -1061,8 +1131,8 @@ def main(args):
         grad_norm = m.whole(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm))
         if not torch.isfinite(grad_norm) and scaler.get_scale() <= 1:  # else fp16 skips the step
             raise RuntimeError(f"gradient norm {grad_norm} in step {step + 1}; lower the learning "
-                               f"rate, or --dtype bfloat16; {checkpoint_path} keeps the last good "
-                               "state")
+                               f"rate, or --dtype bfloat16; the newest checkpoint of {out} keeps "
+                               "the last good state")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -1081,40 +1151,39 @@ def main(args):
             for i, key in enumerate(("ce_t2t", "kd_t2t", "ce_s2t", "kd_s2t", "ctc"), 1):
                 record[key] = values[i] / num_tokens[(i - 1) // 2]
             real, padded = student.positions
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
             record |= {"tokens_per_s": tokens_seen / elapsed, "memory": memory,
-                       "wait": waited / elapsed, "padding": 1 - real / padded if padded else 0.0}
+                       "wait": waited / elapsed, "padding": 1 - real / padded if padded else 0.0,
+                       "resident": pages * resource.getpagesize() / 2**30,
+                       "open_files": len(os.listdir("/proc/self/fd")),
+                       "workers": len(torch.multiprocessing.active_children()),
+                       "hours": (time.perf_counter() - begun) / 3600}
             log(record)
             start_time, tokens_seen, waited = time.perf_counter(), 0, 0.0
             student.positions = [0, 0]
             left_s = elapsed / args.log_every * (len(plan) - step + first_step)
             print_step(record, step - first_step, len(plan), left_s)
-        at_end = step == total_steps
-        due = phase == "distil" and args.eval_every and (step - first_step) % args.eval_every == 0
-        if at_end or step == args.warm_start_steps or due:
-            measure()
-        if (master or args.shard) and (at_end or stop or step % args.save_every == 0):
-            save_checkpoint(checkpoint_path, student, optimizer, scaler, step, best, args, world,
-                            master)
-        if stop:
-            if master:
-                print(f"stopped by SIGTERM after step {step}; "
-                      "the same command with --resume goes on")
-            return 143
+        if (master or args.shard) and (step % args.save_every == 0 or step == total_steps or due()):
+            save_checkpoint(out, student, optimizer, scaler, step, best, args, world, master)
 
     # ---- the student ----
-    if master or args.shard:
+    if stop and not list(out.glob(f"ckpt-{step:06d}-*.pt")) and (master or args.shard):
+        save_checkpoint(out, student, optimizer, scaler, step, best, args, world, master)
+    if not stop and (master or args.shard):
         m.save_student(student, out / "last", dtype, master)
-    if master:
+    if master and stop:
+        print(f"stopped by SIGTERM after step {step}; the same command with --resume goes on")
+    elif master:
         print(f"wrote {out / 'last'}")
     if ddp:
-        dist.barrier()
+        dist.barrier()  # torchrun kills all when one has ended otherwise
         dist.destroy_process_group()
-    return 0
+    return 143 if stop else 0
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(get_args()))
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         print("train_kd.py:", *str(error).split(), file=sys.stderr)
         sys.exit(2)

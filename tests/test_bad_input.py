@@ -525,9 +525,9 @@ MACHINE = {
        for script in ("train", "synth", "vb", "mmau", "compare")},
     "OUT below a file": ("train", {}, ["--out", "FILE/run"], r"--out .*FILE/run: .*FILE is no folder that can be written to"),
     "OUT read-only": ("train", {}, ["--out", "READONLY/run"], r"--out .*/run: .* is no folder that can be written to"),
-    "OUT of another run": ("train", {}, ["--out", "DONE"], r"ckpt.pt exists: add --resume to go on, or choose another --out"),
+    "OUT of another run": ("train", {}, ["--out", "DONE"], r"ckpt-000001-0.pt exists: add --resume to go on, or choose another --out"),
     "OUT of other options": ("synth", {}, ["--out", "BEGUN"], r"was begun with other options \(.*seed.*\); repeat them to go on"),
-    "checkpoint cut": ("train", {}, ["--out", "DONE", "--resume"], r"ckpt.pt: no checkpoint can be read from it"),
+    "checkpoint cut": ("train", {}, ["--out", "DONE", "--resume"], r"DONE: no checkpoint has the SHA-256 that its name says \(1 tried\)"),
 }
 
 
@@ -538,7 +538,7 @@ def test_machine(case, box, monkeypatch, capsys):
     (box.folder / "FILE").write_text("a file")
     (box.folder / "LOCKED").mkdir(mode=0o500)
     (box.folder / "DONE").mkdir()
-    (box.folder / "DONE/ckpt.pt").write_bytes(b"PK\3\4 cut")
+    (box.folder / "DONE/ckpt-000001-0.pt").write_bytes(b"PK\3\4 cut")
     (box.folder / "BEGUN/.stages").mkdir(parents=True)
     (box.folder / "BEGUN/.stages/args.json").write_text("{}")
     unwritable = next((p for p in (box.folder / "LOCKED", "/proc/sys", "/sys") if not os.access(p, os.W_OK)), None)
