@@ -1140,7 +1140,7 @@ def save_student(model, folder, dtype=None, write=True):
     config = json.loads((temporary / "config.json").read_text())
     config["dtype"] = str(dtype or torch.float32).removeprefix("torch.")  # not the live model's
     (temporary / "config.json").write_text(json.dumps(config, indent=2))
-    for path in temporary.iterdir():  # on the disk before the rename
+    for path in filter(Path.is_file, temporary.rglob("*")):  # on the disk before the rename
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     old = folder.with_name(folder.name + ".old")
