@@ -37,6 +37,12 @@ MODULES = {"train": train_kd, "synth": synth_speech, "vb": eval_voicebench, "mma
            "compare": compare}
 
 
+@pytest.fixture(autouse=True)
+def no_official_clone_of_another_test(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "src"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 def wrapper(module):
     """What a script does under `if __name__ == "__main__"`, to be run in the module that is imported already."""
     return compile(ast.Module(ast.parse(Path(module.__file__).read_text()).body[-1].body, []), module.__file__, "exec")

@@ -427,7 +427,7 @@ def test_what_cannot_be_a_student_is_named_with_what_to_do(tiny, checkpoint, dat
     with pytest.raises(RuntimeError, match="type 'llama', expected ENCODER"):
         m.load_student(tiny.llm)
     with pytest.raises(ValueError, match="--warm-start-steps 3: .* has no CTC adapter"):
-        train_kd.main(arguments(tiny, checkpoint(qwen2_audio), data, tmp_path / "run", "--warm-start-steps", 3))
+        train_kd.main(arguments(tiny, checkpoint(qwen2_audio), data, tmp_path / "run", "--warm-start-steps", 3, "--warm-start-batch-size", 1))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "ultravox", "auto_map": {"AutoModel": "code.Model"}}))
     with pytest.raises(RuntimeError, match="'ultravox' that runs code from its own folder.*--trust-remote-code"):
         m.load_student(str(tmp_path))

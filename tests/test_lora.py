@@ -32,7 +32,7 @@ def logits(llm, tokenizer):
 
 
 def test_only_lora_and_the_adapter_change_and_the_checkpoint_holds_nothing_else(tiny, run):
-    saved = torch.load(run / "ckpt.pt", weights_only=True)
+    saved = torch.load(max(run.glob("ckpt-*.pt")), weights_only=True)
     llm = [k for k in saved["model"] if k.startswith("llm.")]
     assert len(llm) == 2 * 2 * 7 and all(".lora_" in k for k in llm)  # A and B of 7 layers of 2 blocks
     assert {k.split(".")[0] for k in saved["model"]} == {"adapter", "llm"}
@@ -147,7 +147,7 @@ def test_a_student_with_lora_at_the_speech_trains_on_only_with_the_same_options(
     with pytest.raises(ValueError, match="has LoRA at its speech, .*'rank': 4.*ask for None"):
         train(*arguments(tiny, data, tmp_path / "plain", *more))
     assert lora_run(tiny, data, tmp_path / "on", "--lora-speech-only", *map(str, more))
-    saved = torch.load(tmp_path / "on/ckpt.pt", weights_only=True)["model"]
+    saved = torch.load(max(tmp_path.glob("on/ckpt-*.pt")), weights_only=True)["model"]
     assert all(v.dtype == torch.float32 for v in saved.values())
 
 
@@ -159,7 +159,7 @@ def test_a_speech_llm_of_transformers_gets_lora_too_merged_and_as_an_adapter(tin
     torch.manual_seed(0)
     make(folder).save_pretrained(folder)
     run = lora_run(tiny, data, tmp_path / "run", "--student", folder, "--teacher", folder, "--max-steps", "2")
-    assert all(".lora_" in k for k in torch.load(run / "ckpt.pt", weights_only=True)["model"] if k.startswith("llm."))
+    assert all(".lora_" in k for k in torch.load(max(run.glob("ckpt-*.pt")), weights_only=True)["model"] if k.startswith("llm."))
     base, merged = families.plain(folder), families.plain(run / "last")
     inputs = dict(input_ids=torch.tensor([[5, 6, 7, 8]]), attention_mask=torch.ones(1, 4, dtype=torch.long))
     with torch.no_grad():
@@ -172,11 +172,11 @@ def test_a_stopped_lora_run_goes_on_to_the_same_log_and_weights(tiny, data, tmp_
     options = ["--eval-data", data, "--eval-every", "2", "--save-every", "1"]
     evaluate = train_kd.evaluate
     calls = []
-    monkeypatch.setattr(train_kd, "evaluate", lambda *a: calls.append(1) or (evaluate(*a) if len(calls) < 2 else 1 / 0))
+    monkeypatch.setattr(train_kd, "evaluate", lambda *a, **k: calls.append(1) or (evaluate(*a, **k) if len(calls) < 2 else 1 / 0))
     with pytest.raises(ZeroDivisionError):
         lora_run(tiny, data, tmp_path / "run", *options)
     monkeypatch.undo()
-    assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] == 1
+    assert torch.load(max(tmp_path.glob("run/ckpt-*.pt")), weights_only=True)["step"] == 1
     lora_run(tiny, data, tmp_path / "run", *options, "--resume")
     assert_logs_agree(read_log(tmp_path / "run"), read_log(run), 1e-7)
     a, b = (m.load_student(str(out / "last")).state_dict() for out in (tmp_path / "run", run))

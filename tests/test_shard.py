@@ -23,10 +23,10 @@ import train_kd
 dist.init_process_group("gloo")
 dist.init_process_group = dist.destroy_process_group = lambda *a: None
 count, save, held = train_kd.count_tokens, train_kd.save_checkpoint, {{}}
-def saved(path, student, optimizer, *rest):
+def saved(out, student, optimizer, *rest):
     states = [t for state in optimizer.state.values() for t in state.values()]
-    held[str(path)] = [sum(getattr(t, "to_local", lambda: t)().nbytes for t in ts) for ts in (list(student.parameters()), states)]
-    save(path, student, optimizer, *rest)
+    held[str(out)] = [sum(getattr(t, "to_local", lambda: t)().nbytes for t in ts) for ts in (list(student.parameters()), states)]
+    save(out, student, optimizer, *rest)
 train_kd.save_checkpoint = saved
 for argv, last in json.load(open(sys.argv[1])):
     steps = []
@@ -93,7 +93,7 @@ def test_shards_write_the_folders_that_one_process_writes(runs, kind):
 
 def test_a_checkpoint_of_shards_is_that_of_ddp_and_holds_what_trains(runs):
     for kind in KINDS:
-        ddp, sharded = (torch.load(runs / f"{name}-{kind}/ckpt.pt", weights_only=True) for name in ("ddp", "shard"))
+        ddp, sharded = (torch.load(max((runs / f"{name}-{kind}").glob("ckpt-*.pt")), weights_only=True) for name in ("ddp", "shard"))
         assert {k: v.shape for k, v in ddp["model"].items()} == {k: v.shape for k, v in sharded["model"].items()}
         for index, state in ddp["optimizer"]["state"].items():
             for key, value in state.items():
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_shards_is_that_of_ddp_and_holds_what_trains(runs):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_process_holds_its_share_as_the_memory_plan_says(tiny, runs, kind):
-    held = json.loads((runs / "plan.json").read_text())[str(runs / f"shard-{kind}/ckpt.pt")]
+    held = json.loads((runs / "plan.json").read_text())[str(runs / f"shard-{kind}")]
     options = {"full": dict(train=("encoder", "adapter", "llm")), "lora": dict(lora_rank=4)}[kind]
     table = memory_plan.plan(tiny.student, tiny.llm, world=2, shard=True, dtype="float32", **options)
     assert held == [table["student weights"], table["optimizer"]]

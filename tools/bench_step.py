@@ -289,7 +289,7 @@ def ours(job, watch):
     latter."""
     extra = ["--teacher-cache", job["features"] + "-teacher"]
     if "caches" not in job["rival"]:
-        train_kd.feature_cache, extra = lambda *_: None, []
+        train_kd.feature_cache, extra = lambda *_: (None, {}), []
     if job["rival"] == CHANNELS_IN_ONE:
         one_backward(len(CHANNELS[job["setting"]]))
     train_kd.print_step = watch.end_of_step

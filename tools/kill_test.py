@@ -373,8 +373,10 @@ def write_questions(work, speech):
     """Spoken rows of the manifest as questions of VoiceBench and of MMAU."""
     rows = [json.loads(line) for line in (speech / "train.jsonl").read_text().splitlines()][:6]
     (work / "questions").mkdir(exist_ok=True)
+    for row in rows:
+        shutil.copy(speech / row["audio"], work / "questions")
     for name, more in (("openbookqa-test", {"reference": "B"}), ("sd-qa-usa", {"reference": "It is so."}), ("commoneval-test", {})):
-        lines = [json.dumps({"prompt": row["prompt"], "audio": str(speech / row["audio"]), **more}) for row in rows[:2]]
+        lines = [json.dumps({"prompt": row["prompt"], "audio": Path(row["audio"]).name, **more}) for row in rows[:2]]
         (work / f"questions/{name}.jsonl").write_text("\n".join(lines) + "\n")
     items = [{"id": row["id"], "audio_id": Path(row["audio"]).name, "question": "What is asked?", "answer": row["prompt"],
               "choices": [other["prompt"] for other in rows], "task": "speech", "difficulty": "hard"} for row in rows]
