@@ -212,7 +212,7 @@ def start_ranks(device):
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:  # torchrun sets one thread a process
-        cores = len(os.sched_getaffinity(0))
+        cores = m.cores()
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 

@@ -179,6 +179,11 @@ def from_folder(loader, folder, **options):
     return loaded[0]
 
 
+def cores():
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 # ---- names, audio, text ----
 
 def resolve(name, revision=None):
@@ -855,14 +860,14 @@ class SpeechLLM(PreTrainedModel):
 
         Rows may carry "system" and "instruction"; options are those of the function `generate`.
         """
+        was_training = self.training
+        self.eval()  # in training mode, gradient checkpointing turns the cache off
         before, after, waveforms = zip(*(self.prompt(row) for row in rows))
         clips = [b for b, waveform in enumerate(waveforms) if waveform is not None]
         heard = self.hear([waveforms[b] for b in clips])[0] if clips else []
         speech = dict(zip(clips, heard))
         if getattr(self.config, "speech_lora", None):
             options["speech"] = self.speech_positions(before, after, speech)
-        was_training = self.training
-        self.eval()  # in training mode, gradient checkpointing turns the cache off
         ids = generate(self.llm, self.splice(before, after, speech), max_new_tokens=max_new_tokens,
                        eos_ids=[end_token(self.tokenizer)], **options)
         self.train(was_training)

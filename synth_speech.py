@@ -88,7 +88,7 @@ def get_args(argv=None):
     g.add_argument("--voices", nargs="+", default=VOICES,
                    help="espeak voices to draw from, or {voice} of --tts-command")
     g.add_argument("--tts-model", help="text-to-speech model of transformers, folder or hub id")
-    g.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
+    g.add_argument("--workers", type=int, default=m.cores(),
                    help="processes that synthesise")
     g.add_argument("--language", default="en", help="language of prompts and speech (ISO 639-1)")
     g.add_argument("--max-wer", type=float, default=0,
@@ -647,7 +647,7 @@ def main(args):
         dist.init_process_group("gloo")
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        cores = len(os.sched_getaffinity(0))  # torchrun sets one thread a process
+        cores = m.cores()  # torchrun sets one thread a process
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
     if args.engine == "espeak":  # fail before the teacher works, not after
         for voice in args.voices:

@@ -311,6 +311,7 @@ def fill_cache(things, path_of, load, compute, workers, rank, world, what):
     batches, bad = [things[i:i + 16] for i in range(0, len(things), 16)][rank::world], {}
     todo = [batch for batch in batches if not all(path_of(x).exists() for x in batch)]
     loader = iter(DataLoader(todo, batch_size=None, num_workers=workers,
+                             multiprocessing_context="fork" if workers else None,
                              collate_fn=lambda batch: [(path_of(x), load(x)) for x in batch]))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else SIGTERM to all looks like a worker's crash
     with tqdm(total=sum(map(len, todo)), desc=what, disable=rank > 0 or not todo) as bar, \
@@ -819,7 +820,7 @@ def make_optimizer(args, parts, device):
                     "weight_decay": args.weight_decay, "part": name},
                    {"params": [p for p in trainable if p.dim() < 2],
                     "weight_decay": 0.0, "part": name}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
 
 def print_step(record, step, steps, left_s):
@@ -835,9 +836,7 @@ def print_step(record, step, steps, left_s):
 
 def write_samples(student, rows, path, step):
     """The student's answers by speech to a few rows, for whoever would rather read than count."""
-    was_training = student.training
-    answers = student.eval().generate(rows, max_new_tokens=40)
-    student.train(was_training)
+    answers = student.generate(rows, max_new_tokens=40)
     with open(path, "a") as file:
         for row, text in zip(rows, answers):
             file.write(json.dumps({"step": step, "prompt": row["prompt"], "by_speech": text,
@@ -862,8 +861,7 @@ def main(args):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         else:  # torchrun sets one thread a process
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0))
-                                      // int(os.environ["LOCAL_WORLD_SIZE"])))
+            torch.set_num_threads(max(1, m.cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
     dtype, out = getattr(torch, args.dtype), Path(args.out)
     at_once = args.batch_size * world
     global_batch_size = args.global_batch_size or at_once
@@ -1044,8 +1042,9 @@ def main(args):
             model = (DistributedDataParallel(student, device_ids=devices)
                      if ddp and not args.shard else student)
             mine = [batch for batches in plan[step - first_step:] for batch in batches[rank::world]]
-            stream = iter(DataLoader(rows, batch_sampler=mine, num_workers=args.workers,
-                                     collate_fn=pack))
+            stream = iter(DataLoader(  # forked: workers share the student's tokenizer
+                rows, batch_sampler=mine, num_workers=args.workers, collate_fn=pack,
+                multiprocessing_context="fork" if args.workers else None))
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a dead worker is found at the fetch
             if "t2t" in channels and not text_trains and master:
                 print("by text nothing trains, "
@@ -1151,13 +1150,14 @@ def main(args):
             for i, key in enumerate(("ce_t2t", "kd_t2t", "ce_s2t", "kd_s2t", "ctc"), 1):
                 record[key] = values[i] / num_tokens[(i - 1) // 2]
             real, padded = student.positions
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
             record |= {"tokens_per_s": tokens_seen / elapsed, "memory": memory,
                        "wait": waited / elapsed, "padding": 1 - real / padded if padded else 0.0,
-                       "resident": pages * resource.getpagesize() / 2**30,
-                       "open_files": len(os.listdir("/proc/self/fd")),
                        "workers": len(torch.multiprocessing.active_children()),
                        "hours": (time.perf_counter() - begun) / 3600}
+            if sys.platform == "linux":  # for tools/soak.py
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                record |= {"resident": pages * resource.getpagesize() / 2**30,
+                           "open_files": len(os.listdir("/proc/self/fd"))}
             log(record)
             start_time, tokens_seen, waited = time.perf_counter(), 0, 0.0
             student.positions = [0, 0]

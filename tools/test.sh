@@ -9,4 +9,4 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
 fi
 pip install --quiet -r requirements.txt
 python tools/offline_models.py
-python -m pytest -q "$@"
+OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile "$@"  # two processes of one thread each
