@@ -204,7 +204,7 @@ def to_text(record):
 def main(args):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, vb.stop_now)
+    signal.signal(signal.SIGTERM, m.stop_now)
     rank, world = vb.start_ranks(args.device)
     out, data = Path(args.out), args.score_only or args.data
     if not Path(data).exists() and not data.endswith(".json"):
@@ -230,7 +230,7 @@ def main(args):
     text = to_text(record) if answered else (
         f"no right answers, no scores: the submission file is {out / 'predictions.json'}\n")
     vb.write_json(out / "report.json", {**record, "prompt": PROMPT + args.prompt_suffix})
-    vb.write_atomically(out / "report.md", text)
+    m.write_atomically(out / "report.md", text)
     print(text, end="")
     return 0
 

@@ -42,7 +42,7 @@ from transformers.utils import logging
 import model as m
 import synth_speech
 import train_kd
-from synth_speech import Stage, stop_now, write_atomically
+from synth_speech import Stage
 
 HUB = "hlt-lab/voicebench"
 SUBSETS = {  # subset: kind of score, rows on the hub
@@ -164,8 +164,8 @@ def fetch(args, rank):
                 row["audio"], sound = f"audio/{subset}-{split}-{i:05d}.wav", row["audio"]["bytes"]
                 (folder / row["audio"]).write_bytes(sound)
                 lines.append(json.dumps(row) + "\n")
-            write_atomically(path.with_suffix(".commit"), commit[1] if commit else "unknown")
-            write_atomically(path, "".join(lines))
+            m.write_atomically(path.with_suffix(".commit"), commit[1] if commit else "unknown")
+            m.write_atomically(path, "".join(lines))
     return folder
 
 
@@ -202,7 +202,7 @@ def read_data(args, folder):
 # ---- answers: append-only files, one a rank, so that a run goes on where it stopped ----
 
 def write_json(path, record):
-    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    m.write_atomically(path, json.dumps(record, indent=1) + "\n")
 
 
 def start_ranks(device):
@@ -256,7 +256,7 @@ def answer_all(out, name, rows, ask, *, settings, batch_size, rank=0, world=1):
             time.sleep(0.2)  # the other ranks are still at work
     signal.signal(signal.SIGTERM, before)
     if stopped:
-        stop_now()
+        m.stop_now()
     answers = {}
     for k, batch in enumerate(plan):
         answers |= dict(zip(batch, stage.done[k]["responses"], strict=True))
@@ -360,7 +360,7 @@ def answer_data(args, data, rank, world):
                 path = f"{args.out}/{name}-{row['split']}-{modality}.jsonl"
                 lines[path] = lines.get(path, "") + line
             for path, text in lines.items():
-                write_atomically(path, text)
+                m.write_atomically(path, text)
             files += lines
         if role == "teacher":  # room for the student
             models[role].cache_clear()
@@ -1064,7 +1064,7 @@ def draw(report, path):
 def main(args):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, stop_now)
+    signal.signal(signal.SIGTERM, m.stop_now)
     official = load_official(args.official) if args.official else None
     out, files, origins, weights, sums = Path(args.out), args.score_only, {}, {}, "not measured"
     if not args.score_only:
@@ -1090,7 +1090,7 @@ def main(args):
               "decoding": "greedy", "prompt": "the question alone, after --system",
               "weights": weights, "data": origins, **provenance(args)}
     write_json(out / "report.json", report)
-    write_atomically(out / "report.md", text := to_text(args, report))
+    m.write_atomically(out / "report.md", text := to_text(args, report))
     draw(report, out / "report.png")
     print(text)
     return 0

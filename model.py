@@ -8,7 +8,7 @@ how its inputs are made, how it is loaded, saved and asked.
 The adapter hears with CTC. Its classes are the short tokens of the LLM's own tokenizer, so it
 *spells*: what is spelled is tokenised again, and each token of it enters the LLM as its own
 embedding plus a learned correction from the sound. Where no word is heard, the sound itself gives
-an embedding a second. Nothing here prints.
+an embedding a second. Nothing here prints but the last word of a stopped script.
 """
 import codecs
 import contextlib
@@ -140,7 +140,7 @@ def leave_out(bad, limit, out, write=True):
     path = Path(out) / "bad_rows.jsonl"
     if bad and limit and write:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in bad))
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in bad))
     if len(bad) > limit:
         raise ValueError(f"{bad[0]['reason']} (bad rows: {len(bad)}{f', see {path}' * (limit > 0)};"
                          f" mend them, or leave them out by --max-bad-rows {len(bad)})")
@@ -177,6 +177,22 @@ def from_folder(loader, folder, **options):
         raise RuntimeError(f"{folder}: its safetensors do not fit its config.json: no weights for "
                            f"{lost[0]} and {len(lost) - 1} more; expected all of them")
     return loaded[0]
+
+
+def write_atomically(path, text):
+    """The file appears complete or not at all, whichever rank is quicker."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def stop_now(*_):
+    """Handler of SIGTERM."""
+    print("stopped by SIGTERM; the same command goes on", file=sys.stderr, flush=True)
+    sys.exit(143)
 
 
 def cores():

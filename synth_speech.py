@@ -569,22 +569,6 @@ def check_all(args, stage, rows, speech, out, rank, world):
                    for r, (w, heard) in zip(batch, rates) if r["id"] not in stage.done])
 
 
-def write_atomically(path, text):
-    """The file appears complete or not at all, whichever rank is quicker."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def stop_now(*_):
-    """Handler of SIGTERM."""
-    print("stopped by SIGTERM; the same command goes on", file=sys.stderr, flush=True)
-    sys.exit(143)
-
-
 def preview(rows):
     """A page to listen to some rows; every text is escaped."""
     cells = ("<tr><td><audio controls preload=none src='{audio}'></audio>"
@@ -621,7 +605,7 @@ def write_results(args, out, rows, drops, stages, tokens_per_s):
                            f"{collections.Counter(d['reason'] for d in drops)}")
     for name, content in (*manifests.items(), ("dropped", drops)):
         if content or name != "heldout":
-            write_atomically(out / f"{name}.jsonl",
+            m.write_atomically(out / f"{name}.jsonl",
                              "".join(json.dumps(row) + "\n" for row in content))
     measured = [row["wer"] for row in kept if row["wer"] is not None]
     summary = {"rows": {k: len(v) for k, v in manifests.items()},
@@ -631,15 +615,15 @@ def write_results(args, out, rows, drops, stages, tokens_per_s):
                "mean_wer": round(float(np.mean(measured)), 4) if measured else None,
                "wer_measured_on": len(measured), "answer_tokens_per_s": round(tokens_per_s, 1),
                "dropped": collections.Counter(d["reason"] for d in drops)}
-    write_atomically(out / "summary.json", json.dumps(summary, indent=1))
+    m.write_atomically(out / "summary.json", json.dumps(summary, indent=1))
     if args.preview:
-        write_atomically(out / "preview.html", preview(kept[:args.preview]))
+        m.write_atomically(out / "preview.html", preview(kept[:args.preview]))
     print(json.dumps(summary, indent=1))
     return len(drops) and any(d["reason"] == "no speech" for d in drops)
 
 
 def main(args):
-    signal.signal(signal.SIGTERM, stop_now)
+    signal.signal(signal.SIGTERM, m.stop_now)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -678,9 +662,9 @@ def main(args):
             loaded.append(m.load_llm(args.teacher, getattr(torch, dtype), args.revision))
             m.check_context(loaded[0][0].to(args.device), 1, args.max_new_tokens)
         dtype_path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(dtype_path, dtype)
+        m.write_atomically(dtype_path, dtype)
     if rank == 0:
-        write_atomically(plan_path, json.dumps(plan))
+        m.write_atomically(plan_path, json.dumps(plan))
     if world > 1:
         dist.barrier()
 

@@ -41,7 +41,6 @@ from transformers.utils import logging
 
 import losses
 import model as m
-from synth_speech import stop_now, write_atomically
 
 # answer tokens in which question and answer are not yet told apart by the answer itself:
 EARLY = 8  # the gap shows there
@@ -263,7 +262,7 @@ class Rows(torch.utils.data.Dataset):
             if self.cache:
                 item["features"] = load_file(self.cache(row["audio"]))["x"]
             else:
-                item["mel"] = self.student.clip(row)
+                item["clip"] = self.student.clip(row)
         if self.teacher_cache and item["has_text"] and item["answer"]:
             item["teacher_hidden"] = load_file(self.teacher_cache(item))["x"]
         return item
@@ -273,8 +272,8 @@ def pack(items):
     """Rows -> what a worker sends: on its way each tensor is an open file, so rows share one."""
     found = {}
     for number, item in enumerate(items):
-        if isinstance(item.get("mel"), dict):  # of a HubStudent
-            item |= {f"mel {k}": v for k, v in item.pop("mel").items()}
+        if isinstance(item.get("clip"), dict):  # of a HubStudent
+            item |= {f"clip {k}": v for k, v in item.pop("clip").items()}
         for key in [k for k, v in item.items() if isinstance(v, torch.Tensor)]:
             found.setdefault(key, []).append((number, item.pop(key)))
     packed = {key: (torch.cat([x.flatten() for _, x in parts]), [(n, x.shape) for n, x in parts])
@@ -296,9 +295,11 @@ def unpack(batch):
 
 def fingerprint(model, dtype):
     """Twelve characters that change with a model's weights or the type that it computes in."""
-    some = [v for k, v in model.state_dict().items() if "norm" in k or "conv1" in k]
-    weights = b"".join(v.float().cpu().numpy().tobytes() for v in some)
-    return hashlib.sha1(weights + str(dtype).encode()).hexdigest()[:12]
+    digest = hashlib.sha1(str(dtype).encode())
+    for value in model.state_dict().values():  # a few of every tensor: a merged LoRA is seen
+        some = value.flatten()[::max(1, value.numel() // 256)]
+        digest.update(some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def fill_cache(things, path_of, load, compute, workers, rank, world, what):
@@ -517,8 +518,8 @@ def student_inputs(items, channel):
         if "features" in items[0]:
             inputs["features"] = [i["features"] for i in items]
         else:
-            inputs["mels"] = [i["mel"] for i in items]
-            if isinstance(items[0]["mel"], dict):  # HubStudent's clips are whole prompts
+            inputs["mels"] = [i["clip"] for i in items]
+            if isinstance(items[0]["clip"], dict):  # HubStudent's clips are whole prompts
                 inputs["before"] = inputs["after"] = [[] for _ in items]
     return {**inputs, "llm": channel != "ctc"}
 
@@ -606,7 +607,7 @@ def evaluate(student, teacher, dataset, indices, channels=("t2t", "s2t"), batch_
             chosen = items
             if channel == "other":  # the neighbour's sound, under this row's prompt and answer
                 chosen = [{**i, "features": j["features"]} if "features" in i
-                          else {**i, "mel": j["mel"]}
+                          else {**i, "clip": j["clip"]}
                           for i, j in zip(items, items[1:] + items[:1])]
             with autocast:
                 hidden, _, _ = student(
@@ -807,7 +808,7 @@ def cut_back(path, step):
     without a stop."""
     lines = path.read_text().splitlines(True) if path.exists() else []
     logged = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-    write_atomically(path, "".join(line for line, record in logged if record["step"] < step
+    m.write_atomically(path, "".join(line for line, record in logged if record["step"] < step
                                    or record["step"] == step and "loss" in record))
 
 
@@ -848,7 +849,7 @@ def write_samples(student, rows, path, step):
 
 def main(args):
     # ---- processes and device ----
-    signal.signal(signal.SIGTERM, stop_now)
+    signal.signal(signal.SIGTERM, m.stop_now)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     ddp = "RANK" in os.environ
@@ -964,7 +965,7 @@ def main(args):
     if master:
         versions = {"world_size": world, "torch": torch.__version__,
                     "transformers": transformers.__version__}
-        write_atomically(out / "args.json", json.dumps({**vars(args), **versions}, indent=1))
+        m.write_atomically(out / "args.json", json.dumps({**vars(args), **versions}, indent=1))
         for path in (log_path, out / "samples.jsonl"):
             cut_back(path, step)
         sizes = {name: sum(p.numel() for p in part.parameters() if p.requires_grad)

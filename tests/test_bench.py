@@ -161,11 +161,11 @@ def test_operations_are_those_that_torch_counts(tiny, tmp_path):
             loss = train_kd.channel_loss(args, items, hidden, heads[0], taught, heads[1])[0]
             (loss + (logits.sum() if logits is not None else 0)).backward()
     with torch.no_grad():
-        heard = student.read(*student.spell(student.features([item["mel"]])))[0][0]
+        heard = student.read(*student.spell(student.features([item["clip"]])))[0][0]
     shared, answer = len(item["before"] + item["after"]), len(item["answer"])
     counts = {"teacher": [len(item["teacher_prompt"]) + answer] * 2, "rows": [2 * answer] * 2,
               "t2t": [shared + len(item["said"]) + answer] * 2, "s2t": [shared + len(heard) + answer] * 2,
-              "frames": [item["mel"].shape[1]] * 2, "positions": [-(-item["mel"].shape[1] // 2)] * 2,
+              "frames": [item["clip"].shape[1]] * 2, "positions": [-(-item["clip"].shape[1] // 2)] * 2,
               "events": 2 * len(heard)}
     flops = bench_step.step_flops(student.config, teacher.config, counts, len(student.processors["classes"]) + 1)
     assert sum(flops.values()) == pytest.approx(counter.get_total_flops(), rel=0.03)

@@ -353,7 +353,7 @@ def plain_loop(job, watch):
         for channel in args.channels:
             if channel == "s2t":
                 with autocast(args, dtype):
-                    states, spelled, lengths = student.spell(student.features([i["mel"].to(device) for i in items]))
+                    states, spelled, lengths = student.spell(student.features([i["clip"].to(device) for i in items]))
                     speech = dict(enumerate(student.read(states, spelled, lengths)[0]))
             else:
                 speech = {}

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model as m
 import synth_speech as synth
 
 
@@ -69,7 +70,7 @@ def main(args):
     stage, plan = synth.Stage(out, "speech", 0), out / ".stages/plan"
     if plan.exists() and plan.read_text() != json.dumps([options, rows]):
         raise ValueError(f"{out} was begun with other questions or options; choose another --out")
-    synth.write_atomically(plan, json.dumps([options, rows]))
+    m.write_atomically(plan, json.dumps([options, rows]))
     stage.done = {name: clip for name, clip in stage.load().items()
                   if "audio" in clip and (out / clip["audio"]).exists()}
     jobs = [{"id": name, "prompt": synth.tidy(row["prompt"])} for name, row in rows.items()]
@@ -81,7 +82,7 @@ def main(args):
         lines = files.setdefault(f"{row.pop('subset')}-{row.pop('split')}.jsonl", [])
         lines.append(json.dumps({**row, "audio": clip["audio"]}) + "\n")
     for name, lines in files.items():
-        synth.write_atomically(out / name, "".join(lines))
+        m.write_atomically(out / name, "".join(lines))
     seconds = sum(clip["seconds"] for clip in clips)
     print(f"{out}: {len(clips)} questions in {len(files)} files, {seconds:.1f} s of speech")
 
