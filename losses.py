@@ -160,7 +160,7 @@ DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "
 
 
 CPU_BLOCK_ROWS = 8      # rows whose point-wise work is done together on a CPU: in its cache
-HALF_HEAD_TILE = 8192   # tokens of a half-precision head that are upcast together on a CPU
+HALF_HEAD_TILE = 2048   # tokens of a half-precision head that are upcast together on a CPU
 GPU_WEIGHT_ROWS = 1024  # rows that are summed in one product for a trainable head on a GPU
 
 
@@ -171,11 +171,14 @@ def _tiles(head):
     return [slice(i, i + step) for i in range(0, len(head), step)]
 
 
-def _addmm(out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
-    """out = beta * out + a @ b in out's float32 or float64:
-    half-precision factors, no half-precision result."""
-    if b.is_cuda and b.dtype in (torch.bfloat16, torch.float16):
-        torch.addmm(out, a.to(b.dtype), b, out_dtype=torch.float32, beta=beta, out=out)
+def _addmm(out: Tensor, a: Tensor, b: Tensor, factors: torch.dtype, beta: int = 1) -> None:
+    """out = beta * out + a @ b in out's float32 or float64: a and b are rounded to `factors`
+    where that makes it quicker, the result never."""
+    if b.is_cuda and factors in (torch.bfloat16, torch.float16):
+        torch.addmm(out, a.to(factors), b.to(factors), out_dtype=torch.float32, beta=beta, out=out)
+    elif factors == torch.bfloat16:  # oneDNN rounds them on its way, if the processor has bfloat16
+        with torch.backends.mkldnn.flags(None, None, None, fp32_precision="bf16"):
+            out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
     else:
         out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
 
@@ -239,7 +242,8 @@ class _FusedCeKd(torch.autograd.Function):
         dtype, device = (torch.promote_types(student_hidden.dtype, torch.float32),
                          student_hidden.device)
         vocab, row_weights = min(len(student_weight), len(teacher_weight)), row_weights.to(dtype)
-        heads = [w[:vocab].to(half or w.dtype) for w in (student_weight, teacher_weight)]
+        heads = [w[:vocab] for w in (student_weight, teacher_weight)]
+        factors = [half or head.dtype for head in heads]
         hiddens = student_hidden, teacher_hidden
         buffers = [torch.empty(min(chunk_rows, len(targets)), vocab, dtype=dtype, device=device)
                    for _ in heads]
@@ -247,7 +251,8 @@ class _FusedCeKd(torch.autograd.Function):
         block_rows = CPU_BLOCK_ROWS if on_cpu else chunk_rows
         if not on_cpu:  # the weight gradient is read and written as seldom as memory allows
             together = max(1, GPU_WEIGHT_ROWS // chunk_rows)
-            hiddens = [hidden.to(head.dtype) for hidden, head in zip(hiddens, heads)]
+            heads, hiddens = ([x.to(kind) for x, kind in zip(pair, factors)]
+                              for pair in (heads, hiddens))
         sums = torch.zeros(2, dtype=torch.float64, device=device)                     # CE, KD
         grad_hidden = (torch.zeros(student_hidden.shape, dtype=dtype, device=device)
                        if needs_hidden else None)
@@ -256,9 +261,9 @@ class _FusedCeKd(torch.autograd.Function):
         for start in range(0, len(targets), chunk_rows):
             stop = min(start + chunk_rows, len(targets))
             logits = [buffer[:stop - start] for buffer in buffers]                    # 2 x (n, V)
-            for hidden, head, scale, out in zip(hiddens, heads, scales, logits):
+            for hidden, head, half, scale, out in zip(hiddens, heads, factors, scales, logits):
                 for tile in _tiles(head):
-                    _addmm(out[:, tile], hidden[start:stop], head[tile].T, beta=0)
+                    _addmm(out[:, tile], hidden[start:stop], head[tile].T, half, beta=0)
                 if scale != 1:
                     out *= scale
             for first in range(start, stop, block_rows):
@@ -274,13 +279,15 @@ class _FusedCeKd(torch.autograd.Function):
             if scales[0] != 1:
                 gradient *= scales[0]
             for tile in _tiles(heads[0]) if needs_hidden else []:
-                _addmm(grad_hidden[start:stop], gradient[:, tile], heads[0][tile])    # (n, H)
+                _addmm(grad_hidden[start:stop], gradient[:, tile], heads[0][tile],
+                       factors[0])                                                    # (n, H)
             if needs_weight:
                 pending.append(gradient)
                 if len(pending) == together or stop == len(targets):
                     first = stop - sum(map(len, pending))
                     gradient = torch.cat(pending) if len(pending) > 1 else gradient
-                    _addmm(grad_weight[:vocab], gradient.T, hiddens[0][first:stop])   # (V, H)
+                    _addmm(grad_weight[:vocab], gradient.T, hiddens[0][first:stop],
+                           factors[0])                                                # (V, H)
                     pending = []
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = student_hidden.dtype, student_weight.dtype
@@ -291,8 +298,11 @@ class _FusedCeKd(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _ce, _kd):
-        grads = [None if grad is None else  # scaled and rounded at once: no second float32 copy
-                 torch.mul(grad, grad_loss, out=torch.empty_like(grad, dtype=dtype))
+        # scaled and rounded at once, in place unless retain_graph: no second float32 copy
+        retained = torch._C._autograd._get_current_graph_task_keep_graph()
+        grads = [None if grad is None else
+                 torch.mul(grad, grad_loss, out=grad if grad.dtype == dtype and not retained
+                           else torch.empty_like(grad, dtype=dtype))
                  for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
         return *grads, *[None] * 13
 
@@ -318,8 +328,8 @@ def fused_ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidde
     Returns:
         loss = ce_weight * ce_sum + kd_weight * kd_sum, which alone carries a gradient (once: no
         second derivative), and ce_sum and kd_sum for the log (row weights and T^2 included);
-        () float32. Logits are float32, also of half-precision inputs; on a GPU, autocast to half
-        precision rounds the factors of the products, never their results. Both
+        () float32. Logits are float32, also of half-precision inputs; autocast to half precision
+        rounds the factors of the products, never their results. Both
         vocabularies are cut to the smaller one, since models pad them differently.
     Raises:
         ValueError: if a target is negative or beyond the common vocabulary (on a GPU, where looking
@@ -341,11 +351,11 @@ def fused_ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidde
                          f"the common vocabulary of {vocab} tokens")
     row_weights = (torch.ones(len(targets), device=targets.device)
                    if row_weights is None else row_weights)
-    on_gpu = student_hidden.is_cuda and torch.is_autocast_enabled("cuda")
-    with torch.autocast(student_hidden.device.type, enabled=False):
+    device = student_hidden.device.type
+    half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    with torch.autocast(device, enabled=False):
         return _FusedCeKd.apply(
             student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(),
-            targets, row_weights.detach(), torch.is_grad_enabled(),
-            torch.get_autocast_dtype("cuda") if on_gpu else None, chunk_rows,
+            targets, row_weights.detach(), torch.is_grad_enabled(), half, chunk_rows,
             (student_logit_scale, teacher_logit_scale),
             kind, temperature, beta, ce_weight, kd_weight)

@@ -373,12 +373,17 @@ def end_token(tokenizer):
 
 # ---- generation ----
 
-def decode_attention(module, query, key, value, attention_mask, scaling=None, **options):
-    """sdpa; for one new token a row (B, h, 1, D), plain matrix products,
-    which a CPU does several times as fast."""
+def cpu_attention(module, query, key, value, attention_mask, scaling=None, **options):
+    """sdpa (B, h, T, D), with what a CPU does several times as fast: a backward in float32, and
+    for one new token a row, T = 1, plain matrix products."""
     if query.shape[2] > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask,
-                                      scaling=scaling, **options)
+        states = [query, key, value]
+        if query.requires_grad:
+            states = [x.float() for x in states]
+        with torch.autocast("cpu", enabled=False):
+            mixed, _ = sdpa_attention_forward(module, *states, attention_mask, scaling=scaling,
+                                              **options)
+        return mixed.to(query.dtype), None
     grouped = (query.unflatten(1, (key.shape[1], -1))[:, :, :, 0]
                * (scaling or query.shape[-1] ** -0.5))                            # (B, k, h/k, D)
     scores = (grouped @ key.transpose(2, 3)).float()                              # (B, k, h/k, T)
@@ -388,8 +393,14 @@ def decode_attention(module, query, key, value, attention_mask, scaling=None, **
     return mixed.flatten(1, 2)[:, None], None                                     # (B, 1, h, D)
 
 
-AttentionInterface.register("decode", decode_attention)
-AttentionMaskInterface.register("decode", sdpa_mask)
+AttentionInterface.register("cpu", cpu_attention)
+AttentionMaskInterface.register("cpu", sdpa_mask)
+
+
+def suit_attention(llm):
+    """sdpa of an LLM on a CPU becomes `cpu_attention`."""
+    if llm.config._attn_implementation == "sdpa" and llm.device.type == "cpu":
+        llm.set_attn_implementation("cpu")
 
 
 def check_context(llm, prompt_tokens, new_tokens):
@@ -400,18 +411,7 @@ def check_context(llm, prompt_tokens, new_tokens):
 
 
 @torch.inference_mode()
-def generate(llm, prompts, **options):
-    """`decode`, which see, with the attention that suits this device."""
-    original = llm.config._attn_implementation
-    if original == "sdpa" and llm.device.type == "cpu":
-        llm.set_attn_implementation("decode")
-    try:
-        return decode(llm, prompts, **options)
-    finally:
-        llm.set_attn_implementation(original)
-
-
-def decode(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, generator=None,
+def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, generator=None,
            speech=None):
     """Batched decoding: the prefix that all prompts share is read once,
     finished rows leave the batch.
@@ -428,6 +428,7 @@ def decode(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, 
         list of token id lists; a row that was cut at max_new_tokens does not
         end in an id of eos_ids.
     """
+    suit_attention(llm)
     batch, device, shortest = len(prompts), prompts[0].device, min(len(p) for p in prompts)
     longest = max(map(len, prompts))
     check_context(llm, longest, max_new_tokens)

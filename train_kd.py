@@ -906,6 +906,8 @@ def main(args):
     text_trains = not args.lora_speech_only and any(n.startswith("llm.") for n in trainable)
     llms = student.llm, getattr(teacher, "llm", teacher)
     scales = list(map(m.logit_scale, llms))
+    for llm in llms:
+        m.suit_attention(llm)
     if args.gradient_checkpointing:
         student.llm.gradient_checkpointing_enable()
     if args.compile and (device.type == "cuda" or shutil.which("g++")):

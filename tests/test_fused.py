@@ -175,3 +175,23 @@ def test_wrong_options_are_refused(wrong, found):
     inputs, _ = pair(5, 7, 4)
     with pytest.raises(ValueError, match=found):
         fused_ce_kd(**{**inputs, **wrong})
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_backward_scales_its_gradient_and_may_be_repeated_if_the_graph_is_kept(retain):
+    inputs, _ = pair(9, 50, 16, torch.float32)
+    hidden, weight = (inputs[k].requires_grad_() for k in ("student_hidden", "student_weight"))
+    plain = torch.autograd.grad(losses.fused_ce_kd(**inputs)[0], (hidden, weight))
+    loss = losses.fused_ce_kd(**inputs)[0]
+    for factor in (3.0, 0.5)[:1 + retain]:
+        scaled = torch.autograd.grad(loss * factor, (hidden, weight), retain_graph=retain)
+        for a, b in zip(scaled, plain):
+            torch.testing.assert_close(a, b * factor)
+
+
+def test_autocast_on_a_cpu_rounds_factors_only_and_leaves_the_precision_of_others_alone():
+    inputs, weights = pair(9, 50, 16, torch.float32)
+    before = torch.backends.mkldnn.fp32_precision, torch.get_float32_matmul_precision()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert max(errors(inputs, weights, kind="forward_kl")) < 4e-3
+    assert (torch.backends.mkldnn.fp32_precision, torch.get_float32_matmul_precision()) == before
