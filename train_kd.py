@@ -25,6 +25,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,7 @@ import model as m
 
 # answer tokens in which question and answer are not yet told apart by the answer itself:
 EARLY = 8  # the gap shows there
+PARTS = ("encoder", "adapter", "llm")
 CHANNELS = ("t2t", "s2t", "ctc")  # text to text, speech to text, speech to spelling
 
 
@@ -89,7 +91,7 @@ def get_args(argv=None):
     g.add_argument("--ctc-weight", type=float, default=0.3,
                    help="CTC beside the speech channel; 0 = off")
     g = p.add_argument_group("what trains")
-    g.add_argument("--train", nargs="+", choices=["encoder", "adapter", "llm"],
+    g.add_argument("--train", nargs="+", choices=PARTS,
                    default=["adapter", "llm"], help="parts that train")
     g.add_argument("--freeze", help="of these, leave what this regular expression finds in a "
                    "parameter's name, e.g. 'layers\\.[0-3]\\.'")
@@ -812,11 +814,11 @@ def cut_back(path, step):
                                    or record["step"] == step and "loss" in record))
 
 
-def make_optimizer(args, parts, device):
+def make_optimizer(args, student):
     """AdamW over the parts that train; matrices decay, vectors do not. The loop sets the rates."""
     groups = []
     for name in args.train:
-        trainable = [p for p in parts[name].parameters() if p.requires_grad]
+        trainable = [p for p in getattr(student, name).parameters() if p.requires_grad]
         groups += [{"params": [p for p in trainable if p.dim() >= 2],
                     "weight_decay": args.weight_decay, "part": name},
                    {"params": [p for p in trainable if p.dim() < 2],
@@ -845,53 +847,47 @@ def write_samples(student, rows, path, step):
     print(f"      asked: {rows[0]['prompt']!r}\n      by speech: {answers[0]!r}")
 
 
-# ---- main: read it as prose ----
+# ---- main and what it calls, in the order of the calls ----
 
-def main(args):
-    # ---- processes and device ----
-    signal.signal(signal.SIGTERM, m.stop_now)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    ddp = "RANK" in os.environ
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world, master = int(os.environ.get("WORLD_SIZE", 1)), rank == 0
-    device = (torch.device("cuda", local_rank) if args.device == "cuda"
-              else torch.device(args.device))
-    if ddp:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        else:  # torchrun sets one thread a process
-            torch.set_num_threads(max(1, m.cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    dtype, out = getattr(torch, args.dtype), Path(args.out)
+def start_processes(args):
+    """-> rank, world size and device; with torchrun, all processes have met."""
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device(args.device)
+    if args.device == "cpu":
+        dist.init_process_group("gloo")  # torchrun sets one thread a process
+        torch.set_num_threads(max(1, m.cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+        device = torch.device("cpu")
+    else:
+        dist.init_process_group("nccl")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def batch_sizes(args, world):
+    """-> rows of one optimizer step over all processes, distilling and in the warm start."""
     at_once = args.batch_size * world
-    global_batch_size = args.global_batch_size or at_once
-    if global_batch_size % at_once:
-        raise ValueError(f"--global-batch-size {global_batch_size} is not a multiple of "
+    size = args.global_batch_size or at_once
+    if size % at_once:
+        raise ValueError(f"--global-batch-size {size} is not a multiple of "
                          f"--batch-size {args.batch_size} x {world} processes; "
-                         f"use {at_once * max(1, global_batch_size // at_once)}")
-    if checkpoints(out) and not args.resume:
-        raise ValueError(f"{checkpoints(out)[0]} exists: add --resume to go on, "
-                         "or choose another --out")
-    seen, bad, warm_batch = {}, [], args.warm_start_batch_size * world
-    train_rows = [row for path in args.data for row in read_manifest(path, seen, bad)]
-    eval_rows = [row for path in args.eval_data for row in read_manifest(path, bad=bad)]
-    eval_rows = [r for r in eval_rows if r["prompt"] and r["response"] and r.get("audio")]
-    m.leave_out(bad, args.max_bad_rows, out, master)
-    usable_rows(args, train_rows, global_batch_size, warm_batch)  # fail before the models load
+                         f"use {at_once * max(1, size // at_once)}")
+    return size, args.warm_start_batch_size * world
 
-    # ---- teacher and student ----
+
+def load_models(args, device, dtype):
+    """-> student, teacher, the teacher's tokenizer, names of the parameters that train and of
+    those that --freeze keeps."""
     torch.manual_seed(args.seed)  # the adapter's first weights are the same on every rank
     student = m.load_student(args.student, args.revision, args.trust_remote_code)
     (student.encoder if args.shard else student).to(device)  # what is sharded moves piece by piece
     if isinstance(student, m.HubStudent) and args.warm_start_steps:
         raise ValueError(f"--warm-start-steps {args.warm_start_steps}: {args.student} has no CTC "
                          "adapter to warm up, only ENCODER+LLM has; use 0")
-    parts = {"encoder": student.encoder, "adapter": student.adapter, "llm": student.llm}
-    for name, part in parts.items():
-        if name != "adapter" and (name not in args.train or name == "llm" and args.lora_rank):
-            for tensor in part.state_dict(keep_vars=True).values():  # frozen: needs no master
-                if tensor.is_floating_point():  # part.to would round RoPE's frequencies too
+    for name in ("encoder", "llm"):
+        if name not in args.train or name == "llm" and args.lora_rank:  # frozen: needs no master
+            for tensor in getattr(student, name).state_dict(keep_vars=True).values():
+                if tensor.is_floating_point():  # module.to would round RoPE's frequencies too
                     tensor.data = tensor.data.to(dtype)
     teacher, teacher_tokenizer = load_teacher(args, student, dtype)
     if not args.shard or args.teacher_cache:
@@ -903,177 +899,276 @@ def main(args):
         parameter.requires_grad_(name in trainable)
         if name in trainable:
             parameter.data = parameter.data.float()
-    text_trains = not args.lora_speech_only and any(n.startswith("llm.") for n in trainable)
-    llms = student.llm, getattr(teacher, "llm", teacher)
-    scales = list(map(m.logit_scale, llms))
-    for llm in llms:
+    for llm in (student.llm, getattr(teacher, "llm", teacher)):
         m.suit_attention(llm)
     if args.gradient_checkpointing:
         student.llm.gradient_checkpointing_enable()
     if args.compile and (device.type == "cuda" or shutil.which("g++")):
         student.llm.base_model.compile(dynamic=True)
-    elif args.compile and master:
+    elif args.compile:
         print("--compile: no C++ compiler (g++) found, running eagerly")
+    return student, teacher, teacher_tokenizer, trainable, frozen
 
-    # ---- data ----
+
+class Phase(NamedTuple):
+    """Warm start or distillation, from `first_step` on."""
+    name: str
+    rows: Rows
+    plan: list       # row indices of every micro-batch of every step, see plan_batches
+    first_step: int
+    peaks: dict      # peak learning rate of each part that trains
+    channels: list
+
+
+def prepare_data(args, train_rows, eval_rows, bad, models, sizes, rank, world, dtype):
+    """Rows -> the phases, and the rows to measure on; the caches are filled.
+
+    models: student, teacher and the teacher's tokenizer; sizes: as of batch_sizes. Rows that
+    cannot be used are added to `bad`; ValueError if that are too many.
+    """
+    (student, teacher, teacher_tokenizer), (global_batch_size, warm_batch) = models, sizes
     train_rows, eval_rows = (drop(rows, "id", too_long(args, rows, teacher, student), bad)
                              for rows in (train_rows, eval_rows))
-    m.leave_out(bad, args.max_bad_rows, out, master)
+    m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
     needed = sum(usable_rows(args, train_rows, global_batch_size, warm_batch), eval_rows)
     cache, unread = feature_cache(args, student, needed, rank, world, dtype)
     train_rows, eval_rows = (drop(rows, "audio", unread, bad) for rows in (train_rows, eval_rows))
-    said = m.leave_out(bad, args.max_bad_rows, out, master)
-    if said and master:
+    said = m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
+    if said and rank == 0:
         print(said)
     distil_rows, spoken_rows = usable_rows(args, train_rows, global_batch_size, warm_batch)
     distil_steps = args.max_steps or max(
         1, round(args.epochs * len(distil_rows) / global_batch_size))
-    total_steps = args.warm_start_steps + distil_steps
     plan = plan_batches(row_lengths(student.tokenizer, distil_rows, args, student.spoken_hz),
                         args.batch_size, global_batch_size, distil_steps, args.seed,
                         args.batch_tokens, world)
+    warm_plan = plan_batches([r.get("seconds", 0) for r in spoken_rows],
+                             args.warm_start_batch_size, warm_batch, args.warm_start_steps,
+                             args.seed)
     hidden_of = None
     if args.teacher_cache:
         used = {i for step in plan for batch in step for i in batch}
-        taught = [distil_rows[i] for i in sorted(used)] + eval_rows
-        hidden_of = teacher_cache(args, teacher, Rows(
-            [{**row, "audio": None} for row in taught], student, teacher_tokenizer, args),
-            rank, world)
+        taught = [{**row, "audio": None} for row in [distil_rows[i] for i in sorted(used)]
+                  + eval_rows]
+        hidden_of = teacher_cache(args, teacher, Rows(taught, student, teacher_tokenizer, args),
+                                  rank, world)
         teacher.base_model.to("meta")  # its body leaves memory, its head stays
-    phases = {  # rows, micro-batches of each step, first step, peak learning rates, channels
-        "warm-start": (Rows(spoken_rows, student, teacher_tokenizer, args, cache), 0,
-                       plan_batches([r.get("seconds", 0) for r in spoken_rows],
-                                    args.warm_start_batch_size, warm_batch,
-                                    args.warm_start_steps, args.seed),
-                       {"adapter": args.warm_start_lr}, ["ctc"]),
-        "distil": (Rows(distil_rows, student, teacher_tokenizer, args, cache, hidden_of),
-                   args.warm_start_steps, plan,
-                   {name: getattr(args, f"lr_{name}") for name in args.train}, args.channels)}
-    eval_set = Rows(eval_rows, student, teacher_tokenizer, args, cache, hidden_of)
+    spoken, distilled, measured = (
+        Rows(rows, student, teacher_tokenizer, args, cache, hidden)
+        for rows, hidden in ((spoken_rows, None), (distil_rows, hidden_of), (eval_rows, hidden_of)))
+    peaks = {name: getattr(args, f"lr_{name}") for name in args.train}
+    return (Phase("warm-start", spoken, warm_plan, 0, {"adapter": args.warm_start_lr}, ["ctc"]),
+            Phase("distil", distilled, plan, args.warm_start_steps, peaks, args.channels)), measured
 
-    # ---- optimizer, resume ----
-    if args.shard:
-        shard(student, teacher, dtype, device)
-    optimizer = make_optimizer(args, parts, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, best = 0, None
-    out.mkdir(parents=True, exist_ok=True)
-    if checkpoints(out):
-        step, best, damaged = load_checkpoint(out, student, optimizer, scaler, args, world)
-        if master:
-            print(f"going on from step {step}"
-                  + "".join(f"; {name} is damaged and left out" for name in damaged))
-    log_path = out / "log.jsonl"
-    if master:
-        versions = {"world_size": world, "torch": torch.__version__,
-                    "transformers": transformers.__version__}
-        m.write_atomically(out / "args.json", json.dumps({**vars(args), **versions}, indent=1))
-        for path in (log_path, out / "samples.jsonl"):
-            cut_back(path, step)
-        sizes = {name: sum(p.numel() for p in part.parameters() if p.requires_grad)
-                 for name, part in parts.items()}
-        print(f"{len(distil_rows)} rows to distil, {len(spoken_rows)} to hear, "
-              f"{len(eval_rows)} to measure on; trains: "
-              + ", ".join(f"{name} {size / 1e6:.1f} M" for name, size in sizes.items() if size)
-              + f"; --freeze keeps {len(frozen)} parameters as they are" * bool(frozen))
+
+def open_log(args, step):
+    """-> function that adds a record to OUT/log.jsonl and TensorBoard."""
     writer = None
-    if args.tensorboard and master:
+    if args.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise RuntimeError("--tensorboard needs the package tensorboard: "
                                "pip install tensorboard") from error
-        writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
-    stop, stopped = False, []  # of all ranks, of this one
-    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+        writer = SummaryWriter(Path(args.out) / "tensorboard", purge_step=step + 1)
 
     def log(record):
-        with open(log_path, "a") as file:
+        with open(Path(args.out) / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
         for key, value in record.items():
             if writer and isinstance(value, float):
                 writer.add_scalar(key, value, record["step"])
+    return log
 
-    def due():
-        distilled, every = step - args.warm_start_steps, args.eval_every or distil_steps
-        return eval_rows and distilled >= 0 and (distilled % every == 0 or step == total_steps)
 
-    def measure():
-        """Every rank evaluates its share; the student with the best early answers by speech is
-        kept in OUT/best. Returns False if SIGTERM came to a rank."""
-        nonlocal best, stop
-        mine = list(range(rank, len(eval_rows), world))
-        results = evaluate(student, teacher, eval_set,  # as many rows on every rank
-                           mine + [0] * (-(-len(eval_rows) // world) - len(mine)), args.channels,
-                           stopped=() if args.shard else stopped)
-        if args.shard:  # what the backward would do
-            student.reshard()
-            student.adapter.reshard()
-        sums = torch.stack([rows[:len(mine)].sum(0) for rows in results.values()]
-                           + [torch.full((6,), len(stopped), dtype=torch.float64)]).to(device)
-        if ddp:
-            dist.all_reduce(sums)
-        *sums, stops = sums.cpu()
-        if stop := bool(stops[0]):
-            return False
-        record = eval_log(dict(zip(results, sums)))
-        score = record.get("eval_kl8_s2t", record.get("eval_kl8_t2t"))
-        if master:
-            log({"step": step, **record})
-            print("eval  " + " | ".join(f"{k[5:]} {v:.3f}" for k, v in record.items()))
-        if best is None or score < best:
-            best = score
-            if master or args.shard:
-                m.save_student(student, out / "best", dtype, master)
-        if master and not args.shard:  # ranks would lose step
-            write_samples(student, eval_rows[:3], out / "samples.jsonl", step)
-        return True
+def print_start(args, student, phases, eval_set, frozen, text_trains, step, damaged):
+    """What this run is made of, and where it goes on."""
+    if step or damaged:
+        print(f"going on from step {step}"
+              + "".join(f"; {name} is damaged and left out" for name in damaged))
+    sizes = {name: sum(p.numel() for p in getattr(student, name).parameters() if p.requires_grad)
+             for name in PARTS}
+    print(f"{len(phases[1].rows)} rows to distil, {len(phases[0].rows)} to hear, "
+          f"{len(eval_set)} to measure on; trains: "
+          + ", ".join(f"{name} {size / 1e6:.1f} M" for name, size in sizes.items() if size)
+          + f"; --freeze keeps {len(frozen)} parameters as they are" * bool(frozen))
+    if "t2t" in args.channels and not text_trains:
+        print("by text nothing trains, so the text channel is measured but not trained")
+
+
+def measure(args, student, teacher, rows, stopped, rank, world):
+    """Every rank evaluates its share -> record of all for the log; None if SIGTERM came to one."""
+    mine = list(range(rank, len(rows), world))
+    others = [0] * (-(-len(rows) // world) - len(mine))  # as many rows on every rank
+    results = evaluate(student, teacher, rows, mine + others, args.channels,
+                       stopped=() if args.shard else stopped)
+    if args.shard:  # what the backward would do
+        student.reshard()
+        student.adapter.reshard()
+    sums = torch.stack([values[:len(mine)].sum(0) for values in results.values()]
+                       + [torch.full((6,), len(stopped), dtype=torch.float64)]).to(student.device)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    *sums, stops = sums.cpu()
+    return None if stops[0] else eval_log(dict(zip(results, sums)))
+
+
+def begin_phase(args, student, phase, trainable, step, rank, world):
+    """-> the student, wrapped for several processes, and an iterator over this rank's batches."""
+    for name, parameter in student.named_parameters():  # the warm start trains the adapter alone
+        parameter.requires_grad_(name in trainable  # which FSDP reads only once
+                                 and (args.shard or name.split(".")[0] in phase.peaks))
+    student.train()
+    model = student
+    if dist.is_initialized() and not args.shard:
+        index = student.device.index
+        model = DistributedDataParallel(student, device_ids=None if index is None else [index])
+    todo = phase.plan[step - phase.first_step:]
+    stream = iter(DataLoader(  # forked: workers share the student's tokenizer
+        phase.rows, batch_sampler=[batch for batches in todo for batch in batches[rank::world]],
+        num_workers=args.workers, collate_fn=pack,
+        multiprocessing_context="fork" if args.workers else None))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a dead worker is found at the fetch
+    return model, stream
+
+
+def fetch(stream, count, stopped):
+    """The next `count` micro-batches; none after SIGTERM."""
+    try:
+        return [unpack(next(stream)) for _ in range(count)]
+    except RuntimeError as error:
+        if stopped:  # SIGTERM to all processes ends the workers too
+            return []
+        raise RuntimeError(f"{error}; memory full? --resume goes on, also with fewer "
+                           "--workers") from error
+
+
+def update(args, optimizer, scaler, peaks, step):
+    """Clip the gradient, step the optimizer -> the gradient's norm."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if group["part"] not in peaks:
+                p.grad = None
+            elif p.grad is None:  # FSDP leaves out what no channel used, DDP gives it zeros
+                p.grad = torch.zeros_like(p)
+    scaler.unscale_(optimizer)  # clip the true gradient
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = m.whole(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm))
+    if not torch.isfinite(grad_norm) and scaler.get_scale() <= 1:  # else fp16 skips the step
+        raise RuntimeError(f"gradient norm {grad_norm} in step {step}; lower the learning "
+                           f"rate, or --dtype bfloat16; the newest checkpoint of {args.out} keeps "
+                           "the last good state")
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return float(grad_norm)
+
+
+def resources(device):
+    """What a long run must not use more and more of, see tools/soak.py."""
+    memory = (torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
+              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    record = {"memory": memory, "workers": len(torch.multiprocessing.active_children())}
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        record |= {"resident": pages * resource.getpagesize() / 2**30,
+                   "open_files": len(os.listdir("/proc/self/fd"))}
+    return record
+
+
+def main(args):
+    # ---- processes, rows ----
+    signal.signal(signal.SIGTERM, m.stop_now)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    rank, world, device = start_processes(args)
+    master, dtype, out = rank == 0, getattr(torch, args.dtype), Path(args.out)
+    if checkpoints(out) and not args.resume:
+        raise ValueError(f"{checkpoints(out)[0]} exists: add --resume to go on, "
+                         "or choose another --out")
+    seen, bad, sizes = {}, [], batch_sizes(args, world)
+    train_rows = [row for path in args.data for row in read_manifest(path, seen, bad)]
+    eval_rows = [row for path in args.eval_data for row in read_manifest(path, bad=bad)]
+    eval_rows = [r for r in eval_rows if r["prompt"] and r["response"] and r.get("audio")]
+    m.leave_out(bad, args.max_bad_rows, out, master)
+    usable_rows(args, train_rows, *sizes)  # fail before the models load
+
+    # ---- teacher, student, data ----
+    student, teacher, teacher_tokenizer, trainable, frozen = load_models(args, device, dtype)
+    llms = student.llm, getattr(teacher, "llm", teacher)
+    scales = list(map(m.logit_scale, llms))
+    text_trains = not args.lora_speech_only and any(n.startswith("llm.") for n in trainable)
+    phases, eval_set = prepare_data(args, train_rows, eval_rows, bad,
+                                    (student, teacher, teacher_tokenizer), sizes, rank, world,
+                                    dtype)
+    total_steps = sum(len(phase.plan) for phase in phases)
+
+    # ---- optimizer, resume, log ----
+    if args.shard:
+        shard(student, teacher, dtype, device)
+    optimizer = make_optimizer(args, student)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, best, damaged = 0, None, []
+    out.mkdir(parents=True, exist_ok=True)
+    if checkpoints(out):
+        step, best, damaged = load_checkpoint(out, student, optimizer, scaler, args, world)
+    if master:
+        versions = {"world_size": world, "torch": torch.__version__,
+                    "transformers": transformers.__version__}
+        m.write_atomically(out / "args.json", json.dumps({**vars(args), **versions}, indent=1))
+        for name in ("log.jsonl", "samples.jsonl"):
+            cut_back(out / name, step)
+        log = open_log(args, step)
+        print_start(args, student, phases, eval_set, frozen, text_trains, step, damaged)
+    stop, stopped = False, []  # of all ranks, of this one
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+
+    def due(step):
+        every = args.eval_every or len(phases[1].plan)
+        distilled = step - args.warm_start_steps
+        return len(eval_set) and distilled >= 0 and (distilled % every == 0 or step == total_steps)
 
     # ---- the loop ----
     current, tokens_seen, waited, begun = None, 0, 0.0, time.perf_counter()
-    start_time = begun
-    while (not due() or measure()) and step < total_steps:
-        phase = "warm-start" if step < args.warm_start_steps else "distil"
-        rows, first_step, plan, peaks, channels = phases[phase]
-        if phase != current:  # the warm start trains the adapter alone
-            current = phase
-            for name, parameter in student.named_parameters():
-                parameter.requires_grad_(name in trainable  # which FSDP reads only once
-                                         and (args.shard or name.split(".")[0] in peaks))
-            student.train()
-            devices = [local_rank] if device.type == "cuda" else None
-            model = (DistributedDataParallel(student, device_ids=devices)
-                     if ddp and not args.shard else student)
-            mine = [batch for batches in plan[step - first_step:] for batch in batches[rank::world]]
-            stream = iter(DataLoader(  # forked: workers share the student's tokenizer
-                rows, batch_sampler=mine, num_workers=args.workers, collate_fn=pack,
-                multiprocessing_context="fork" if args.workers else None))
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a dead worker is found at the fetch
-            if "t2t" in channels and not text_trains and master:
-                print("by text nothing trains, "
-                      "so the text channel is measured but not trained")
-        warm_up = min(1.0, (step - first_step + 1) / max(1, args.lr_warmup_steps))
-        factor = warm_up * 0.5 * (1 + math.cos(math.pi * (step - first_step) / len(plan)))
+    last_log = begun
+    while True:
+        if due(step):
+            record = measure(args, student, teacher, eval_set, stopped, rank, world)
+            if stop := record is None:
+                break
+            score = record.get("eval_kl8_s2t", record.get("eval_kl8_t2t"))
+            if best is None or score < best:  # the best early answers by speech
+                best = score
+                if master or args.shard:
+                    m.save_student(student, out / "best", dtype, master)
+            if master:
+                log({"step": step, **record})
+                print("eval  " + " | ".join(f"{k[5:]} {v:.3f}" for k, v in record.items()))
+                if not args.shard:  # ranks would lose step
+                    write_samples(student, eval_set.rows[:3], out / "samples.jsonl", step)
+        if step == total_steps:
+            break
+        phase = phases[step >= args.warm_start_steps]
+        if phase is not current:
+            current, (model, stream) = phase, begin_phase(args, student, phase, trainable, step,
+                                                          rank, world)
+        number, steps = step - phase.first_step, len(phase.plan)
+        factor = (min(1.0, (number + 1) / max(1, args.lr_warmup_steps))
+                  * 0.5 * (1 + math.cos(math.pi * number / steps)))
         for group in optimizer.param_groups:
-            group["lr"] = peaks.get(group["part"], 0.0) * factor
+            group["lr"] = phase.peaks.get(group["part"], 0.0) * factor
 
         # -------- one optimizer step --------
         asked = time.perf_counter()
-        try:
-            micro_batches = [unpack(next(stream)) for _ in plan[step - first_step][rank::world]]
-        except RuntimeError as error:
-            if not stopped:  # SIGTERM to all processes ends the workers too
-                raise RuntimeError(f"{error}; memory full? --resume goes on, also with fewer "
-                                   "--workers") from error
-            micro_batches = []
+        micro_batches = fetch(stream, len(phase.plan[number][rank::world]), stopped)
         waited += time.perf_counter() - asked
-        passes = [(channel, chosen, items) for items in micro_batches for channel in channels
+        passes = [(channel, chosen, items) for items in micro_batches for channel in phase.channels
                   if (chosen := channel_items(items, channel))
                   and (channel != "t2t" or text_trains)]
         # Mean over ALL supervised tokens of the step, per channel.
         # DDP averages over ranks, hence `world` below.
         counts = torch.tensor([*count_tokens(args, passes), len(stopped)], dtype=torch.float64)
-        if ddp:
+        if dist.is_initialized():
             counts = counts.to(device)
             dist.all_reduce(counts)
         if stop := bool(counts[3]):
@@ -1084,7 +1179,7 @@ def main(args):
         # loss; ce, kd of t2t; ce, kd of s2t; ctc
         sums = torch.zeros(6, dtype=torch.float64, device=device)
         teacher_hidden, done = {}, None
-        for number, (channel, chosen, items) in enumerate(passes):
+        for turn, (channel, chosen, items) in enumerate(passes, 1):
             if items is not done and channel != "ctc":  # one teacher pass serves both channels
                 taught = [i for i in items if i["has_text"] and i["answer"]]
                 teacher_hidden = dict(zip(
@@ -1092,7 +1187,7 @@ def main(args):
                 done = items
             # no_sync must cover forward AND backward:
             # DDP decides in forward whether this backward will sync
-            with (contextlib.nullcontext() if model is student or number == len(passes) - 1
+            with (contextlib.nullcontext() if model is student or turn == len(passes)
                   else model.no_sync()):
                 with torch.amp.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                     hidden, logits, spelled = model(**student_inputs(chosen, channel))
@@ -1104,8 +1199,7 @@ def main(args):
                         # after the forward: then FSDP has gathered the student's head
                         head, teacher_head = (x.get_output_embeddings().weight for x in llms)
                         channel_sum, ce, kd = channel_loss(args, chosen, hidden, head,
-                                                           teacher_hidden, teacher_head,
-                                                           scales)
+                                                           teacher_hidden, teacher_head, scales)
                         loss = weight * channel_sum
                         sums[1 + 2 * at:3 + 2 * at] += torch.stack([ce, kd])
                     if logits is not None and (channel == "ctc" or args.ctc_weight):
@@ -1115,7 +1209,7 @@ def main(args):
                         sums[5] += ctc.detach()
                 scaler.scale(loss * world).backward()
                 sums[0] += loss.detach()
-        if ddp:
+        if dist.is_initialized():
             dist.all_reduce(sums)
         values = sums.tolist()
         if not all(map(math.isfinite, values)):
@@ -1123,50 +1217,27 @@ def main(args):
             raise RuntimeError(f"loss {values[0]} in step {step + 1}, learning rate "
                                f"{group['lr']:.2e}; rows of rank {rank}: {ids}; "
                                f"the newest checkpoint of {out} keeps the last good state")
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        for p, part in [(p, g["part"]) for g in optimizer.param_groups for p in g["params"]]:
-            if part not in peaks:
-                p.grad = None
-            elif p.grad is None:  # FSDP leaves out what no channel used, DDP gives it zeros
-                p.grad = torch.zeros_like(p)
-        scaler.unscale_(optimizer)  # clip the true gradient
-        grad_norm = m.whole(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm))
-        if not torch.isfinite(grad_norm) and scaler.get_scale() <= 1:  # else fp16 skips the step
-            raise RuntimeError(f"gradient norm {grad_norm} in step {step + 1}; lower the learning "
-                               f"rate, or --dtype bfloat16; the newest checkpoint of {out} keeps "
-                               "the last good state")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        grad_norm = update(args, optimizer, scaler, phase.peaks, step + 1)
         step += 1
         # ------------------------------------
 
         tokens_seen += sum(num_tokens)
         if master and (step % args.log_every == 0 or step == total_steps):
-            elapsed = time.perf_counter() - start_time
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            if device.type == "cuda":
-                memory = torch.cuda.max_memory_allocated() / 2**30
-            record = {"step": step, "phase": phase, "loss": values[0],
-                      "grad_norm": float(grad_norm),
-                      "lr": max(group["lr"] for group in optimizer.param_groups)}
-            for i, key in enumerate(("ce_t2t", "kd_t2t", "ce_s2t", "kd_s2t", "ctc"), 1):
-                record[key] = values[i] / num_tokens[(i - 1) // 2]
-            real, padded = student.positions
-            record |= {"tokens_per_s": tokens_seen / elapsed, "memory": memory,
-                       "wait": waited / elapsed, "padding": 1 - real / padded if padded else 0.0,
-                       "workers": len(torch.multiprocessing.active_children()),
-                       "hours": (time.perf_counter() - begun) / 3600}
-            if sys.platform == "linux":  # for tools/soak.py
-                pages = int(Path("/proc/self/statm").read_text().split()[1])
-                record |= {"resident": pages * resource.getpagesize() / 2**30,
-                           "open_files": len(os.listdir("/proc/self/fd"))}
+            now, (real, padded) = time.perf_counter(), student.positions
+            means = [value / num_tokens[i // 2] for i, value in enumerate(values[1:])]
+            record = {"step": step, "phase": phase.name, "loss": values[0], "grad_norm": grad_norm,
+                      "lr": max(group["lr"] for group in optimizer.param_groups),
+                      **dict(zip(("ce_t2t", "kd_t2t", "ce_s2t", "kd_s2t", "ctc"), means)),
+                      "tokens_per_s": tokens_seen / (now - last_log),
+                      "wait": waited / (now - last_log),
+                      "padding": 1 - real / padded if padded else 0.0,
+                      "hours": (now - begun) / 3600, **resources(device)}
             log(record)
-            start_time, tokens_seen, waited = time.perf_counter(), 0, 0.0
-            student.positions = [0, 0]
-            left_s = elapsed / args.log_every * (len(plan) - step + first_step)
-            print_step(record, step - first_step, len(plan), left_s)
-        if (master or args.shard) and (step % args.save_every == 0 or step == total_steps or due()):
+            left_s = (now - last_log) / args.log_every * (steps - number - 1)
+            print_step(record, number + 1, steps, left_s)
+            last_log, tokens_seen, waited, student.positions = now, 0, 0.0, [0, 0]
+        if (master or args.shard) and (step % args.save_every == 0 or step == total_steps
+                                       or due(step)):
             save_checkpoint(out, student, optimizer, scaler, step, best, args, world, master)
 
     # ---- the student ----
@@ -1174,11 +1245,10 @@ def main(args):
         save_checkpoint(out, student, optimizer, scaler, step, best, args, world, master)
     if not stop and (master or args.shard):
         m.save_student(student, out / "last", dtype, master)
-    if master and stop:
-        print(f"stopped by SIGTERM after step {step}; the same command with --resume goes on")
-    elif master:
-        print(f"wrote {out / 'last'}")
-    if ddp:
+    if master:
+        print(f"stopped by SIGTERM after step {step}; the same command with --resume goes on"
+              if stop else f"wrote {out / 'last'}")
+    if dist.is_initialized():
         dist.barrier()  # torchrun kills all when one has ended otherwise
         dist.destroy_process_group()
     return 143 if stop else 0

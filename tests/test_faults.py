@@ -303,7 +303,7 @@ def test_data_and_evaluation_survive_a_full_and_a_read_only_disk(commands, tmp_p
 
 @pytest.mark.parametrize("name", ["synth_speech.py", "eval_mmau.py"])
 def test_sigterm_of_data_and_evaluation_exits_143(commands, tmp_path, name):
-    code, output = script(name, commands[name], tmp_path / "run", tmp_path / "output", at=("decode", 2, sigterm_to_all))
+    code, output = script(name, commands[name], tmp_path / "run", tmp_path / "output", at=("suit_attention", 2, sigterm_to_all))
     assert code == 143 and "stopped by SIGTERM; the same command goes on" in output, output
     assert script(name, commands[name], tmp_path / "run", tmp_path / "output")[0] == 0
 

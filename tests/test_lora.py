@@ -191,7 +191,7 @@ def test_gradient_checkpointing_with_lora_changes_no_number(tiny, data, tmp_path
 
 def test_a_frozen_llm_in_half_precision_keeps_the_frequencies_of_its_positions(tiny, data, tmp_path, monkeypatch):
     seen, make = [], train_kd.make_optimizer
-    monkeypatch.setattr(train_kd, "make_optimizer", lambda args, parts, *more: seen.append(parts["llm"]) or make(args, parts, *more))
+    monkeypatch.setattr(train_kd, "make_optimizer", lambda args, student: seen.append(student.llm) or make(args, student))
     train(*arguments(tiny, data, tmp_path / "run", "--train", "adapter", "--dtype", "bfloat16", "--max-steps", "1"))
     plain = m.load_llm(tiny.llm, torch.bfloat16)[0].model.rotary_emb.inv_freq
     assert seen[0].dtype == torch.bfloat16 and torch.equal(seen[0].model.rotary_emb.inv_freq, plain)

@@ -346,8 +346,7 @@ def plain_loop(job, watch):
     teacher, tokenizer = m.load_llm(args.teacher, dtype)
     teacher.to(device).requires_grad_(False)
     student.encoder.requires_grad_(False).to(dtype)
-    parts = {"encoder": student.encoder, "adapter": student.adapter, "llm": student.llm}
-    optimizer = watch_optimizer(watch)(args, parts, device)
+    optimizer = watch_optimizer(watch)(args, student)
     student.train()
     for items in batches(args, student, tokenizer):
         for channel in args.channels:
