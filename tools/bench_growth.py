@@ -155,7 +155,7 @@ def processes(args, world, folder, llm, encoder, log):
                           LOCAL_WORLD_SIZE=str(lib.cores()), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
                           OMP_NUM_THREADS="1") for rank in range(world)]
     for worker in workers:
-        worker.send(llm=llm, encoder=encoder, features=str(folder / "features"), batch_size=batch, steps=1,
+        worker.send(llm=llm, encoder=encoder, features=str(folder / "features"), batch_size=batch, steps=1, warm_up=1,
                     dtype=args.dtype, answer_tokens=args.answer_tokens, device=args.device, setting="text",
                     rival="ours", data=str(folder / "text.jsonl"), out=str(folder / "out"))
     answer = workers[0].receive()

@@ -6,8 +6,8 @@ Ours is train_kd.main itself, watched at the end of each step. Rivals:
                 (ultravox_model.py:_compute_kl_loss, 648efe7); same student, encoder on the audio each step, no caches
   TRL GKD       trl.experimental.gkd, lmbda=0; text only, it has no speech
   TRL Distill   trl.DistillationTrainer with the given answers in the place of those it would generate; text only
-Every round runs each of them in a process of its own: one step to warm up, then the timed ones; no gradient
-checkpointing. Called by bench.py.
+Each runs in a process of its own, without gradient checkpointing. The second step's memory counts; after WARM_UP
+steps they are timed, in turns on a CPU: a step of each, then the next of each. Called by bench.py.
 """
 import json
 import random
@@ -41,7 +41,8 @@ ENCODERS = {"base": dict(d_model=512, encoder_layers=6, encoder_attention_heads=
 CHANNELS = {"dual": ["t2t", "s2t"], "text": ["t2t"]}
 NEEDS = {"TRL GKD": ["trl", "datasets", "accelerate"], "TRL Distill": ["trl", "datasets", "accelerate"]}
 PHASES = ("data wait", "teacher", "encoder", "student forward", "loss", "backward", "clip, optimizer")
-CHANNELS_IN_ONE = "ours, channels together"
+CHANNELS_IN_ONE = "ours, channels together"  # only its memory is of interest
+WARM_UP = 3  # steps until the allocator is at rest
 
 
 def add_arguments(group):
@@ -50,8 +51,7 @@ def add_arguments(group):
     group.add_argument("--data", help="manifest with answers and audio; without one, questions over noise")
     group.add_argument("--batch-size", type=int, help="rows per step")
     group.add_argument("--answer-tokens", type=int, help="longer answers are cut there")
-    group.add_argument("--steps", type=int, help="timed steps of each process")
-    group.add_argument("--rounds", type=int, help="processes of each rival, in turns")
+    group.add_argument("--steps", type=int, help="timed steps of each rival")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16",
                        help="of the computation; what trains is float32")
 
@@ -191,12 +191,13 @@ class Stop(Exception):
 class Watch:
     """Clock, memory and counts of a run; `end_of_step` is called at the end of each optimizer step.
 
-    The first step warms up, `steps` are timed. With `phases` the last one is divided among PHASES; on a GPU one more
-    is, since dividing waits for it.
+    `warm_up` steps, then `steps` timed ones; memory counts from the second on. With `phases` the last one is divided
+    among PHASES; on a GPU one more is, since dividing waits for it. `in_turns`: each step waits for lib.take_turn.
     """
 
-    def __init__(self, device, steps, phases=False):
-        self.device, self.steps, self.divided = device, steps, phases
+    def __init__(self, device, steps, warm_up=WARM_UP, phases=False, in_turns=False):
+        self.device, self.steps, self.warm_up, self.divided, self.in_turns = device, steps, warm_up, phases, in_turns
+        self.done = 0
         self.seconds, self.cpu_seconds, self.records, self.counts, self.phases = [], [], [], [], {}
         self.first_at = self.last = self.rest = self.peak = self.student = None
         self.dividing, self.nested, self.trained = False, [], []
@@ -209,21 +210,25 @@ class Watch:
         """Raises: Stop after the last step that is wanted."""
         lib.wait(self.device)
         spent = time.perf_counter() - self.last if self.last else None
-        if self.first_at is None:
+        self.done += 1
+        self.records.append(record if isinstance(record, dict) else {})
+        if self.done == 1:
             self.first_at, self.rest = time.time(), lib.rest_bytes(self.device)
-        elif len(self.seconds) < self.steps:
+        else:
+            self.peak = lib.peak_bytes(self.device)
+        if self.done > self.warm_up and len(self.seconds) < self.steps:
             self.seconds.append(spent)
             self.cpu_seconds.append(time.process_time() - self.last_cpu)
             self.counts.append(self.now)
-            self.records.append(record if isinstance(record, dict) else {})
-            self.peak = lib.peak_bytes(self.device)
         if self.dividing:
             self.phases["step"] = spent
             raise Stop
-        if len(self.seconds) == self.steps and not self.divided:
+        if len(self.seconds) == self.steps and not self.divided and self.done > 1:
             raise Stop
-        if self.divided and len(self.seconds) == self.steps - (self.device == "cpu"):
+        if self.divided and self.done >= self.warm_up and len(self.seconds) == self.steps - (self.device == "cpu"):
             self.dividing, self.phases = True, dict.fromkeys(PHASES, 0.0)
+        if self.in_turns:
+            lib.take_turn()
         self.new_counts()
         self.last, self.last_cpu = time.perf_counter(), time.process_time()
 
@@ -273,6 +278,10 @@ def watch_optimizer(watch):
 
 # ---- ours ----
 
+def most_steps(job):
+    return WARM_UP + job["steps"] + 1
+
+
 def flags(job, steps):
     """Arguments of train_kd.py that all of ours and the plain loop share."""
     trains = ["adapter", "llm"] if job["setting"] == "dual" else ["llm"]
@@ -317,7 +326,7 @@ def ours(job, watch):
     loader = torch.utils.data.dataloader._BaseDataLoaderIter
     loader.__next__ = watch.timed("data wait", loader.__next__)
     try:
-        train_kd.main(train_kd.get_args(flags(job, 3 + job["steps"]) + extra))
+        train_kd.main(train_kd.get_args(flags(job, most_steps(job)) + extra))
     except Stop:
         pass
 
@@ -339,7 +348,7 @@ def one_backward(channels):
 def plain_loop(job, watch):
     """Both channels with full logits: per channel a teacher and a student forward with labels=, KL where an answer
     token comes next, backward."""
-    args = train_kd.get_args(flags(job, 1 + job["steps"]))
+    args = train_kd.get_args(flags(job, most_steps(job)))
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.manual_seed(0)
     student = m.load_student(args.student).to(device)
@@ -443,7 +452,7 @@ def run_trainer(trainer, watch):
 
 def trl_gkd(job, watch):
     from trl.experimental.gkd import GKDConfig, GKDTrainer
-    student, teacher, tokenizer, rows, options = trl_parts(job, 1 + job["steps"])
+    student, teacher, tokenizer, rows, options = trl_parts(job, most_steps(job))
 
     class InOrder(GKDTrainer):
         def _get_train_sampler(self, *_):
@@ -453,7 +462,7 @@ def trl_gkd(job, watch):
 
 def trl_distill(job, watch):
     from trl import DistillationConfig, DistillationTrainer
-    student, teacher, tokenizer, rows, options = trl_parts(job, 1 + job["steps"])
+    student, teacher, tokenizer, rows, options = trl_parts(job, most_steps(job))
     options.pop("lmbda")  # this one only learns from what it generates; here it finds the answers given
 
     class GivenAnswers(DistillationTrainer):
@@ -480,7 +489,8 @@ def run(**job):
     if job.get("peak"):
         return {"peak_flops": lib.matmul_peak(job["device"], job["dtype"])}
     is_ours = job["rival"].startswith("ours")
-    watch = Watch(job["device"], job["steps"], phases=is_ours and job["rival"] != CHANNELS_IN_ONE)
+    watch = Watch(job["device"], job["steps"], job.get("warm_up", WARM_UP), is_ours and job["rival"] != CHANNELS_IN_ONE,
+                  job.get("in_turns", False))
     RUNS.get(job["rival"], ours)(job, watch)
     answer = watch.answer()
     if is_ours:
@@ -493,7 +503,7 @@ def run(**job):
 
 def rivals_of(setting):
     if setting == "dual":
-        return ["plain loop", "ours", "ours, caches", CHANNELS_IN_ONE]
+        return ["plain loop", "ours", "ours, caches"]
     return [*lib.installed(NEEDS), "ours", "ours, caches"]
 
 
@@ -503,52 +513,70 @@ def measure(args):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         llm, encoder = prepare_models(args, folder)
-        source = prepare_data(args, folder, args.batch_size * (3 + args.steps))
         common = {"llm": llm, "encoder": encoder, "features": str(folder / "features"),
                   **{k: getattr(args, k) for k in ("batch_size", "answer_tokens", "steps", "dtype", "device")}}
+        source = prepare_data(args, folder, args.batch_size * most_steps(common))
         with lib.Worker(__file__, log) as worker:
             peak = worker.ask(peak=True, **common)["peak_flops"]
-        settings = {setting: {rival: [] for rival in rivals_of(setting)} for setting in CHANNELS}
-        for number in range(args.rounds):
-            for setting, rivals in settings.items():
-                for rival, answers in rivals.items():
-                    if rival == CHANNELS_IN_ONE and number:
-                        continue  # only its memory is of interest
-                    job = dict(setting=setting, rival=rival, data=str(folder / f"{setting}.jsonl"),
-                               out=str(folder / f"{setting} {rival} {number}"))
-                    with lib.Worker(__file__, log) as worker:
-                        answers.append({**worker.ask(**common, **job), "started": worker.started})
-                    shown = answers[-1].get("seconds", answers[-1])
-                    print(f"{setting}: {rival} {shown}", flush=True)
-    return {"settings": {setting: {rival: summary(answers, peak) for rival, answers in rivals.items()}
-                         for setting, rivals in settings.items()},
-            "peak_flops": peak, "rows": source, "llm": args.llm, "encoder": args.encoder,
-            **{k: getattr(args, k) for k in ("batch_size", "answer_tokens", "steps", "rounds", "dtype", "device")}}
+        settings = {}
+        for setting in CHANNELS:
+            jobs = {rival: {**common, "setting": setting, "rival": rival, "data": str(folder / f"{setting}.jsonl"),
+                            "out": str(folder / f"{setting} {rival}")} for rival in rivals_of(setting)}
+            together = [list(jobs)] if args.device == "cpu" else [[rival] for rival in jobs]  # a GPU holds one
+            answers = {}
+            for rivals in together:
+                answers |= run_in_turns({rival: jobs[rival] for rival in rivals}, log)
+            if setting == "dual":
+                job = {**jobs["ours"], "rival": CHANNELS_IN_ONE, "steps": 0}
+                answers |= run_in_turns({CHANNELS_IN_ONE: job}, log)
+            settings[setting] = {rival: summary(answer, peak) for rival, answer in answers.items()}
+    return {"settings": settings, "peak_flops": peak, "rows": source, "llm": args.llm, "encoder": args.encoder,
+            **{k: getattr(args, k) for k in ("batch_size", "answer_tokens", "steps", "dtype", "device")}}
 
 
-def summary(answers, peak):
-    """Answers of a rival's processes -> medians, and what is behind them."""
-    failed = [a["error"] for a in answers if "error" in a]
-    if failed:
-        return {"error": failed[0]}
-    seconds = [s for a in answers for s in a["seconds"]]
-    above = lib.median([a["peak_bytes"] - a["rest_bytes"] - a["gradient_bytes"] for a in answers])
-    result = {"seconds": lib.median(seconds), "all_seconds": seconds, "above_bytes": above,
-              "cpu_seconds": lib.median([s for a in answers for s in a["cpu_seconds"]]),  # of all threads
-              "peak_bytes": lib.median([a["peak_bytes"] for a in answers]),
-              "gradient_bytes": answers[0]["gradient_bytes"],
-              "first_step_s": answers[-1]["first_at"] - answers[-1]["started"]}
-    records = [r for a in answers for r in a["records"]]
+def run_in_turns(jobs, log):
+    """{rival: job} -> {rival: answer of `run`}; all take their first step, then all their second, ..."""
+    workers, answers = {}, {}
+    try:
+        for rival, job in jobs.items():
+            workers[rival] = lib.Worker(__file__, log)
+            workers[rival].send(**job, in_turns=True)
+            answers[rival] = workers[rival].receive()  # None: it has taken a step
+        while waiting := [rival for rival in jobs if answers[rival] is None]:
+            for rival in waiting:
+                workers[rival].send(go=True)
+                answers[rival] = workers[rival].receive()
+        for rival, worker in workers.items():
+            answers[rival]["started"] = worker.started
+            shown = answers[rival].get('seconds', answers[rival])
+            print(f"step: {jobs[rival]['setting']}, {rival} {shown}", flush=True)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return answers
+
+
+def summary(answer, peak):
+    """Answer of a rival's process -> medians, and what is behind them."""
+    if "error" in answer:
+        return answer
+    result = {"above_bytes": answer["peak_bytes"] - answer["rest_bytes"] - answer["gradient_bytes"],
+              "peak_bytes": answer["peak_bytes"], "gradient_bytes": answer["gradient_bytes"],
+              "first_step_s": answer["first_at"] - answer["started"]}
+    records = answer["records"]
     if all("grad_norm" in r for r in records):
-        result["grad_norm"] = lib.median([r["grad_norm"] for r in records])  # that both train the same
-    if "flops" in answers[0]:
-        steps = [f for a in answers for f in a["flops"]]
+        result["grad_norm"] = records[0]["grad_norm"]  # of the first step, where all are the same
+    if not answer["seconds"]:
+        return result
+    result |= {"seconds": lib.median(answer["seconds"]), "all_seconds": answer["seconds"],
+               "cpu_seconds": lib.median(answer["cpu_seconds"])}  # of all threads
+    if "flops" in answer:
+        steps, counts = answer["flops"], answer["counts"]
         result["flops"] = {part: sum(f.get(part, 0) for f in steps) / len(steps) for part in steps[0]}
         result["share_of_peak"] = sum(result["flops"].values()) / result["seconds"] / peak
-        result["phases"] = {phase: lib.median([a["phases"][phase] for a in answers]) for phase in answers[0]["phases"]}
-        counts = [c for a in answers for c in a["counts"]]
+        result["phases"] = answer["phases"]
         result["tokens"] = {key: sum(sum(c[key]) for c in counts) / len(counts) for key in ("t2t", "s2t", "rows")}
-        result["log"] = {key: lib.median([r[key] for r in records]) for key in ("padding", "wait")}
+        result["log"] = {key: lib.median([r[key] for r in records[1:]]) for key in ("padding", "wait")}
     return result
 
 
