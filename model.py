@@ -377,13 +377,13 @@ def cpu_attention(module, query, key, value, attention_mask, scaling=None, **opt
     """sdpa (B, h, T, D), with what a CPU does several times as fast: a backward in float32, and
     for one new token a row, T = 1, plain matrix products."""
     if query.shape[2] > 1:
-        states = [query, key, value]
-        if query.requires_grad:
-            states = [x.float() for x in states]
-        with torch.autocast("cpu", enabled=False):
-            mixed, _ = sdpa_attention_forward(module, *states, attention_mask, scaling=scaling,
-                                              **options)
-        return mixed.to(query.dtype), None
+        learns, dtype = query.requires_grad, value.dtype
+        if learns:
+            query, key, value = query.float(), key.float(), value.float()
+        with torch.autocast("cpu", enabled=False) if learns else contextlib.nullcontext():
+            mixed, _ = sdpa_attention_forward(module, query, key, value, attention_mask,
+                                              scaling=scaling, **options)
+        return mixed.to(dtype), None
     grouped = (query.unflatten(1, (key.shape[1], -1))[:, :, :, 0]
                * (scaling or query.shape[-1] ** -0.5))                            # (B, k, h/k, D)
     scores = (grouped @ key.transpose(2, 3)).float()                              # (B, k, h/k, T)

@@ -336,9 +336,13 @@ def test_controls_of_evaluate_hear_nothing_or_something_else(tiny, data, tmp_pat
 
 @pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--dtype", "float16"]])
 def test_half_precision_trains_and_what_trains_stays_float32(tiny, data, tmp_path, options):
-    assert train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "2", *options)) == 0
+    evaluation = ["--max-steps", "2", "--eval-data", data, "--eval-every", "1"]
+    assert train(*arguments(tiny, data, tmp_path / "run", *evaluation, *options)) == 0
     weights = torch.load(checkpoints(tmp_path)[-1], weights_only=True)["model"]
     assert weights and all(v.dtype == torch.float32 for v in weights.values())
+    train(*arguments(tiny, data, tmp_path / "exact", *evaluation))
+    half, exact = ([r["eval_kl_t2t"] for r in read_log(tmp_path / out) if "eval_kl_t2t" in r] for out in ("run", "exact"))
+    assert half == pytest.approx(exact, rel=0.1, abs=1e-3)
 
 
 def test_gradient_checkpointing_changes_no_number(tiny, data, tmp_path):
