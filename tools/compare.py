@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import eval_voicebench as vb
 import model as m
 import train_kd
 
@@ -82,14 +83,6 @@ def answers_to(student, asked, max_new_tokens, batch_size=160):
     return [answers[key] for key in keys]
 
 
-def interval(differences, seed):
-    """Mean of paired differences and its 95% bootstrap interval over rows."""
-    values = np.asarray(differences, float)
-    draws = np.random.default_rng(seed).integers(0, len(values), (4000, len(values)))
-    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
-    return [float(values.mean()), float(low), float(high)]
-
-
 def measure(args):
     """-> {set: {condition: {metrics, per-row lists, answers}}} and the names of the sets."""
     teacher, tokenizer = m.load_llm(args.teacher, torch.bfloat16)
@@ -138,13 +131,24 @@ def compare(results, seed):
         for label in ("control: audio left out", "control: another question's audio", "student by speech, before"):
             other = conditions[label]
             differences[name, label] = {
-                "kl8": interval(np.subtract(mine["kl8_rows"], other["kl8_rows"]), seed),
-                "topic": interval([float(a) - float(b) for a, b in zip(mine["topic_rows"], other["topic_rows"]) if a is not None], seed)}
+                "kl8": vb.interval(np.subtract(mine["kl8_rows"], other["kl8_rows"]), seed),
+                "topic": vb.interval([float(a) - float(b) for a, b in zip(mine["topic_rows"], other["topic_rows"]) if a is not None], seed)}
     return differences
 
 
+def summary(results):
+    """All conditions on all sets -> lines of one table."""
+    keys = {"kl8": "KL8", "topic": "topic recall", "wer": "words misheard"}
+    header = [f"{title}, {name}" for title in keys.values() for name in results]
+    lines = [f"| {' | '.join(['', *header])} |", "|---" * (1 + len(header)) + "|"]
+    for label in next(iter(results.values())):
+        cells = [f"{of[label][key]:.2f}" if key in of[label] else "" for key in keys for of in results.values()]
+        lines.append(f"| {' | '.join([label, *cells])} |")
+    return lines
+
+
 def write_report(args, results, sets, differences):
-    lines = []
+    lines = [*summary(results), ""]
     for name, conditions in results.items():
         lines += [f"**{name}** ({len(sets[name])} questions)", "", "| | KL | KL8 | agree8 | topic recall | words misheard |", "|---|---|---|---|---|---|"]
         for label, c in conditions.items():
