@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -270,29 +271,34 @@ class Rows(torch.utils.data.Dataset):
         return item
 
 
+@dataclass
+class Place:
+    """Where a row's tensor lies among those of its type."""
+    dtype: torch.dtype
+    start: int
+    shape: torch.Size
+
+
 def pack(items):
     """Rows -> what a worker sends: on its way each tensor is an open file, so rows share one."""
     found = {}
-    for number, item in enumerate(items):
-        if isinstance(item.get("clip"), dict):  # of a HubStudent
-            item |= {f"clip {k}": v for k, v in item.pop("clip").items()}
-        for key in [k for k, v in item.items() if isinstance(v, torch.Tensor)]:
-            found.setdefault(key, []).append((number, item.pop(key)))
-    packed = {key: (torch.cat([x.flatten() for _, x in parts]), [(n, x.shape) for n, x in parts])
-              for key, parts in found.items()}
-    return items, packed
+
+    def move(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        parts = found.setdefault(x.dtype, [])
+        parts.append(x.flatten())
+        return Place(x.dtype, sum(map(len, parts[:-1])), x.shape)
+
+    items = tree_map(move, items)
+    return items, {dtype: torch.cat(parts) for dtype, parts in found.items()}
 
 
 def unpack(batch):
     """What `pack` gives -> the rows as they were."""
-    items, packed = batch
-    for key, (flat, parts) in packed.items():
-        values = flat.split([shape.numel() for _, shape in parts])
-        for (number, shape), value in zip(parts, values):
-            name, _, part = key.partition(" ")
-            (items[number].setdefault(name, {}) if part else items[number])[part or name] = (
-                value.view(shape))
-    return items
+    items, flat = batch
+    return tree_map(lambda x: flat[x.dtype][x.start:x.start + x.shape.numel()].view(x.shape)
+                    if isinstance(x, Place) else x, items)
 
 
 def fingerprint(model, dtype):

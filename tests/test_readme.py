@@ -50,3 +50,11 @@ def test_importing_a_script_does_nothing(script):
 def test_losses_import_torch_only():
     imports = re.findall(r"^(?:from|import) (\w+)", (ROOT / "losses.py").read_text(), re.M)
     assert set(imports) - set(sys.stdlib_module_names) == {"torch"}
+
+
+def test_every_row_of_a_table_of_measurements_stands_in_a_file_of_results():
+    logs = "".join(path.read_text() for path in sorted((ROOT / "results").rglob("*.md")))
+    for section in ("Two commands", "Evaluation", "Speed and memory"):
+        rows = [line for line in README.split(f"\n## {section}\n")[1].split("\n## ")[0].splitlines()
+                if line.startswith("|") and re.search(r"\d", line)]
+        assert rows and not [row for row in rows if row not in logs], section

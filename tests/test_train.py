@@ -334,6 +334,19 @@ def test_controls_of_evaluate_hear_nothing_or_something_else(tiny, data, tmp_pat
     assert torch.allclose(whole, results["s2t"], atol=1e-4)
 
 
+def test_what_a_worker_sends_comes_back_as_it_was_in_one_tensor_of_each_type():
+    def items():
+        return [{"id": str(n), "answer": [1, 2], "features": torch.full((n, 3), float(n)).half(),
+                 "clip": {"ids": torch.arange(n + 1), "mel": torch.randn(2, n, generator=torch.manual_seed(n))}} for n in range(3)]
+
+    packed, flat = train_kd.pack(items())
+    assert {dtype: x.shape for dtype, x in flat.items()} == {torch.half: (9,), torch.int64: (6,), torch.float32: (6,)}
+    for found, expected in zip(train_kd.unpack((packed, flat)), items()):
+        assert found.keys() == expected.keys() and (found["id"], found["answer"]) == (expected["id"], [1, 2])
+        assert torch.equal(found["features"], expected["features"]) and found["features"].dtype == torch.half
+        assert all(torch.equal(found["clip"][k], expected["clip"][k]) for k in ("ids", "mel"))
+
+
 @pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--dtype", "float16"]])
 def test_half_precision_trains_and_what_trains_stays_float32(tiny, data, tmp_path, options):
     evaluation = ["--max-steps", "2", "--eval-data", data, "--eval-every", "1"]

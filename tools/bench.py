@@ -27,10 +27,10 @@ import model as m
 
 PARTS = {"loss": bench_loss, "step": bench_step, "answers": bench_generate, "growth": bench_growth}
 SIZES = {  # of each device, where no flag says otherwise
-    "cpu": dict(rows=[512], vocab=151_936, width=896, cases=["frozen head, fp32", "trainable head, bf16"],
+    "cpu": dict(repeats=2, rows=[1024], vocab=151_936, width=896, cases=["frozen head, fp32", "trainable head, bf16"],
                 llm=m.DEFAULT_LLM, encoder=m.DEFAULT_STUDENT.partition("+")[0], batch_size=8, answer_tokens=40,
                 steps=3, prompts=48),
-    "cuda": dict(rows=[4096, 8192], vocab=152_064, width=3584, cases=["frozen head, bf16", "trainable head, bf16"],
+    "cuda": dict(repeats=3, rows=[4096, 8192], vocab=152_064, width=3584, cases=["frozen head, bf16", "trainable head, bf16"],
                  llm="random:1.5B", encoder="random:large", batch_size=16, answer_tokens=128,
                  steps=8, prompts=384)}
 
@@ -43,7 +43,7 @@ def get_args(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what is measured")
     p.add_argument("--out", required=True, help="folder of the results")
-    p.add_argument("--repeats", type=int, default=3, help="interleaved repetitions of loss and answers")
+    p.add_argument("--repeats", type=int, help="interleaved repetitions of loss and answers")
     for name, part in PARTS.items():
         part.add_arguments(p.add_argument_group(name))
     p.set_defaults(**SIZES[device.parse_known_args(argv)[0].device])
