@@ -911,7 +911,7 @@ def load_models(args, device, dtype):
         student.llm.gradient_checkpointing_enable()
     if args.compile and (device.type == "cuda" or shutil.which("g++")):
         student.llm.base_model.compile(dynamic=True)
-    elif args.compile:
+    elif args.compile and not int(os.environ.get("RANK", 0)):
         print("--compile: no C++ compiler (g++) found, running eagerly")
     return student, teacher, teacher_tokenizer, trainable, frozen
 
