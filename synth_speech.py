@@ -511,14 +511,15 @@ def gather_prompts(args, raw, out, rank, world, teacher):
 
 
 def answer_all(args, stage, rows, rank, world, teacher):
-    """Answers in batches of like length;
-    the plan depends on the rows alone, so a restart gives the same answers."""
+    """Answers in batches of like length, a batch or more for each process; the plan depends on
+    the rows and on `world` alone, so a restart gives the same answers."""
     wanted = [r for split in ("heldout", "train") for r in rows
               if r["split"] == split and r.get("source") != "drill"]
     wanted = wanted[:args.answers if args.answers >= 0 else None]
     wanted = sorted((r for r in wanted if not r.get("response")),
                     key=lambda r: (len(r["prompt"]), r["id"]))
-    plan = [wanted[i:i + args.batch_size] for i in range(0, len(wanted), args.batch_size)]
+    size = max(1, min(args.batch_size, -(-len(wanted) // world)))
+    plan = [wanted[i:i + size] for i in range(0, len(wanted), size)]
     todo = [b for i, b in enumerate(plan)
             if i % world == rank and any(r["id"] not in stage.done for r in b)]
     tokens, start = 0, time.perf_counter()

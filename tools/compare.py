@@ -102,8 +102,10 @@ def measure(args):
         channels = {channel: label for when, channel, label in CONDITIONS if when == which}
         asked_all = [r for rows in sets.values() for channel in channels for r in asked_rows(rows, channel)]
         answers = iter(answers_to(student, asked_all, args.max_new_tokens))
+        options = argparse.Namespace(train=[], feature_cache=None, workers=1, labels="response", max_answer_tokens=256)
+        cache, _ = train_kd.feature_cache(options, student, [r for rows in sets.values() for r in rows], 0, 1, torch.bfloat16)
         for name, rows in sets.items():
-            dataset = train_kd.Rows(rows, student, tokenizer, argparse.Namespace(labels="response", max_answer_tokens=256))
+            dataset = train_kd.Rows(rows, student, tokenizer, options, cache)
             sums = train_kd.evaluate(student, teacher, dataset, range(len(rows)), list(channels), progress=True)
             for channel, label in channels.items():
                 kl, agree, n, kl8, agree8, n8 = sums[channel].T.numpy()
@@ -111,7 +113,9 @@ def measure(args):
                                         "kl8_rows": (kl8 / n8).tolist(), "answers": [next(answers) for _ in rows]}
             if not isinstance(student, m.SpeechLLM):  # others do not spell what they hear
                 continue
-            heard = [t for i in range(0, len(rows), 16) for t in student.hear([m.load_audio(r["audio"]) for r in rows[i:i + 16]])[1]]
+            features = [dataset[i]["features"] for i in range(len(rows))]
+            with torch.no_grad():
+                heard = [t for i in range(0, len(rows), 16) for t in student.read(*student.spell(features[i:i + 16]))[1]]
             pairs = [[re.findall(r"[\w']+", t.lower()) for t in (r["prompt"], h)] for r, h in zip(rows, heard)]
             results[name][f"student by speech, {which}"] |= {
                 "wer": sum(m.edit_distance(*p) for p in pairs) / sum(len(p[0]) for p in pairs), "heard": heard}
