@@ -373,17 +373,23 @@ def end_token(tokenizer):
 
 # ---- generation ----
 
+def attend(attention, *states):
+    """attention(query, key, value), each (B, h, T, D). On a CPU it learns in float32: its backward
+    in half precision takes several times as long."""
+    if states[0].device.type != "cpu" or not states[0].requires_grad:
+        return attention(*states)
+    with torch.autocast("cpu", enabled=False):
+        return attention(*(x.float() for x in states)).to(states[-1].dtype)
+
+
 def cpu_attention(module, query, key, value, attention_mask, scaling=None, **options):
-    """sdpa (B, h, T, D), with what a CPU does several times as fast: a backward in float32, and
-    for one new token a row, T = 1, plain matrix products."""
+    """sdpa; for one new token a row (B, h, 1, D), plain matrix products,
+    which a CPU does several times as fast."""
     if query.shape[2] > 1:
-        learns, dtype = query.requires_grad, value.dtype
-        if learns:
-            query, key, value = query.float(), key.float(), value.float()
-        with torch.autocast("cpu", enabled=False) if learns else contextlib.nullcontext():
-            mixed, _ = sdpa_attention_forward(module, query, key, value, attention_mask,
-                                              scaling=scaling, **options)
-        return mixed.to(dtype), None
+        def sdpa(*states):
+            return sdpa_attention_forward(module, *states, attention_mask, scaling=scaling,
+                                          **options)[0]
+        return attend(sdpa, query, key, value), None
     grouped = (query.unflatten(1, (key.shape[1], -1))[:, :, :, 0]
                * (scaling or query.shape[-1] ** -0.5))                            # (B, k, h/k, D)
     scores = (grouped @ key.transpose(2, 3)).float()                              # (B, k, h/k, T)
@@ -592,7 +598,8 @@ class Block(nn.Module):
         x = x + self.mix(F.gelu(self.conv(y).transpose(1, 2)))                    # (B, A, D)
         # each (B, h, A, D/h)
         q, k, v = self.qkv(self.norm2(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :].bool())
+        y = attend(functools.partial(F.scaled_dot_product_attention,
+                                     attn_mask=mask[:, None, None, :].bool()), q, k, v)
         x = x + self.out(y.transpose(1, 2).flatten(2))                            # (B, A, D)
         return x + self.down(F.gelu(self.up(self.norm3(x))))                      # (B, A, D)
 
