@@ -374,8 +374,8 @@ def end_token(tokenizer):
 # ---- generation ----
 
 def attend(attention, *states):
-    """attention(query, key, value), each (B, h, T, D). On a CPU it learns in float32: its backward
-    in half precision takes several times as long."""
+    """attention(query, key, value), each (B, h, T, D). On a CPU it learns in float32, also under
+    autocast: the backward of sdpa in bfloat16 is slower there."""
     if states[0].device.type != "cpu" or not states[0].requires_grad:
         return attention(*states)
     with torch.autocast("cpu", enabled=False):
@@ -384,7 +384,7 @@ def attend(attention, *states):
 
 def cpu_attention(module, query, key, value, attention_mask, scaling=None, **options):
     """sdpa; for one new token a row (B, h, 1, D), plain matrix products,
-    which a CPU does several times as fast."""
+    which a CPU does faster."""
     if query.shape[2] > 1:
         def sdpa(*states):
             return sdpa_attention_forward(module, *states, attention_mask, scaling=scaling,
