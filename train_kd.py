@@ -71,7 +71,8 @@ def get_args(argv=None):
                    help="longer answers are cut there")
     g.add_argument("--out", required=True, help="output folder")
     g.add_argument("--feature-cache",
-                   help="folder for the frozen encoder's features; default: DATA/.features")
+                   help="folder for the frozen encoder's features; off: encode at each step; "
+                        "default: DATA/.features")
     g.add_argument("--teacher-cache",
                    help="folder for the teacher's hidden rows of every answer: its body runs once "
                         "a row and leaves memory; 2 bytes x width a token; default: no cache")
@@ -342,12 +343,14 @@ def fill_cache(things, path_of, load, compute, workers, rank, world, what):
 
 
 def feature_cache(args, student, rows, rank, world, dtype):
-    """Read each clip; encode it once, unless the encoder trains -> function from audio path to the
-    file of its features (S, D) in fp16, or None; {audio path: why} of clips that cannot be used.
+    """Read each clip; encode it once, unless the encoder trains or the cache is off -> function
+    from audio path to the file of its features (S, D) in fp16, or None; {audio path: why} of clips
+    that cannot be used.
 
     The file's name depends on the clip and on the encoder, so that neither can change unnoticed.
     """
-    frozen = "encoder" not in args.train and isinstance(student, m.SpeechLLM)
+    frozen = ("encoder" not in args.train and isinstance(student, m.SpeechLLM)
+              and args.feature_cache != "off")
     encoder = fingerprint(student.encoder, dtype) if frozen else None
 
     def path_of(audio):

@@ -334,6 +334,14 @@ def test_controls_of_evaluate_hear_nothing_or_something_else(tiny, data, tmp_pat
     assert torch.allclose(whole, results["s2t"], atol=1e-4)
 
 
+def test_the_feature_cache_is_optional_and_changes_nothing_but_rounding(tiny, data, tmp_path):
+    for name, cache in (("cached", tmp_path / "features"), ("off", "off")):
+        train(*arguments(tiny, data, tmp_path / name, "--max-steps", "2", "--feature-cache", cache))
+    assert list((tmp_path / "features").rglob("*.safetensors")) and not (tmp_path / "off/off").exists()
+    assert not Path("off").exists()
+    assert_logs_agree(read_log(tmp_path / "cached"), read_log(tmp_path / "off"), 1e-2)
+
+
 def test_what_a_worker_sends_comes_back_as_it_was_in_one_tensor_of_each_type():
     def items():
         return [{"id": str(n), "answer": [1, 2], "features": torch.full((n, 3), float(n)).half(),

@@ -6,7 +6,7 @@ Ours is train_kd.main itself, watched at the end of each step. Rivals:
                 (ultravox_model.py:_compute_kl_loss, 648efe7); same student, encoder on the audio each step, no caches
   TRL GKD       trl.experimental.gkd, lmbda=0; text only, it has no speech
   TRL Distill   trl.DistillationTrainer with the given answers in the place of those it would generate; text only
-Each runs in a process of its own, without gradient checkpointing. The second step's memory counts; after WARM_UP
+Each runs in a process of its own, without gradient checkpointing. Memory counts from the second step on; after WARM_UP
 steps they are timed, in turns on a CPU: a step of each, then the next of each. Called by bench.py.
 """
 import json
@@ -294,11 +294,10 @@ def flags(job, steps):
 
 
 def ours(job, watch):
-    """train_kd.main, as it is. Caches off: the teacher reads and the encoder hears in each step; no flag asks for the
-    latter."""
-    extra = ["--teacher-cache", job["features"] + "-teacher"]
-    if "caches" not in job["rival"]:
-        train_kd.feature_cache, extra = lambda *_: (None, {}), []
+    """train_kd.main, as it is. Caches off: the teacher reads and the encoder hears in each step."""
+    extra = ["--feature-cache", "off"]
+    if "caches" in job["rival"]:
+        extra = ["--teacher-cache", job["features"] + "-teacher"]
     if job["rival"] == CHANNELS_IN_ONE:
         one_backward(len(CHANNELS[job["setting"]]))
     train_kd.print_step = watch.end_of_step
@@ -548,8 +547,8 @@ def run_in_turns(jobs, log):
                 answers[rival] = workers[rival].receive()
         for rival, worker in workers.items():
             answers[rival]["started"] = worker.started
-            shown = answers[rival].get('seconds', answers[rival])
-            print(f"step: {jobs[rival]['setting']}, {rival} {shown}", flush=True)
+            setting, shown = jobs[rival]["setting"], answers[rival].get("seconds", answers[rival])
+            print(f"step: {setting}, {rival} {shown}", flush=True)
     finally:
         for worker in workers.values():
             worker.close()
