@@ -251,7 +251,7 @@ class _FusedCeKd(torch.autograd.Function):
         block_rows = CPU_BLOCK_ROWS if on_cpu else chunk_rows
         if not on_cpu:  # the weight gradient is read and written as seldom as memory allows
             together = max(1, GPU_WEIGHT_ROWS // chunk_rows)
-            heads, hiddens = ([x.to(kind) for x, kind in zip(pair, factors)]
+            heads, hiddens = ([x.to(factor) for x, factor in zip(pair, factors)]
                               for pair in (heads, hiddens))
         sums = torch.zeros(2, dtype=torch.float64, device=device)                     # CE, KD
         grad_hidden = (torch.zeros(student_hidden.shape, dtype=dtype, device=device)
@@ -261,9 +261,9 @@ class _FusedCeKd(torch.autograd.Function):
         for start in range(0, len(targets), chunk_rows):
             stop = min(start + chunk_rows, len(targets))
             logits = [buffer[:stop - start] for buffer in buffers]                    # 2 x (n, V)
-            for hidden, head, half, scale, out in zip(hiddens, heads, factors, scales, logits):
+            for hidden, head, factor, scale, out in zip(hiddens, heads, factors, scales, logits):
                 for tile in _tiles(head):
-                    _addmm(out[:, tile], hidden[start:stop], head[tile].T, half, beta=0)
+                    _addmm(out[:, tile], hidden[start:stop], head[tile].T, factor, beta=0)
                 if scale != 1:
                     out *= scale
             for first in range(start, stop, block_rows):
