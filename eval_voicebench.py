@@ -85,7 +85,7 @@ def get_args(argv=None):
         help="how the student is asked")
     add("--system", help="system message for teacher and student; default: their template's")
     add("--max-new-tokens", type=int, default=512, help="longest answer; officially 2048")
-    add("--batch-size", type=int, default=16, help="rows per GPU that are answered together")
+    add("--batch-size", type=int, default=64, help="rows per GPU that are answered together")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the models")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add("--judge", metavar="URL", help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1")

@@ -159,7 +159,7 @@ def ctc(*, student_logits: Tensor, lengths: Tensor, targets: list[list[int]]) ->
 DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "skew_kl": skew_kl}
 
 
-CPU_BLOCK_ROWS = 8      # rows whose point-wise work is done together on a CPU: in its cache
+CPU_BLOCK_ROWS = 4      # rows whose point-wise work is done together on a CPU: in its cache
 HALF_HEAD_TILE = 2048   # tokens of a half-precision head that are upcast together on a CPU
 GPU_WEIGHT_ROWS = 1024  # rows that are summed in one product for a trainable head on a GPU
 
@@ -183,18 +183,26 @@ def _addmm(out: Tensor, a: Tensor, b: Tensor, factors: torch.dtype, beta: int = 
         out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
 
 
-def _ce_kd_rows(student_logits, teacher_logits, targets, row_weights, dtype, kind, temperature,
-                beta, ce_weight, kd_weight):
+def _ce_kd_rows(student_logits, teacher_logits, targets, row_weights, dtype, space, kind,
+                temperature, beta, ce_weight, kd_weight):
     """Logits (n, V) -> sums (2,) of CE and KD,
-    and the gradient (n, V) of ce_weight * CE + kd_weight * KD, rounded to dtype at the end."""
-    log_student = (student_logits / temperature).log_softmax(-1)
-    log_teacher = (teacher_logits / temperature).log_softmax(-1)
-    student, teacher = log_student.exp(), log_teacher.exp()
+    and the gradient (n, V) of ce_weight * CE + kd_weight * KD, rounded to dtype at the end.
+    space: four (n, V) to write to, so that a CPU need not ask for memory anew; or four None."""
+    a, b, c, d = space
+
+    def log_softmax(logits, out):
+        if temperature != 1:
+            logits = torch.div(logits, temperature, out=c)
+        return torch.log_softmax(logits, -1, out=out)
+
+    log_student, log_teacher = log_softmax(student_logits, a), log_softmax(teacher_logits, b)
+    student, teacher = torch.exp(log_student, out=c), torch.exp(log_teacher, out=d)
     # Beside each KL(a || b) stands sum(b - a) = 0:
     # with it, rounded normalisers have no first-order effect.
     if kind == "forward_kl":
-        gradient = student - teacher
-        kd = (teacher * (log_teacher - log_student)).sum(-1) + gradient.sum(-1)
+        gradient = torch.sub(student, teacher, out=c)
+        ratio = torch.sub(log_teacher, log_student, out=b)
+        kd = torch.mul(teacher, ratio, out=b).sum(-1) + gradient.sum(-1)
     else:
         if kind == "reverse_kl":
             slope = log_student - log_teacher                  # d kd / d student, up to a constant
@@ -210,11 +218,11 @@ def _ce_kd_rows(student_logits, teacher_logits, targets, row_weights, dtype, kin
                       + (1 - beta) * (mixture - student).sum(-1))
         gradient = student * (slope - (student * slope).sum(-1, keepdim=True))
     gradient *= (kd_weight * temperature * row_weights)[:, None]
-    log_probs = log_student if temperature == 1 else student_logits.log_softmax(-1)
+    log_probs = log_student if temperature == 1 else torch.log_softmax(student_logits, -1, out=a)
     ce = -log_probs.gather(-1, targets[:, None])[:, 0]
     if ce_weight:
         scale = (ce_weight * row_weights)[:, None]
-        gradient += log_probs.exp() * scale
+        gradient += torch.exp(log_probs, out=b).mul_(scale)
         if targets.is_cuda:  # compiled, this costs no pass of its own; a scatter would
             vocab = torch.arange(gradient.shape[1], device=targets.device)
             gradient -= torch.where(vocab == targets[:, None], scale, 0.0)
@@ -248,7 +256,11 @@ class _FusedCeKd(torch.autograd.Function):
         buffers = [torch.empty(min(chunk_rows, len(targets)), vocab, dtype=dtype, device=device)
                    for _ in heads]
         on_cpu, together, pending = device.type == "cpu", 1, []
-        block_rows = CPU_BLOCK_ROWS if on_cpu else chunk_rows
+        block_rows, space = chunk_rows, [None] * 4
+        if on_cpu:
+            block_rows = min(CPU_BLOCK_ROWS, chunk_rows)
+            space = [torch.empty(min(block_rows, len(targets)), vocab, dtype=dtype)
+                     for _ in space]
         if not on_cpu:  # the weight gradient is read and written as seldom as memory allows
             together = max(1, GPU_WEIGHT_ROWS // chunk_rows)
             heads, hiddens = ([x.to(factor) for x, factor in zip(pair, factors)]
@@ -256,8 +268,10 @@ class _FusedCeKd(torch.autograd.Function):
         sums = torch.zeros(2, dtype=torch.float64, device=device)                     # CE, KD
         grad_hidden = (torch.zeros(student_hidden.shape, dtype=dtype, device=device)
                        if needs_hidden else None)
-        grad_weight = (torch.zeros(student_weight.shape, dtype=dtype, device=device)
-                       if needs_weight else None)
+        grad_weight = None
+        if needs_weight:
+            grad_weight = torch.empty(student_weight.shape, dtype=dtype, device=device)
+            grad_weight[vocab if len(targets) else 0:] = 0  # what no product below fills
         for start in range(0, len(targets), chunk_rows):
             stop = min(start + chunk_rows, len(targets))
             logits = [buffer[:stop - start] for buffer in buffers]                    # 2 x (n, V)
@@ -271,7 +285,8 @@ class _FusedCeKd(torch.autograd.Function):
                 rows = slice(first - start, block.stop - start)
                 values, gradient = _point_wise(device.type)(
                     logits[0][rows], logits[1][rows], targets[block], row_weights[block],
-                    dtype if on_cpu else heads[0].dtype, *options)
+                    dtype if on_cpu else heads[0].dtype,
+                    [x[:block.stop - first] if on_cpu else x for x in space], *options)
                 sums += values
                 if on_cpu:
                     logits[0][rows] = gradient                        # takes the logits' place
@@ -287,7 +302,7 @@ class _FusedCeKd(torch.autograd.Function):
                     first = stop - sum(map(len, pending))
                     gradient = torch.cat(pending) if len(pending) > 1 else gradient
                     _addmm(grad_weight[:vocab], gradient.T, hiddens[0][first:stop],
-                           factors[0])                                                # (V, H)
+                           factors[0], beta=int(first > 0))                           # (V, H)
                     pending = []
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = student_hidden.dtype, student_weight.dtype

@@ -21,6 +21,7 @@ import os
 import shutil
 import socket
 import sys
+import types
 import urllib.parse
 from pathlib import Path
 
@@ -250,7 +251,7 @@ class TextLLM(PreTrainedModel):
     def forward(self, logits_to_keep=0, **inputs):
         output = self.model(**inputs)
         logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:]) * logit_scale(self)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)
+        return CausalLMOutputWithPast(logits=logits)
 
 
 def logit_scale(llm):
@@ -435,6 +436,8 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50
         end in an id of eos_ids.
     """
     suit_attention(llm)
+    known = inspect.signature(llm.base_model.forward).parameters
+    cache_name = "cache" if "cache" in known else "past_key_values"  # until transformers 5.24
     batch, device, shortest = len(prompts), prompts[0].device, min(len(p) for p in prompts)
     longest = max(map(len, prompts))
     check_context(llm, longest, max_new_tokens)
@@ -449,7 +452,7 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50
         prefix = DynamicCache(config=llm.config)
         if speech:
             llm.lora_mask = speech[0][None, :shared]                              # (1, T, 1)
-        llm(inputs_embeds=prompts[0][None, :shared], past_key_values=prefix, logits_to_keep=1)
+        llm(inputs_embeds=prompts[0][None, :shared], logits_to_keep=1, **{cache_name: prefix})
         for i, layer in enumerate(prefix.layers):
             cache.update(layer.keys.expand(batch, -1, -1, -1),
                          layer.values.expand(batch, -1, -1, -1), i)
@@ -471,8 +474,8 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50
     rows = [[] for _ in range(batch)]
     done = torch.zeros(batch, dtype=torch.bool, device=device)
     for length in range(width, width + max_new_tokens):
-        logits = llm(**inputs, attention_mask=mask[:, :length], past_key_values=cache,
-                     logits_to_keep=1).logits[:, -1]
+        logits = llm(**inputs, attention_mask=mask[:, :length], logits_to_keep=1,
+                     **{cache_name: cache}).logits[:, -1]
         if speech:
             llm.lora_mask = 0
         if temperature:
@@ -498,6 +501,82 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50
             mask, positions, tokens, done = mask[keep], positions[keep], tokens[keep], done[keep]
         inputs = dict(input_ids=tokens[:, None], position_ids=positions)
     return rows
+
+
+# ---- what training keeps of a layer ----
+
+class LeanNorm(torch.autograd.Function):
+    """RMSNorm that keeps its input and nothing between: x (..., H) -> (..., H) in `dtype`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, dtype):
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # (..., 1)
+        scale = (scale.square_() / x.shape[-1] + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (weight * (x * scale).to(x.dtype)).to(dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normed, grad = x * scale, grad.float()                                    # (..., H)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad = grad * weight
+        along = torch.linalg.vecdot(grad, normed)[..., None] / x.shape[-1]        # (..., 1)
+        return grad.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None, None
+
+
+class LeanGate(torch.autograd.Function):
+    """silu(gate) * up, which keeps gate and up alone."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def lean_norm(norm, x):
+    if not torch.is_grad_enabled():
+        return type(norm).forward(norm, x)
+    autocast = torch.is_autocast_enabled(x.device.type)  # linear layers follow: one cast for all
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    return LeanNorm.apply(x, norm.weight, norm.variance_epsilon, dtype)
+
+
+def lean_mlp(mlp, x):
+    if not torch.is_grad_enabled():
+        return type(mlp).forward(mlp, x)
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    inner = LeanGate.apply(gate, up)                                              # (B, T, I)
+    place, gate, up = inner.untyped_storage()._cdata, gate.detach(), up.detach()
+    with torch.autograd.graph.saved_tensors_hooks(  # what the last product reads is made anew, too
+            lambda x: x.shape if x.untyped_storage()._cdata == place else x,
+            lambda x: x if isinstance(x, Tensor) else F.silu(gate).mul_(up).reshape(x)):
+        return mlp.down_proj(inner)
+
+
+def keep_little(llm):
+    """Norms and gated MLPs of an LLM of Llama's kind learn from their inputs: what lies between is
+    computed anew in the backward, and a layer keeps 40% less. Without gradients nothing changes,
+    and layers of other kinds stay as they are."""
+    for layer in layers_of(llm):
+        norms = [getattr(layer, name, None)
+                 for name in ("input_layernorm", "post_attention_layernorm")]
+        if all(hasattr(norm, "variance_epsilon") for norm in norms):  # each before linear layers
+            for norm in norms:
+                norm.forward = types.MethodType(lean_norm, norm)
+        mlp = getattr(layer, "mlp", None)
+        if (all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj"))
+                and getattr(llm.config, "hidden_act", None) == "silu"):
+            mlp.forward = types.MethodType(lean_mlp, mlp)
 
 
 # ---- LoRA ----

@@ -552,6 +552,15 @@ def count_tokens(args, passes):
     return counts
 
 
+def chunk_rows_of(head):
+    """Rows whose logits exist at the same time. On a CPU 128 MiB of each model's, twice that if
+    each chunk has to upcast the head; on a GPU more, since a chunk costs kernel launches."""
+    if head.is_cuda:
+        return max(256, 2**26 // len(head))
+    size = 2**25 if head.dtype == torch.float32 else 2**26
+    return 2 ** max(6, int(math.log2(size / len(head))))
+
+
 def channel_loss(args, items, hidden, head, teacher_hidden, teacher_head, scales=(1.0, 1.0)):
     """Sums over the channel's answer tokens -> (loss, ce, kd).
     Without a text there is no teacher: CE only. Scales are the logits' of student and teacher."""
@@ -570,7 +579,7 @@ def channel_loss(args, items, hidden, head, teacher_hidden, teacher_head, scales
             temperature=args.temperature, beta=args.beta, ce_weight=args.ce_weight,
             kd_weight=args.kd_weight if has_text else 0.0,
             student_logit_scale=scales[0], teacher_logit_scale=scales[1 if has_text else 0],
-            chunk_rows=max(256, 2**26 // len(head)) if head.is_cuda else 256)
+            chunk_rows=chunk_rows_of(head))
         total = sums if total is None else [a + b for a, b in zip(total, sums)]
     return total
 
@@ -912,6 +921,8 @@ def load_models(args, device, dtype):
         m.suit_attention(llm)
     if args.gradient_checkpointing:
         student.llm.gradient_checkpointing_enable()
+    elif not args.compile:
+        m.keep_little(student.llm)
     if args.compile and (device.type == "cuda" or shutil.which("g++")):
         student.llm.base_model.compile(dynamic=True)
     elif args.compile and not int(os.environ.get("RANK", 0)):

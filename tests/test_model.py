@@ -16,7 +16,7 @@ import torch
 from conftest import hidden_rows, inputs, sound, whole_prompt
 from torch.testing import assert_close
 from torchaudio.functional import resample
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
 import model as m
 import synth_speech
@@ -358,3 +358,53 @@ def test_an_llm_on_a_cpu_gets_the_attention_that_suits_it_and_one_that_was_chose
         llm.set_attn_implementation(chosen)
         m.generate(llm, [torch.randn(4, llm.config.hidden_size)], max_new_tokens=2, eos_ids=[0])
         assert llm.config._attn_implementation == expected
+
+
+def kept_and_gradients(llm, ids, dtype):
+    """Bytes that autograd keeps beside the parameters, hidden states and gradients of one pass."""
+    kept, own = {}, {p.untyped_storage()._cdata for p in llm.parameters()}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        kept[storage._cdata] = storage.nbytes(), x
+        return x
+
+    llm.zero_grad()
+    embeds = llm.get_input_embeddings()(ids)
+    with (torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+          torch.autocast("cpu", dtype, enabled=dtype != torch.float32)):
+        hidden = llm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    (hidden.float() * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+    return (sum(size for place, (size, _) in kept.items() if place not in own), hidden.detach(),
+            {name: p.grad.clone() for name, p in llm.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_a_layer_that_keeps_little_learns_the_same(tiny, dtype, most, lora):
+    torch.manual_seed(0)
+    plain = m.load_llm(tiny.llm)[0].train()
+    if lora:
+        m.add_lora(plain.requires_grad_(False), lora, lora)
+        for name, p in plain.named_parameters():
+            p.requires_grad_(".lora_" in name)
+            if ".lora_B" in name:
+                torch.nn.init.normal_(p, std=0.1)
+    lean, ids = copy.deepcopy(plain), torch.randint(500, (3, 40))
+    m.keep_little(lean)
+    expected, found = (kept_and_gradients(llm, ids, dtype) for llm in (plain, copy.deepcopy(lean)))
+    assert found[0] < (0.85 if lora else 0.7) * expected[0]
+    for name in expected[2]:
+        error = (found[2][name] - expected[2][name]).norm() / expected[2][name].norm()
+        assert error < most, name
+    assert_close(found[1], expected[1], rtol=most, atol=most)
+    with torch.no_grad():  # to the bit
+        assert torch.equal(*(llm(input_ids=ids).logits for llm in (plain, lean)))
+
+
+def test_layers_of_another_kind_keep_what_they_keep():
+    config = Olmo2Config(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50,
+                         pad_token_id=0, hidden_act="gelu")  # norms after attention and MLP, another gate
+    llm = Olmo2ForCausalLM(config)
+    m.keep_little(llm)
+    assert not [module for module in llm.modules() if "forward" in vars(module)]

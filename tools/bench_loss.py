@@ -16,6 +16,7 @@ import torch.nn.functional as F
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import bench_lib as lib
 import losses
+import train_kd
 
 CASES = {  # name: does the head train, dtype of rows and heads
     "frozen head, fp32": (False, "float32"), "trainable head, fp32": (True, "float32"),
@@ -61,9 +62,8 @@ def plain(student_hidden, student_weight, teacher_hidden, teacher_weight, target
 
 
 def ours(**inputs):
-    head = inputs["student_weight"]
-    chunk_rows = max(256, 2**26 // len(head)) if head.is_cuda else 256  # as train_kd.py:channel_loss
-    losses.fused_ce_kd(**inputs, temperature=1.0, ce_weight=0.0, kd_weight=1.0, chunk_rows=chunk_rows)[0].backward()
+    losses.fused_ce_kd(**inputs, temperature=1.0, ce_weight=0.0, kd_weight=1.0,
+                       chunk_rows=train_kd.chunk_rows_of(inputs["student_weight"]))[0].backward()
 
 
 def liger(student_hidden, student_weight, teacher_hidden, teacher_weight, targets):

@@ -66,7 +66,7 @@ def student_parts(name, lora_rank=0):
     return {"encoder": encoder, "adapter": adapter, "llm": llm}, hz
 
 
-def saved_bytes(config, layers, batch, length, dtype, autocast, lora_rank):
+def saved_bytes(config, layers, batch, length, dtype, autocast, lora_rank, checkpointing):
     """Bytes that autograd keeps, beside parameters, for one pass of an LLM of so many layers over (B, T, H)."""
     config = type(config).from_dict({**config.to_dict(), "num_hidden_layers": layers, "layer_types": None})
     with torch.device("meta"):
@@ -74,6 +74,8 @@ def saved_bytes(config, layers, batch, length, dtype, autocast, lora_rank):
         if lora_rank:
             llm.requires_grad_(False)
             m.add_lora(llm, lora_rank, lora_rank)
+    if not checkpointing:  # as train_kd.py:load_models
+        m.keep_little(llm)
     # a fake tensor cannot be looked at, so transformers would fear packed sequences, and make a mask that no real run has
     with FakeTensorMode(), mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None):
         base = llm.base_model
@@ -128,13 +130,16 @@ def plan(student, teacher, *, world=8, shard=False, train=("adapter", "llm"), lo
     length = math.ceil(prompt_tokens + seconds * hz + answer_tokens)
     master = "llm" in train and not lora_rank  # float32 weights under autocast: as DDP has them
     tensor_dtype = torch.float32 if master and not shard else getattr(torch, dtype)
-    one, two = (saved_bytes(config, n, batch, length, tensor_dtype, compute == 2, lora_rank) for n in (1, 2))
-    linear = sum(x.weight.numel() for x in m.layers_of(llm)[0].modules() if isinstance(x, nn.Linear))
-    copies = compute * linear if compute == 2 and master and not shard else 0  # autocast's, of one layer
-    per_layer, layers = two - one - copies, config.num_hidden_layers
-    kept = (one - per_layer - copies) + layers * per_layer
+    one, two = (saved_bytes(config, n, batch, length, tensor_dtype, compute == 2, lora_rank, checkpointing)
+                for n in (1, 2))
+    linear = {name: x.weight.numel() for name, x in m.layers_of(llm)[0].named_modules() if isinstance(x, nn.Linear)}
+    copied = compute == 2 and master and not shard  # by autocast
+    copies = copied * compute * sum(linear.values())  # of one layer's weights
+    seen = copies - copied * compute * (not checkpointing) * linear.get("mlp.down_proj", 0)  # lean_mlp keeps that one itself
+    per_layer, layers = two - one - seen, config.num_hidden_layers
+    kept = (one - per_layer - seen) + layers * per_layer
     if checkpointing:
-        kept = layers * batch * length * config.hidden_size * tensor_dtype.itemsize + one - copies
+        kept = layers * batch * length * config.hidden_size * tensor_dtype.itemsize + one - seen
 
     vocab, width, rows = config.vocab_size, config.hidden_size, batch * answer_tokens
     chunk = min(rows, chunk_rows or max(256, 2**26 // vocab))
