@@ -37,7 +37,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import (CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoFeatureExtractor,
                           AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor,
                           AutoTokenizer, DynamicCache, PretrainedConfig, PreTrainedModel,
-                          StaticCache, WhisperFeatureExtractor)
+                          WhisperFeatureExtractor)
+from transformers.cache_utils import DynamicLayer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -51,6 +52,7 @@ MEL_RATE_HZ = 100                  # log-mel frames a second: hop of 160 samples
 FEATURE_RATE_HZ = 50               # encoder positions a second: its second convolution has stride 2
 STACK = 4                          # encoder positions that become one adapter frame: 12.5 Hz
 WINDOW_FRAMES = 30 * MEL_RATE_HZ   # encoder was trained on 30 s; longer clips go window by window
+CPU_READ = 1024                    # tokens of prompts that a CPU reads at a time
 MAX_SECONDS = 600                  # of a clip: the adapter attends over all of it
 AUDIO_MARK = "<|audio|>"           # stands for the speech in the rendered template; never tokenised
 # byte-level BPE: one character is one byte
@@ -417,6 +419,27 @@ def check_context(llm, prompt_tokens, new_tokens):
                          f"LLM's context of {context}; shorten it or lower --max-new-tokens")
 
 
+class Room(DynamicLayer):
+    """Keys and values of a layer, with room for `length` positions: a new one copies no old ones."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.length = length
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """New ones, (B, h, T, D) each -> all so far."""
+        start = self.get_seq_length()
+        stop = start + key_states.shape[2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = [x.new_empty(*x.shape[:2], self.length, x.shape[3])
+                         for x in (key_states, value_states)]
+        for room, new in zip(self.room, (key_states, value_states)):
+            room[:, :, start:stop] = new
+        self.keys, self.values = (room[:, :, :stop] for room in self.room)
+        return self.keys, self.values
+
+
 @torch.inference_mode()
 def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, generator=None,
            speech=None):
@@ -436,27 +459,38 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50
         end in an id of eos_ids.
     """
     suit_attention(llm)
+    batch, device, width = len(prompts), prompts[0].device, max(map(len, prompts))
+    check_context(llm, width, max_new_tokens)
     known = inspect.signature(llm.base_model.forward).parameters
     cache_name = "cache" if "cache" in known else "past_key_values"  # until transformers 5.24
-    batch, device, shortest = len(prompts), prompts[0].device, min(len(p) for p in prompts)
-    longest = max(map(len, prompts))
-    check_context(llm, longest, max_new_tokens)
-    cache_config = dict(config=llm.config,
-                        max_cache_len=longest + max_new_tokens)
-    cache, shared = StaticCache(**cache_config), 0
-    plain = not any(layer.is_sliding for layer in cache.layers)  # only these can be copied below
-    if plain and batch > 1:
+
+    def new_cache():
+        cache = DynamicCache(config=llm.config)
+        cache.layers = [Room(width + max_new_tokens) if type(layer) is DynamicLayer else layer
+                        for layer in cache.layers]
+        return cache
+
+    def rows_of(caches, keep=slice(None)):  # of a batch, or of several, as one
+        cache = new_cache()
+        for i, layers in enumerate(zip(*(cache.layers for cache in caches))):
+            cache.update(torch.cat([layer.keys[keep] for layer in layers]),
+                         torch.cat([layer.values[keep] for layer in layers]), i)
+        return cache
+
+    def read(cache, lora_mask=None, **inputs):
+        if speech is not None:
+            llm.lora_mask = lora_mask
+        return llm(**inputs, logits_to_keep=1, **{cache_name: cache}).logits[:, -1]  # (B, V)
+
+    # ---- the prompts: what all share, then the rest, on a CPU so much as its caches hold ----
+    plain, shared = all(isinstance(layer, Room) for layer in new_cache().layers), 0
+    if plain and batch > 1:  # only these can be copied
+        shortest = min(map(len, prompts))
         heads = torch.stack([p[:shortest - 1] for p in prompts])                  # (B, T_min-1, H)
         shared = int((heads == heads[:1]).all(-1).all(0).int().cumprod(0).sum())
+    prefix = new_cache()
     if shared:
-        prefix = DynamicCache(config=llm.config)
-        if speech:
-            llm.lora_mask = speech[0][None, :shared]                              # (1, T, 1)
-        llm(inputs_embeds=prompts[0][None, :shared], logits_to_keep=1, **{cache_name: prefix})
-        for i, layer in enumerate(prefix.layers):
-            cache.update(layer.keys.expand(batch, -1, -1, -1),
-                         layer.values.expand(batch, -1, -1, -1), i)
-    width = longest
+        read(prefix, speech and speech[0][None, :shared], inputs_embeds=prompts[0][None, :shared])
     # (B, T, H), padded on the left
     embeds = prompts[0].new_zeros(batch, width - shared, prompts[0].shape[1])
     mask = torch.zeros(batch, width + max_new_tokens, dtype=torch.long, device=device)  # 1 = attend
@@ -465,41 +499,46 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50
         embeds[b, width - len(prompt):] = prompt[shared:]
         mask[b, shared + width - len(prompt):width] = 1
     positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)                      # (B, T)
-    inputs = dict(inputs_embeds=embeds, position_ids=positions[:, shared:])
-    if speech:
-        llm.lora_mask = nn.utils.rnn.pad_sequence(
+    if speech is not None:
+        speech = nn.utils.rnn.pad_sequence(
             speech, batch_first=True, padding_side="left")[:, shared:]            # (B, T, 1)
+    at_once = batch if device.type != "cpu" or not plain else max(1, CPU_READ // embeds.shape[1])
+    caches, logits = [], []
+    for start in range(0, batch, at_once):
+        some = slice(start, min(start + at_once, batch))
+        caches.append(rows_of([prefix], [0] * (some.stop - start)) if shared else new_cache())
+        logits.append(read(caches[-1], None if speech is None else speech[some],
+                           inputs_embeds=embeds[some], attention_mask=mask[some, :width],
+                           position_ids=positions[some, shared:]))
+    cache = rows_of(caches) if len(caches) > 1 else caches[0]
+    logits = torch.cat(logits)                                                    # (B, V)
+
+    # ---- the answers, a token of each row at a time ----
     positions, alive, eos = (positions[:, -1:], list(range(batch)),
                              torch.tensor(eos_ids, device=device))
     rows = [[] for _ in range(batch)]
     done = torch.zeros(batch, dtype=torch.bool, device=device)
     for length in range(width, width + max_new_tokens):
-        logits = llm(**inputs, attention_mask=mask[:, :length], logits_to_keep=1,
-                     **{cache_name: cache}).logits[:, -1]
-        if speech:
-            llm.lora_mask = 0
         if temperature:
             values, candidates = logits.topk(min(top_k, logits.shape[-1]))        # (B, K)
             drawn = torch.multinomial((values.float() / temperature).softmax(-1), 1,
                                       generator=generator)
             tokens = candidates.gather(1, drawn)[:, 0]
         else:
-            tokens = logits.argmax(-1)
+            tokens = logits.max(-1).indices  # as argmax, which is slower on a CPU
         for b, token, ended in zip(alive, tokens.tolist(), done.tolist()):
             if not ended:
                 rows[b].append(token)
         done |= torch.isin(tokens, eos)
-        if done.all():
+        if done.all() or length + 1 == width + max_new_tokens:
             break
         mask[:, length], positions = 1, positions + 1
         keep = (~done).nonzero()[:, 0]
         if plain and len(keep) <= 0.85 * len(alive):  # copying the cache costs about half a step
-            old, cache = cache, StaticCache(**cache_config)
-            for i, layer in enumerate(old.layers):
-                cache.update(layer.keys[keep, :, :length], layer.values[keep, :, :length], i)
-            alive = [alive[k] for k in keep.tolist()]
+            cache, alive = rows_of([cache], keep), [alive[k] for k in keep.tolist()]
             mask, positions, tokens, done = mask[keep], positions[keep], tokens[keep], done[keep]
-        inputs = dict(input_ids=tokens[:, None], position_ids=positions)
+        logits = read(cache, 0, input_ids=tokens[:, None], position_ids=positions,
+                      attention_mask=mask[:, :length + 1])
     return rows
 
 

@@ -919,8 +919,9 @@ def load_models(args, device, dtype):
             parameter.data = parameter.data.float()
     for llm in (student.llm, getattr(teacher, "llm", teacher)):
         m.suit_attention(llm)
-    if args.gradient_checkpointing:
-        student.llm.gradient_checkpointing_enable()
+    if args.gradient_checkpointing:  # renamed in transformers 5.23
+        getattr(student.llm, "activation_checkpointing_enable",
+                student.llm.gradient_checkpointing_enable)()
     elif not args.compile:
         m.keep_little(student.llm)
     if args.compile and (device.type == "cuda" or shutil.which("g++")):

@@ -98,7 +98,7 @@ def test_the_step_is_compared_and_its_time_is_accounted_for(measured):
     text, results = measured("step", "--steps", "1")
     rows = rows_of(text, ["", "examples/s", "ours / it, speed", "GiB above weights, gradients, optimizer",
                           "ours / it, memory", "GiB in all", "of the matmul peak", "start to first step, s"])
-    assert list(rows)[:4] == ["plain loop", "ours", "ours, caches", bench_step.CHANNELS_IN_ONE]
+    assert list(rows)[:5] == ["plain loop", "ours", "ours, caches", "ours, checkpointing", bench_step.CHANNELS_IN_ONE]
     dual = results["settings"]["dual"]
     ours, cached = dual["ours"], dual["ours, caches"]
     assert dual["plain loop"]["grad_norm"] == pytest.approx(ours["grad_norm"], rel=0.02)  # they train the same
@@ -113,11 +113,20 @@ def test_the_step_is_compared_and_its_time_is_accounted_for(measured):
     assert {"teacher body", "all operations", "time: backward", "time: rest"} <= set(work)
 
 
-def test_answers_are_compared_in_tokens_a_second(measured):
-    text, _ = measured("answers", "--prompts", "4")
-    rows = rows_of(text, ["", "dtype", "tokens/s", "ours / it, speed"])
-    assert {"transformers, float32", "transformers, bfloat16", "ours"} <= set(rows)
-    assert rows["ours"][2] == "1.00"
+def test_answers_are_compared_in_tokens_a_second_by_text_and_by_speech(measured):
+    text, results = measured("answers", "--prompts", "4", "--spoken", "3")
+    header = ["", "prompts", "dtype", "tokens/s", "ours / it, speed"]
+    by_text, by_speech = (rows_of(part, header) for part in text.split("**Answers by speech**"))
+    assert list(by_text) == ["transformers, float32", "transformers, bfloat16", "ours, 4 prompts", "ours"]
+    assert list(by_speech) == ["transformers, float32", "transformers, bfloat16", "ours"]
+    assert by_text["ours"][3] == by_speech["ours"][3] == "1.00" and by_speech["ours"][0] == "3"
+
+
+def test_both_ways_to_answer_by_speech_give_the_same_number_of_tokens(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_generate, "RIVAL_BATCH", 2)
+    rows = [{"audio": row["audio"]} for row in train_kd.read_manifest(tiny.manifest(tmp_path, 3))]
+    student = bench_generate.load(tiny.student, "float32", "cpu")
+    assert bench_generate.ours_speech(rows, student) == bench_generate.rival_speech(rows, student) > 3
 
 
 def test_growth_has_an_exponent_for_each_series(measured):

@@ -369,7 +369,8 @@ def test_half_precision_trains_and_what_trains_stays_float32(tiny, data, tmp_pat
 def test_gradient_checkpointing_changes_no_number(tiny, data, tmp_path):
     for name, options in (("plain", []), ("checkpointed", ["--gradient-checkpointing"])):
         train(*arguments(tiny, data, tmp_path / name, "--max-steps", "2", *options))
-    assert_logs_agree(read_log(tmp_path / "plain"), read_log(tmp_path / "checkpointed"), 1e-6)
+    # float32: without checkpointing, norms and gates have formulas of their own for the gradient
+    assert_logs_agree(read_log(tmp_path / "plain"), read_log(tmp_path / "checkpointed"), 2e-5)
 
 
 @pytest.mark.parametrize("content, message", [

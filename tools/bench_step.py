@@ -6,7 +6,7 @@ Ours is train_kd.main itself, watched at the end of each step. Rivals:
                 (ultravox_model.py:_compute_kl_loss, 648efe7); same student, encoder on the audio each step, no caches
   TRL GKD       trl.experimental.gkd, lmbda=0; text only, it has no speech
   TRL Distill   trl.DistillationTrainer with the given answers in the place of those it would generate; text only
-Each runs in a process of its own, without gradient checkpointing. Memory counts from the second step on; after WARM_UP
+Each runs in a process of its own, without gradient checkpointing but where a row of ours names it. Memory counts from the second step on; after WARM_UP
 steps they are timed, in turns on a CPU: a step of each, then the next of each. Called by bench.py.
 """
 import json
@@ -298,6 +298,8 @@ def ours(job, watch):
     extra = ["--feature-cache", "off"]
     if "caches" in job["rival"]:
         extra = ["--teacher-cache", job["features"] + "-teacher"]
+    if "checkpointing" in job["rival"]:
+        extra += ["--gradient-checkpointing"]
     if job["rival"] == CHANNELS_IN_ONE:
         one_backward(len(CHANNELS[job["setting"]]))
     train_kd.print_step = watch.end_of_step
@@ -502,7 +504,7 @@ def run(**job):
 
 def rivals_of(setting):
     if setting == "dual":
-        return ["plain loop", "ours", "ours, caches"]
+        return ["plain loop", "ours", "ours, caches", "ours, checkpointing"]
     return [*lib.installed(NEEDS), "ours", "ours, caches"]
 
 
