@@ -366,6 +366,13 @@ def test_half_precision_trains_and_what_trains_stays_float32(tiny, data, tmp_pat
     assert half == pytest.approx(exact, rel=0.1, abs=1e-3)
 
 
+@pytest.mark.parametrize("vocab", [600, 49_152, 151_936, 262_144])
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 2**27), (torch.bfloat16, 2**28)])
+def test_logits_of_a_chunk_stay_within_128_mib_on_a_cpu_or_twice_that(vocab, dtype, most):
+    size = 4 * vocab * train_kd.chunk_rows_of(torch.empty(vocab, 1, dtype=dtype))
+    assert most / 2 <= size <= most
+
+
 def test_gradient_checkpointing_changes_no_number(tiny, data, tmp_path):
     for name, options in (("plain", []), ("checkpointed", ["--gradient-checkpointing"])):
         train(*arguments(tiny, data, tmp_path / name, "--max-steps", "2", *options))

@@ -5,7 +5,8 @@ All that is said about speed and memory, measured: against named rivals, same in
   python tools/bench.py --out results/gpu --device cuda        # one GPU: larger sizes
   python tools/bench.py --out results/bench --parts loss step  # some of it
 
-Writes  OUT/PART.json, OUT/PART.md, OUT/PART.png for each part, OUT/PART.log (what the libraries print), OUT/README.md
+Writes  OUT/PART.json, OUT/PART.md, OUT/PART.png for each part, OUT/PART.log (what the libraries print), and
+        OUT/README.md, all parts that are there
 
 Times: medians of interleaved repetitions. Memory: of a fresh process, resident (CPU) or the allocator's (GPU).
 """
@@ -29,7 +30,7 @@ PARTS = {"loss": bench_loss, "step": bench_step, "answers": bench_generate, "gro
 SIZES = {  # of each device, where no flag says otherwise
     "cpu": dict(repeats=2, rows=[1024], vocab=151_936, width=896, cases=["frozen head, fp32", "trainable head, bf16"],
                 llm=m.DEFAULT_LLM, encoder=m.DEFAULT_STUDENT.partition("+")[0], batch_size=8, answer_tokens=40,
-                steps=3, prompts=384, spoken=192),
+                steps=3, prompts=384, spoken=96),
     "cuda": dict(repeats=3, rows=[4096, 8192], vocab=152_064, width=3584, cases=["frozen head, bf16", "trainable head, bf16"],
                  llm="random:1.5B", encoder="random:large", batch_size=16, answer_tokens=128,
                  steps=8, prompts=384, spoken=384)}
@@ -51,7 +52,7 @@ def get_args(argv=None):
 
 
 def main(args):
-    out, texts = Path(args.out), []
+    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     about = lib.environment(args.device)
     for name in args.parts:
@@ -59,12 +60,12 @@ def main(args):
         results = part.measure(args)
         record = {"environment": about, "minutes": (time.perf_counter() - start) / 60, **results}
         (out / f"{name}.json").write_text(json.dumps(record, indent=1))
-        texts.append(part.report(results))
-        (out / f"{name}.md").write_text(texts[-1] + "\n")
+        (out / f"{name}.md").write_text(text := part.report(results) + "\n")
         part.draw(results, out / f"{name}.png")
-        print(f"{texts[-1]}\n\n{name}: {record['minutes']:.1f} minutes\n", flush=True)
+        print(f"{text}\n{name}: {record['minutes']:.1f} minutes\n", flush=True)
     head = ", ".join(f"{key} {value}" if key != "device" else value for key, value in about.items() if value)
-    (out / "README.md").write_text(f"{head}\n\n" + "\n\n".join(texts) + "\n")
+    texts = [path.read_text() for name in PARTS if (path := out / f"{name}.md").exists()]
+    (out / "README.md").write_text(f"{head}\n\n" + "\n".join(texts))
 
 
 if __name__ == "__main__":

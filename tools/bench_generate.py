@@ -2,8 +2,8 @@
 How fast answers are generated, by text as synth_speech.py does and by speech as eval_voicebench.py does, against
 transformers' own generate: greedy, the same prompts.
 
-Rival: AutoModelForCausalLM.generate in batches of 48 in input order, in float32 and in bfloat16. By speech it gets
-what the same student hears, with WhisperEncoder.forward on 30 s of each clip, as `inputs_embeds`.
+Rival: AutoModelForCausalLM.generate in batches of 48 in input order, in float32 and in bfloat16. By speech, in float32,
+it gets what the same student hears, with WhisperEncoder.forward on 30 s of each clip, as `inputs_embeds`.
 Ours: the scripts' own functions in batches of the scripts' own sizes, sorted, one process a core on a CPU; and the
 same with no more prompts than the rival has at a time.
 Tokens count up to and with the end of turn; loading is not counted. Called by bench.py.
@@ -142,7 +142,6 @@ def ways_of(args, rows, llm, encoder):
                      f"ours, {len(few)} prompts": ("ours", llm, "faster", [sorted_few[i::cores] for i in range(cores)]),
                      "ours": ("ours", llm, "faster", [by_length[i::cores] for i in range(cores)])},
             "speech": {"transformers, float32": ("transformers", student, "float32", [rival_spoken]),
-                       "transformers, bfloat16": ("transformers", student, "bfloat16", [rival_spoken]),
                        "ours": ("ours", student, "faster", [spoken[i::cores] for i in range(cores)])}}
 
 
