@@ -47,6 +47,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+# with AMX, oneDNN's kernels hold megabytes each, and it would keep a thousand, of every shape met
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
 SAMPLE_RATE = 16_000
 MEL_RATE_HZ = 100                  # log-mel frames a second: hop of 160 samples
 FEATURE_RATE_HZ = 50               # encoder positions a second: its second convolution has stride 2

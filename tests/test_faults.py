@@ -209,7 +209,7 @@ def small_disk(folder, kilobytes):
 
 
 @pytest.mark.parametrize("kilobytes, message", [
-    (100, r"ckpt.tmp cannot be written .*0\.00 GiB are free"), (1000, "No space left"), (2000, "No space left")],
+    (100, r"ckpt.tmp cannot be written .*0\.00 GiB are free"), (1000, "No space left"), (2020, "No space left")],
     ids=["checkpoint", "best student", "last student"])
 def test_a_full_disk_stops_with_one_line_and_with_room_the_run_goes_on(options, alone, tmp_path, kilobytes, message):
     with small_disk(tmp_path / "disk", kilobytes) as again:

@@ -408,3 +408,12 @@ def test_layers_of_another_kind_keep_what_they_keep():
     llm = Olmo2ForCausalLM(config)
     m.keep_little(llm)
     assert not [module for module in llm.modules() if "forward" in vars(module)]
+
+
+def test_onednn_does_not_keep_a_kernel_of_every_shape():
+    code = "import os, model; print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ONEDNN")}
+    for given, used in (({}, "128"), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}, "7")):
+        found = subprocess.run([sys.executable, "-c", code], env=environment | given, cwd=m.Path(m.__file__).parent,
+                               capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == used

@@ -13,13 +13,15 @@ import train_kd
 from test_memory_plan import memory_plan
 from test_train import ROOT, arguments, assert_logs_agree, data, one_thread, read_log, train  # noqa: F401
 
+# Nothing is spelled, all is one sound: which token is heard is a choice, and rounding alone decides a near tie.
 # Runs one after the other in one process group, since starting Python takes longer than they do;
 # a run [argv, n] is stopped by SIGTERM in its n-th step, 0 = never.
 DRIVER = f"""
 import json, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch.distributed as dist
-import train_kd
+import model, train_kd
+model.read_path = lambda path, processors: ("", [(-1, 0, len(path) - 1)])
 dist.init_process_group("gloo")
 dist.init_process_group = dist.destroy_process_group = lambda *a: None
 count, save, held = train_kd.count_tokens, train_kd.save_checkpoint, {{}}
@@ -58,9 +60,11 @@ def runs(tiny, data, tmp_path_factory):
             tiny, data, root / name, "--student", tiny.student, "--eval-data", data, "--feature-cache", root / "features", *STEPS,
             "--warm-start-batch-size", batch, *options)]
 
-    for kind, options in KINDS.items():
-        train(*argv(f"one-{kind}", *options, batch=16))
-    train(*argv("one-short", *SHORT))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(m, "read_path", lambda path, processors: ("", [(-1, 0, len(path) - 1)]))
+        for kind, options in KINDS.items():
+            train(*argv(f"one-{kind}", *options, batch=16))
+        train(*argv("one-short", *SHORT))
     plan = [[argv(f"{name}-{kind}", *more, *options), 0] for kind, options in KINDS.items()
             for name, more in (("ddp", []), ("shard", SHARD))]
     plan += [[argv("swapped", *SHORT, "--shard"), 2], [argv("swapped", *SHORT, "--resume"), 1],
@@ -77,7 +81,7 @@ def runs(tiny, data, tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_process_ddp_and_shards_give_the_same_twenty_steps(runs, kind):
     for name in ("ddp", "shard"):
-        assert_logs_agree(read_log(runs / f"one-{kind}"), read_log(runs / f"{name}-{kind}"), 1e-5)
+        assert_logs_agree(read_log(runs / f"one-{kind}"), read_log(runs / f"{name}-{kind}"), 3e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
