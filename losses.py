@@ -261,7 +261,7 @@ class _FusedCeKd(torch.autograd.Function):
             block_rows = min(CPU_BLOCK_ROWS, chunk_rows)
             space = [torch.empty(min(block_rows, len(targets)), vocab, dtype=dtype)
                      for _ in space]
-        if not on_cpu:  # the weight gradient is read and written as seldom as memory allows
+        else:  # the weight gradient is read and written as seldom as memory allows
             together = max(1, GPU_WEIGHT_ROWS // chunk_rows)
             heads, hiddens = ([x.to(factor) for x, factor in zip(pair, factors)]
                               for pair in (heads, hiddens))

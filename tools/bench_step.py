@@ -6,8 +6,9 @@ Ours is train_kd.main itself, watched at the end of each step. Rivals:
                 (ultravox_model.py:_compute_kl_loss, 648efe7); same student, encoder on the audio each step, no caches
   TRL GKD       trl.experimental.gkd, lmbda=0; text only, it has no speech
   TRL Distill   trl.DistillationTrainer with the given answers in the place of those it would generate; text only
-Each runs in a process of its own, without gradient checkpointing but where a row of ours names it. Memory counts from the second step on; after WARM_UP
-steps they are timed, in turns on a CPU: a step of each, then the next of each. Called by bench.py.
+Each runs in a process of its own, without gradient checkpointing but where a row of ours names it. Memory counts from
+the second step on; after WARM_UP steps they are timed, in turns on a CPU: a step of each, then the next of each.
+Called by bench.py.
 """
 import json
 import random
