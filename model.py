@@ -24,6 +24,7 @@ import sys
 import types
 import urllib.parse
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -377,24 +378,101 @@ def end_token(tokenizer):
     return ids[0] if ids and ids[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
 
 
-# ---- generation ----
+# ---- attention, and many rows in one ----
 
-def attend(attention, *states):
+# LLMs whose tokens meet in attention alone, which hand `packing` on to it (a test each)
+PACKABLE = {"cohere", "gemma", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2",
+            "qwen2_5_omni_text", "qwen3", "smollm3"}
+
+
+class Packing(NamedTuple):
+    """B rows of at most T positions in one of S: first what all share, then the rest of each."""
+    shared: int
+    places: Tensor  # (B, T) where a row's positions lie among the S; 0 beyond its end
+    back: Tensor    # (S,) where the S lie in the flattened (B, T)
+    own: Tensor     # (B, T, 1, 1) 1 = `back` names this one
+
+    def unfold(self, x):  # (S, h, D) -> (B, T, h, D)
+        return x[self.places]
+
+    def fold(self, x):  # (B, T, h, D) -> (S, h, D)
+        return x.flatten(0, 1)[self.back]
+
+
+def packing_of(lengths, shared, device):
+    """Packing of rows of these lengths whose first `shared` positions are the same."""
+    width, start = max(lengths), shared
+    places, back = [], list(range(shared))
+    for row, length in enumerate(lengths):
+        rest = length - shared
+        places += [*range(shared), *range(start, start + rest), *[0] * (width - length)]
+        back += range(row * width + shared, row * width + length)
+        start += rest
+    places, back = torch.tensor(places + back, device=device).split([len(places), len(back)])
+    own = torch.zeros_like(places).index_fill_(0, back, 1)
+    return Packing(shared, places.view(-1, width), back, own.view(-1, width, 1, 1))
+
+
+class Unfold(torch.autograd.Function):
+    """What is packed, (S, h, D) -> each row with all that comes before it, (B, T, h, D)."""
+
+    @staticmethod
+    def forward(ctx, x, packing):
+        ctx.packing = packing
+        return packing.unfold(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        packed = ctx.packing.fold(grad)
+        packed[:ctx.packing.shared] = grad[:, :ctx.packing.shared].sum(0)
+        return packed, None
+
+
+class Fold(torch.autograd.Function):
+    """Rows (B, T, h, D) -> packed again, (S, h, D)."""
+
+    @staticmethod
+    def forward(ctx, x, packing):
+        ctx.packing = packing
+        return packing.fold(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return ctx.packing.unfold(grad) * ctx.packing.own, None
+
+
+def attend(attention, *states, packing=None):
     """attention(query, key, value), each (B, h, T, D). On a CPU it learns in float32, also under
-    autocast: the backward of sdpa in bfloat16 is slower there."""
+    autocast (the backward of sdpa in bfloat16 is slower there), and of packed rows it keeps the
+    packed ones, in the dtype that they came in."""
     if states[0].device.type != "cpu" or not states[0].requires_grad:
         return attention(*states)
-    with torch.autocast("cpu", enabled=False):
-        return attention(*(x.float() for x in states)).to(states[-1].dtype)
+    dtype, hooks = states[-1].dtype, contextlib.nullcontext()
+    if packing is not None:
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda x: (packing.fold(x.transpose(1, 2)).to(dtype),) if x.dim() == 4 else x,
+            lambda x: packing.unfold(x[0]).transpose(1, 2).float() if isinstance(x, tuple) else x)
+    with torch.autocast("cpu", enabled=False), hooks:
+        return attention(*(x.float() for x in states)).to(dtype)
 
 
-def cpu_attention(module, query, key, value, attention_mask, scaling=None, **options):
-    """sdpa; for one new token a row (B, h, 1, D), plain matrix products,
-    which a CPU does faster."""
-    if query.shape[2] > 1:
-        def sdpa(*states):
-            return sdpa_attention_forward(module, *states, attention_mask, scaling=scaling,
-                                          **options)[0]
+def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None,
+                     **options):
+    """sdpa, of packed rows too, (1, h, S, D); on a CPU, for one new token a row (B, h, 1, D),
+    plain matrix products, which are faster there."""
+    def sdpa(*states):
+        return sdpa_attention_forward(module, *states, attention_mask, scaling=scaling,
+                                      **options)[0]                               # (B, T, h, D)
+
+    if packing is not None:
+        attention_mask = None  # rows are padded on the right, where no causal attention looks
+        states = [Unfold.apply(x[0].transpose(0, 1), packing).transpose(1, 2)
+                  for x in (query, key, value)]                                   # (B, h, T, D)
+        mixed = attend(sdpa, *states, packing=packing)                            # (B, T, h, D)
+        return Fold.apply(mixed, packing)[None], None                             # (1, S, h, D)
+    if query.shape[2] > 1 or query.device.type != "cpu":
         return attend(sdpa, query, key, value), None
     grouped = (query.unflatten(1, (key.shape[1], -1))[:, :, :, 0]
                * (scaling or query.shape[-1] ** -0.5))                            # (B, k, h/k, D)
@@ -405,15 +483,61 @@ def cpu_attention(module, query, key, value, attention_mask, scaling=None, **opt
     return mixed.flatten(1, 2)[:, None], None                                     # (B, 1, h, D)
 
 
-AttentionInterface.register("cpu", cpu_attention)
-AttentionMaskInterface.register("cpu", sdpa_mask)
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", sdpa_mask)
 
 
 def suit_attention(llm):
-    """sdpa of an LLM on a CPU becomes `cpu_attention`."""
-    if llm.config._attn_implementation == "sdpa" and llm.device.type == "cpu":
-        llm.set_attn_implementation("cpu")
+    """sdpa of an LLM becomes `packed_attention`."""
+    if llm.config._attn_implementation == "sdpa":
+        llm.set_attn_implementation("packed")
 
+
+def packs(llm):
+    """Whether rows can be packed for this LLM; torch.compile has not been tried with it."""
+    config = llm.config.get_text_config(decoder=True)
+    return (llm.config._attn_implementation == "packed" and config.model_type in PACKABLE
+            and not getattr(config, "sliding_window", None)
+            and llm.base_model._compiled_call_impl is None)
+
+
+def answer_states(llm, rows, lengths, shared=0, speech=None):
+    """Hidden states that predict the last tokens of each row, before the output head.
+
+    Rows are packed where that is possible: nothing is padded, and what all share (system message,
+    template) is read once for all.
+
+    Args:
+        llm: causal LM of transformers.
+        rows: B rows of ids (T_i,) or of embeddings (T_i, H).
+        lengths: how many tokens of each row are the answer.
+        shared: so many positions at the start of all rows are the same.
+        speech: B rows (T_i, 1), 1 = speech: where LoRA acts, if only at speech.
+    Returns:
+        hidden (N, H) with N = sum(lengths); positions that were read: all, and without padding.
+    """
+    suit_attention(llm)
+    sizes, device = list(map(len, rows)), rows[0].device
+    join, options = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True), {}
+    if packs(llm):
+        def join(rows):
+            return torch.cat([rows[0], *(row[shared:] for row in rows[1:])])[None]  # (1, S, ...)
+        packing = packing_of(sizes, shared, device)
+        options = dict(packing=packing, position_ids=(packing.back % max(sizes))[None],
+                       attention_mask=packing.back.new_empty(1, 1, 1, 1))  # so that none is made
+    inputs = join(rows)                                                           # (B, T, ...)
+    if speech is not None:
+        llm.lora_mask = join(speech)
+    name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+    hidden = llm.base_model(**{name: inputs}, use_cache=False, **options).last_hidden_state
+    read = hidden.shape[:2].numel()
+    places = packing.places if options else torch.arange(read, device=device).view(len(rows), -1)
+    predict = torch.cat([row[size - n - 1:size - 1]  # each token is predicted from the one before
+                         for row, size, n in zip(places, sizes, lengths)])
+    return hidden.flatten(0, 1).index_select(0, predict), read, read if options else sum(sizes)
+
+
+# ---- generation ----
 
 def check_context(llm, prompt_tokens, new_tokens):
     context = getattr(llm.config, "max_position_embeddings", None)
@@ -788,6 +912,45 @@ class Adapter(nn.Module):
 
 # ---- the student ----
 
+class Lookup(torch.autograd.Function):
+    """Rows of a table (V, H) by ids (N,) -> the table again, for who reads it next, and (N, H).
+    The next reader's gradient takes those of the rows in: one buffer of the table's size for all."""
+
+    @staticmethod
+    def forward(ctx, table, ids, ignored):
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.ignored = table.shape, ignored
+        ctx.set_materialize_grads(False)
+        return table.view_as(table), table[ids]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, rows):
+        ids, = ctx.saved_tensors
+        if rows is not None:
+            grad = rows.new_zeros(ctx.shape) if grad is None else grad
+            if ctx.ignored is not None:
+                rows = rows.masked_fill((ids == ctx.ignored)[:, None], 0)
+            grad.index_put_((ids,), rows, accumulate=True)
+        return grad, None, None
+
+
+class Table:
+    """The embeddings of an LLM during one pass: called with ids (N,) -> (N, H). `head` is the
+    output head, which has to be read last; where it is the same matrix, both share a gradient."""
+
+    def __init__(self, llm):
+        self.embed, self.head = llm.get_input_embeddings(), llm.get_output_embeddings().weight
+        self.weight, self.tied = self.embed.weight, self.head is self.embed.weight
+
+    def __call__(self, ids):
+        if type(self.embed) is not nn.Embedding:  # some scale what they give
+            return self.embed(ids)
+        self.weight, rows = Lookup.apply(self.weight, ids, self.embed.padding_idx)
+        self.head = self.weight if self.tied else self.head
+        return rows
+
+
 class SpeechLLMConfig(PretrainedConfig):
     """encoder, llm: configurations (or dicts) of the two pretrained parts;
     ctc_merges: see short_tokenizer."""
@@ -832,7 +995,7 @@ class SpeechLLM(PreTrainedModel):
                                self.llm.get_input_embeddings().embedding_dim,
                                c.adapter_layers, c.adapter_heads, c.adapter_kernel)
         self.processors = None
-        self.positions = [0, 0]  # of the LLM so far: real ones, and with padding
+        self.positions = [0, 0]  # that the LLM has read: all, and without padding
         self.post_init()
 
     def _init_weights(self, module):
@@ -906,27 +1069,27 @@ class SpeechLLM(PreTrainedModel):
                                               device=table.device)]               # (C, H)
         return self.adapter(padded.to(self.adapter.stack.weight.dtype), lengths, classes)
 
-    def read(self, states, logits, lengths):
+    def read(self, states, logits, lengths, table=None):
         """What `spell` gives -> embeddings, list of B (A_i, H), and the texts heard, list of B str.
 
         A_i is the number of tokens heard, plus one for each second in which nothing is.
         """
-        table, texts, spans, counts = self.llm.get_input_embeddings().weight, [], [], []
+        table, texts, spans, counts = table or Table(self.llm), [], [], []
         # which tokens, and over which frames: discrete, so no gradient goes this way
         for b, (path, length) in enumerate(zip(logits.argmax(-1).tolist(), lengths.tolist())):
             text, events = read_path(path[:length], self.processors)
             texts.append(text)
             counts.append(len(events))
             spans += [(b, *event) for event in events]
-        clip, token, first, last = torch.tensor(spans, device=table.device).T     # (sum A,) each
+        clip, token, first, last = torch.tensor(spans, device=states.device).T     # (sum A,) each
         sums = F.pad(states.cumsum(dim=1), (0, 0, 1, 0))                          # (B, 1+A, D)
         mean = ((sums[clip, last + 1] - sums[clip, first])
                 / (last + 1 - first)[:, None])                                    # (sum A, D)
-        heard = table[token.clamp(min=0)].float() + self.adapter.correct(mean)    # (sum A, H)
-        norm = table.detach().float().norm(dim=-1).mean()  # makes a sound as loud as a word
+        heard = table(token.clamp(min=0)).float() + self.adapter.correct(mean)    # (sum A, H)
+        norm = table.weight.detach().float().norm(dim=-1).mean()  # a sound is as loud as a word
         sound = F.normalize(self.adapter.sound(mean).float(), dim=-1) * norm      # (sum A, H)
         return list(torch.where((token >= 0)[:, None], heard, sound)
-                    .to(table.dtype).split(counts)), texts
+                    .to(table.weight.dtype).split(counts)), texts
 
     def hear(self, waveforms):
         """List of waveforms (S_i,) at 16 kHz
@@ -946,10 +1109,10 @@ class SpeechLLM(PreTrainedModel):
             llm: False stops after the adapter (the CTC warm start needs no LLM).
         Returns:
             (hidden (N, H) with N = all answer tokens in row order, CTC logits (len(clips), A, 1+C),
-            lengths), the last two None without speech. Output heads are the losses' business:
-            no (B, T, V) tensor is made.
+            lengths, output head (V, H)); logits and lengths are None without speech. What the head
+            makes of `hidden` is the losses' business: no (B, T, V) tensor is made.
         """
-        speech, logits, lengths, zero = {}, None, None, 0
+        speech, logits, lengths, zero, table = {}, None, None, 0, Table(self.llm)
         # DDP waits for all that trains, used or not
         if self.training and torch.is_grad_enabled() and not isinstance(self, FSDPModule):
             idle = [p for part in (self.adapter, self.encoder) for p in part.parameters()
@@ -959,27 +1122,24 @@ class SpeechLLM(PreTrainedModel):
             states, logits, lengths = self.spell(
                 self.features(mels) if features is None else features)
             if not llm:
-                return None, logits + zero, lengths
-            speech = dict(zip(clips, self.read(states, logits, lengths)[0]))
+                return None, logits + zero, lengths, None
+            speech = dict(zip(clips, self.read(states, logits, lengths, table)[0]))
         after = [a + y for a, y in zip(after, answers)]
-        embeds = self.splice(before, after, speech)
-        if getattr(self.config, "speech_lora", None):
-            self.llm.lora_mask = nn.utils.rnn.pad_sequence(
-                self.speech_positions(before, after, speech), batch_first=True)   # (B, T, 1)
-        padded = nn.utils.rnn.pad_sequence(embeds, batch_first=True)      # (B, T, H), right-padded
-        self.positions[0] += sum(map(len, embeds))
-        self.positions[1] += padded.shape[0] * padded.shape[1]
-        # causal, so it needs no mask; the rows are those that predict y: the shift
-        hidden = self.llm.base_model(inputs_embeds=padded, use_cache=False).last_hidden_state
-        rows = [h[len(e) - len(y) - 1:len(e) - 1] for h, e, y in zip(hidden, embeds, answers)]
-        return torch.cat(rows) + zero, logits, lengths                            # (N, H)
+        embeds = self.splice(before, after, speech, table)
+        shared = len(os.path.commonprefix(before))
+        spoken = (self.speech_positions(before, after, speech)
+                  if getattr(self.config, "speech_lora", None) else None)
+        hidden, *read = answer_states(self.llm, embeds, list(map(len, answers)), shared, spoken)
+        self.positions = [a + b for a, b in zip(self.positions, read)]
+        # a view, since FSDP hangs a hook on what it gets
+        return hidden + zero, logits, lengths, table.head.view_as(table.head)
 
-    def splice(self, before, after, speech):
+    def splice(self, before, after, speech, table=None):
         """Token ids and speech embeddings -> list of B (T_i, H) inputs of the LLM."""
         lengths = [n for b, a in zip(before, after) for n in (len(b), len(a))]
         flat = torch.tensor([i for b, a in zip(before, after) for i in b + a], dtype=torch.long,
                             device=self.device)
-        parts = iter(self.llm.get_input_embeddings()(flat).split(lengths))
+        parts = iter((table or Table(self.llm))(flat).split(lengths))
         return [torch.cat([next(parts), *([speech[row]] if row in speech else []), next(parts)])
                 for row in range(len(before))]
 
@@ -1034,7 +1194,7 @@ class HubStudent(nn.Module):
     def __init__(self, model, processor, tokenizer):
         super().__init__()
         self.__dict__["whole"] = model
-        self.positions = [0, 0]  # of the LLM so far: real ones, and with padding
+        self.positions = [0, 0]  # that the LLM has read: all, and without padding
         self.processor, self.tokenizer, self.config = processor, tokenizer, model.config
         parts = dict(model.model.named_children())
         self.encoder = parts.get("audio_tower", parts.get("encoder"))

@@ -496,13 +496,11 @@ def teacher_rows(teacher, items):
         return [item["teacher_hidden"].to(head.device) for item in items]
     if hasattr(teacher, "llm"):
         return base_rows(teacher, items)
-    sequences = [torch.tensor(item["teacher_prompt"] + item["answer"]) for item in items]
-    padded = torch.nn.utils.rnn.pad_sequence(
-        sequences, batch_first=True).to(teacher.device)  # (B, T), right padding
-    with torch.no_grad():  # -> (B, T, H')
-        hidden = teacher.base_model(input_ids=padded, use_cache=False).last_hidden_state
-    return [h[len(s) - len(item["answer"]) - 1:len(s) - 1]
-            for h, s, item in zip(hidden, sequences, items)]
+    prompts, lengths = [i["teacher_prompt"] for i in items], [len(i["answer"]) for i in items]
+    rows = [torch.tensor(i["teacher_prompt"] + i["answer"], device=teacher.device) for i in items]
+    with torch.no_grad():
+        hidden = m.answer_states(teacher, rows, lengths, len(os.path.commonprefix(prompts)))[0]
+    return hidden.split(lengths)
 
 
 def base_rows(student, items):
@@ -594,6 +592,27 @@ def ctc_loss(items, logits, lengths):
     return losses.ctc(student_logits=logits[spoken], lengths=lengths[spoken], targets=targets)
 
 
+def channel_pass(args, model, channel, items, teacher_hidden, llms, num_tokens):
+    """One channel of a micro-batch -> its part of the step's loss, and for the log (6,): the loss,
+    sums of CE and KD by text, of CE and KD by speech, of CTC."""
+    hidden, logits, spelled, head = model(**student_inputs(items, channel))
+    loss, logged = 0.0, torch.zeros(6, dtype=torch.float64, device=llms[0].device)
+    if channel != "ctc":
+        at = CHANNELS.index(channel)
+        # after the forward: then FSDP has gathered it, if it is the student's
+        teacher_head = llms[1].get_output_embeddings().weight
+        total, *parts = channel_loss(args, items, hidden, head, teacher_hidden, teacher_head,
+                                     list(map(m.logit_scale, llms)))
+        loss = (args.t2t_weight, args.s2t_weight)[at] / num_tokens[at] * total
+        logged[1 + 2 * at:3 + 2 * at] = torch.stack(parts)
+    if logits is not None and (channel == "ctc" or args.ctc_weight):
+        ctc = ctc_loss(items, logits, spelled)
+        loss = loss + (1.0 if channel == "ctc" else args.ctc_weight) / num_tokens[2] * ctc
+        logged[5] = ctc.detach()
+    logged[0] = loss.detach()
+    return loss, logged
+
+
 # ---- evaluation ----
 
 @torch.no_grad()
@@ -630,7 +649,7 @@ def evaluate(student, teacher, dataset, indices, channels=("t2t", "s2t"), batch_
                           else {**i, "clip": j["clip"]}
                           for i, j in zip(items, items[1:] + items[:1])]
             with autocast:
-                hidden, _, _ = student(
+                hidden, *_ = student(
                     **student_inputs(chosen, "s2t" if channel == "other" else channel))
             logits = hidden.float() @ heads[0][:vocab].T                                   # (N, V)
             log_student, log_teacher = logits.log_softmax(-1), reference.log_softmax(-1)
@@ -1117,7 +1136,6 @@ def main(args):
     # ---- teacher, student, data ----
     student, teacher, teacher_tokenizer, trainable, frozen = load_models(args, device, dtype)
     llms = student.llm, getattr(teacher, "llm", teacher)
-    scales = list(map(m.logit_scale, llms))
     text_trains = not args.lora_speech_only and any(n.startswith("llm.") for n in trainable)
     phases, eval_set = prepare_data(args, train_rows, eval_rows, bad,
                                     (student, teacher, teacher_tokenizer), sizes, rank, world,
@@ -1183,8 +1201,9 @@ def main(args):
         asked = time.perf_counter()
         micro_batches = fetch(stream, len(phase.plan[number][rank::world]), stopped)
         waited += time.perf_counter() - asked
-        passes = [(channel, chosen, items) for items in micro_batches for channel in phase.channels
-                  if (chosen := channel_items(items, channel))
+        # speech first: it keeps more, and there are no gradients yet
+        passes = [(channel, chosen, items) for items in micro_batches for channel in CHANNELS[::-1]
+                  if channel in phase.channels and (chosen := channel_items(items, channel))
                   and (channel != "t2t" or text_trains)]
         # Mean over ALL supervised tokens of the step, per channel.
         # DDP averages over ranks, hence `world` below.
@@ -1197,39 +1216,24 @@ def main(args):
         num_tokens = counts[:3].clamp(min=1).tolist()
         # after the fetch: a new DataLoader iterator draws from it
         torch.manual_seed(args.seed + 100_003 * step + rank)
-        # loss; ce, kd of t2t; ce, kd of s2t; ctc
         sums = torch.zeros(6, dtype=torch.float64, device=device)
         teacher_hidden, done = {}, None
-        for turn, (channel, chosen, items) in enumerate(passes, 1):
-            if items is not done and channel != "ctc":  # one teacher pass serves both channels
-                taught = [i for i in items if i["has_text"] and i["answer"]]
-                teacher_hidden = dict(zip(
-                    [i["id"] for i in taught], teacher_rows(teacher, taught))) if taught else {}
-                done = items
-            # no_sync must cover forward AND backward:
-            # DDP decides in forward whether this backward will sync
-            with (contextlib.nullcontext() if model is student or turn == len(passes)
-                  else model.no_sync()):
-                with torch.amp.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                    hidden, logits, spelled = model(**student_inputs(chosen, channel))
-                    loss = torch.zeros((), device=device)
-                    if channel != "ctc":
-                        at = CHANNELS.index(channel)
-                        weight = ({"t2t": args.t2t_weight, "s2t": args.s2t_weight}[channel]
-                                  / num_tokens[at])
-                        # after the forward: then FSDP has gathered the student's head
-                        head, teacher_head = (x.get_output_embeddings().weight for x in llms)
-                        channel_sum, ce, kd = channel_loss(args, chosen, hidden, head,
-                                                           teacher_hidden, teacher_head, scales)
-                        loss = weight * channel_sum
-                        sums[1 + 2 * at:3 + 2 * at] += torch.stack([ce, kd])
-                    if logits is not None and (channel == "ctc" or args.ctc_weight):
-                        ctc = ctc_loss(chosen, logits, spelled)
-                        loss = loss + ((1.0 if channel == "ctc" else args.ctc_weight)
-                                       / num_tokens[2] * ctc)
-                        sums[5] += ctc.detach()
-                scaler.scale(loss * world).backward()
-                sums[0] += loss.detach()
+        with torch.amp.autocast(device.type, enabled=False):  # copies of weights last till its end
+            for turn, (channel, chosen, items) in enumerate(passes, 1):
+                if items is not done and channel != "ctc":  # one teacher pass serves both channels
+                    taught = [i for i in items if i["has_text"] and i["answer"]]
+                    teacher_hidden = dict(zip(
+                        [i["id"] for i in taught], teacher_rows(teacher, taught))) if taught else {}
+                    done = items
+                # no_sync must cover forward AND backward:
+                # DDP decides in forward whether this backward will sync
+                with (contextlib.nullcontext() if model is student or turn == len(passes)
+                      else model.no_sync()):
+                    with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                        loss, logged = channel_pass(args, model, channel, chosen, teacher_hidden,
+                                                    llms, num_tokens)
+                    scaler.scale(loss * world).backward()
+                sums += logged
         if dist.is_initialized():
             dist.all_reduce(sums)
         values = sums.tolist()
@@ -1244,14 +1248,14 @@ def main(args):
 
         tokens_seen += sum(num_tokens)
         if master and (step % args.log_every == 0 or step == total_steps):
-            now, (real, padded) = time.perf_counter(), student.positions
+            now, (read, real) = time.perf_counter(), student.positions
             means = [value / num_tokens[i // 2] for i, value in enumerate(values[1:])]
             record = {"step": step, "phase": phase.name, "loss": values[0], "grad_norm": grad_norm,
                       "lr": max(group["lr"] for group in optimizer.param_groups),
                       **dict(zip(("ce_t2t", "kd_t2t", "ce_s2t", "kd_s2t", "ctc"), means)),
                       "tokens_per_s": tokens_seen / (now - last_log),
                       "wait": waited / (now - last_log),
-                      "padding": 1 - real / padded if padded else 0.0,
+                      "padding": 1 - real / read if read else 0.0,
                       "hours": (now - begun) / 3600, **resources(device)}
             log(record)
             left_s = (now - last_log) / args.log_every * (steps - number - 1)

@@ -167,14 +167,15 @@ def test_operations_are_those_that_torch_counts(tiny, tmp_path):
     with counter, sdpa_kernel(SDPBackend.MATH):
         taught = dict(zip((i["id"] for i in items), train_kd.teacher_rows(teacher, items)))
         for channel in ("t2t", "s2t"):
-            hidden, logits, lengths = student(**train_kd.student_inputs(items, channel))
-            loss = train_kd.channel_loss(args, items, hidden, heads[0], taught, heads[1])[0]
+            hidden, logits, lengths, head = student(**train_kd.student_inputs(items, channel))
+            loss = train_kd.channel_loss(args, items, hidden, head, taught, heads[1])[0]
             (loss + (logits.sum() if logits is not None else 0)).backward()
     with torch.no_grad():
         heard = student.read(*student.spell(student.features([item["clip"]])))[0][0]
-    shared, answer = len(item["before"] + item["after"]), len(item["answer"])
-    counts = {"teacher": [len(item["teacher_prompt"]) + answer] * 2, "rows": [2 * answer] * 2,
-              "t2t": [shared + len(item["said"]) + answer] * 2, "s2t": [shared + len(heard) + answer] * 2,
+    before, said, answer = len(item["before"]), len(item["said"]), len(item["answer"])
+    rest, asked = len(item["after"]) + answer, len(item["teacher_prompt"])
+    counts = {"teacher": [[asked, *[asked + answer] * 2]], "rows": [2 * answer] * 2,
+              "t2t": [[before + said, *[before + said + rest] * 2]], "s2t": [[before, *[before + len(heard) + rest] * 2]],
               "frames": [item["clip"].shape[1]] * 2, "positions": [-(-item["clip"].shape[1] // 2)] * 2,
               "events": 2 * len(heard)}
     flops = bench_step.step_flops(student.config, teacher.config, counts, len(student.processors["classes"]) + 1)

@@ -321,24 +321,24 @@ def test_the_default_llm_knows_paris(real_student):
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_cpu_attention_of_one_new_token_equals_sdpa_where_heads_share_keys(masked):
+def test_packed_attention_of_one_new_token_equals_sdpa_where_heads_share_keys(masked):
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 6, 1, 8), torch.randn(3, 2, 7, 8), torch.randn(3, 2, 7, 8)
     mask = torch.rand(3, 1, 1, 7) < 0.6
     mask[..., -1] = True
     module = SimpleNamespace(num_key_value_groups=3)
     arguments = module, query, key, value, mask if masked else None
-    ours, expected = (f(*arguments, scaling=0.3)[0] for f in (m.cpu_attention, m.sdpa_attention_forward))
+    ours, expected = (f(*arguments, scaling=0.3)[0] for f in (m.packed_attention, m.sdpa_attention_forward))
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_cpu_attention_learns_in_float32_from_bfloat16():
+def test_packed_attention_learns_in_float32_from_bfloat16():
     torch.manual_seed(0)
     states = [torch.randn(2, heads, 9, 8).bfloat16().requires_grad_() for heads in (6, 2, 2)]
     exact = [x.detach().double().requires_grad_() for x in states]
     module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
     with torch.autocast("cpu", torch.bfloat16):
-        ours, _ = m.cpu_attention(module, *states, None, scaling=0.3)
+        ours, _ = m.packed_attention(module, *states, None, scaling=0.3)
     expected, _ = m.sdpa_attention_forward(module, *exact, None, scaling=0.3)
     assert ours.dtype == torch.bfloat16
     # what autocast's own attention rounds on its way, this one rounds once, at the end
@@ -353,7 +353,7 @@ def error(found, expected):
 
 
 def test_an_llm_on_a_cpu_gets_the_attention_that_suits_it_and_one_that_was_chosen_stays(tiny):
-    for chosen, expected in (("sdpa", "cpu"), ("eager", "eager")):
+    for chosen, expected in (("sdpa", "packed"), ("eager", "eager")):
         llm, tokenizer = m.load_llm(str(tiny.llm))
         llm.set_attn_implementation(chosen)
         m.generate(llm, [torch.randn(4, llm.config.hidden_size)], max_new_tokens=2, eos_ids=[0])

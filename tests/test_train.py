@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 import model as m
@@ -273,11 +274,35 @@ def test_lengths_are_positions_of_the_text_channel_and_three_a_second(tiny, data
         assert abs(length - read - round(3 * row["seconds"])) <= 1  # the end of turn
 
 
-def test_padding_and_data_wait_are_logged(reference_run):
-    records = [json.loads(line) for line in (reference_run / "log.jsonl").read_text().splitlines()]
-    steps = [r for r in records if r.get("phase") == "distil"]
-    assert steps and all(0 <= r["padding"] < 0.5 and 0 <= r["wait"] <= 1 for r in steps)
-    assert any(r["padding"] > 0 for r in steps) and records[0]["phase"] == "warm-start" and records[0]["padding"] == 0
+def test_padding_and_data_wait_are_logged(tiny, data, tmp_path, reference_run, monkeypatch):
+    def steps_of(out):
+        records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return [r for r in records if r.get("phase") == "distil"]
+    packed = steps_of(reference_run)
+    assert packed and all(r["padding"] == 0 and 0 <= r["wait"] <= 1 for r in packed)
+    monkeypatch.setattr(m, "PACKABLE", set())
+    train(*arguments(tiny, data, tmp_path / "run", *FULL, "--global-batch-size", "8", "--eval-data", data))
+    assert any(r["padding"] > 0 for r in steps_of(tmp_path / "run"))
+    assert_logs_agree(read_log(tmp_path / "run"), read_log(reference_run), 1e-5)
+
+
+def test_a_step_hears_first_and_copies_each_weight_once(tiny, data, tmp_path, monkeypatch):
+    channels, copies, one_pass = [], [], train_kd.channel_pass
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].shape == (64, 32) and kwargs.get("dtype") == torch.bfloat16:
+                copies.append(args[0].data_ptr())
+            return func(*args, **kwargs or {})
+
+    def watched(args, model, channel, *rest):
+        channels.append(channel)
+        with Copies():
+            return one_pass(args, model, channel, *rest)
+    monkeypatch.setattr(train_kd, "channel_pass", watched)
+    train(*arguments(tiny, data, tmp_path / "run", "--dtype", "bfloat16", "--max-steps", "1"))
+    assert channels == ["s2t", "t2t"]
+    assert len(copies) == 4 and len(set(copies)) == 4  # gate and up of two layers
 
 
 @pytest.mark.parametrize("processes", [0, 2])

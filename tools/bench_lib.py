@@ -27,7 +27,7 @@ class Worker:
     """`python SCRIPT` in a process of its own: answers a line of JSON with a line of JSON (see serve)."""
 
     def __init__(self, script, log, **environment):
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", **environment}
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", **environment}
         self.log, self.started = Path(log), time.time()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,

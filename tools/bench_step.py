@@ -137,12 +137,14 @@ def prepare_data(args, folder, rows):
 
 # ---- operations: what a step must compute ----
 
-def llm_flops(config, lengths):
-    """One forward of the body (no output head) over sequences of these lengths."""
+def llm_flops(config, passes):
+    """One forward each of the body (no output head) over batches [positions that all rows share, length of each row]."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width, inner = config.num_attention_heads * head, config.num_key_value_heads * head
     weights = config.hidden_size * (2 * width + 2 * inner + 3 * config.intermediate_size)
-    return config.num_hidden_layers * sum(2 * n * weights + 4 * n * n * width for n in lengths)
+    read = sum(shared + sum(n - shared for n in lengths) for shared, *lengths in passes)
+    pairs = sum(n * n for _, *lengths in passes for n in lengths)
+    return config.num_hidden_layers * (2 * read * weights + 4 * pairs * width)
 
 
 def encoder_flops(config, frames):
@@ -305,8 +307,7 @@ def ours(job, watch):
         one_backward(len(CHANNELS[job["setting"]]))
     train_kd.print_step = watch.end_of_step
     train_kd.make_optimizer = watch_optimizer(watch)
-    train_kd.teacher_rows = watch.counted(watch.timed("teacher", train_kd.teacher_rows), lambda now, _, teacher, items:
-        now["teacher"].extend(len(i["teacher_prompt"] + i["answer"]) for i in items if "teacher_hidden" not in i))
+    train_kd.teacher_rows = watch.timed("teacher", train_kd.teacher_rows)
     train_kd.channel_loss = watch.counted(watch.timed("loss", train_kd.channel_loss), lambda now, _, args, items, *rest:
         now["rows"].append(sum(len(i["answer"]) for i in items)))
     train_kd.ctc_loss = watch.timed("loss", train_kd.ctc_loss)
@@ -317,11 +318,14 @@ def ours(job, watch):
     student.spell = watch.counted(student.spell, lambda now, _, self, features:
         now["positions"].extend(len(f) for f in features))
 
-    def note_tokens(now, embeds, self, before, after, speech):
-        watch.student = self
-        now["s2t" if speech else "t2t"] += [len(e) for e in embeds]
+    def note_channel(now, embeds, self, before, after, speech, *rest):
+        watch.student, watch.channel = self, "s2t" if speech else "t2t"
         now["events"] += sum(map(len, speech.values()))
-    student.splice = watch.counted(student.splice, note_tokens)
+
+    def note_tokens(now, _, llm, rows, lengths, shared, *rest):
+        now[watch.channel if rows[0].is_floating_point() else "teacher"].append([shared, *map(len, rows)])
+    student.splice = watch.counted(student.splice, note_channel)
+    m.answer_states = watch.counted(m.answer_states, note_tokens)
     torch.Tensor.backward = watch.timed("backward", torch.Tensor.backward)
     torch.nn.utils.clip_grad_norm_ = watch.timed("clip, optimizer", torch.nn.utils.clip_grad_norm_)
     torch.optim.AdamW.step = watch.timed("clip, optimizer", torch.optim.AdamW.step)
@@ -577,7 +581,10 @@ def summary(answer, peak):
         result["flops"] = {part: sum(f.get(part, 0) for f in steps) / len(steps) for part in steps[0]}
         result["share_of_peak"] = sum(result["flops"].values()) / result["seconds"] / peak
         result["phases"] = answer["phases"]
-        result["tokens"] = {key: sum(sum(c[key]) for c in counts) / len(counts) for key in ("t2t", "s2t", "rows")}
+        result["tokens"] = {
+            "rows": sum(sum(c["rows"]) for c in counts) / len(counts),
+            **{channel: [sum(f(*batch) for c in counts for batch in c[channel]) / len(counts) for f in (
+                lambda shared, *n: sum(n), lambda shared, *n: shared + sum(n) - len(n) * shared)] for channel in ("t2t", "s2t")}}
         result["log"] = {key: lib.median([r[key] for r in records[1:]]) for key in ("padding", "wait")}
     return result
 
@@ -609,8 +616,9 @@ def report(results):
               work(results), ""]
     ours = results["settings"]["dual"]["ours"]
     if "tokens" in ours:
-        lines.append(f"A step: {ours['tokens']['t2t']:.0f} tokens by text, {ours['tokens']['s2t']:.0f} by speech, "
-                     f"{ours['tokens']['rows']:.0f} answer rows; rows: {results['rows']}; matmul peak "
+        (text, read), (speech, heard), rows = (ours["tokens"][key] for key in ("t2t", "s2t", "rows"))
+        lines.append(f"A step: {text:.0f} tokens by text, {speech:.0f} by speech, of which {read:.0f} and {heard:.0f} are read, since what "
+                     f"all rows share is read once; {rows:.0f} answer rows; rows: {results['rows']}; matmul peak "
                      f"{results['peak_flops'] / 1e12:.2f} TFLOP/s ({results['dtype']}).")
         lines.append("Log of train_kd.py: " + ", ".join(f"{meaning} {ours['log'][key]:.1%}" for key, meaning in (
             ("padding", "padding"), ("wait", "waiting for data"))) + ".")

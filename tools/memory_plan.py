@@ -6,8 +6,9 @@ How much memory a run of train_kd.py takes on each GPU, from configurations alon
   python tools/memory_plan.py --student ENCODER+LLM --teacher LLM        <- folders or hub ids (configurations are read)
 
 Weights, gradients and optimizer state are counted tensor by tensor. Activations are those that autograd keeps: one and two
-decoder layers run on fake tensors under its hooks, and the rest is a straight line. Not counted: CUDA's own memory and
-fragmentation (say 3 GiB), activations of a trained encoder, what a frozen encoder needs while it hears.
+decoder layers run on fake tensors under its hooks, and the rest is a straight line. Rows are counted as if all were as
+long as the longest and shared nothing. Not counted: CUDA's own memory and fragmentation (say 3 GiB), activations of a
+trained encoder, what a frozen encoder needs while it hears.
 """
 import argparse
 import math
