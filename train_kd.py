@@ -1062,7 +1062,8 @@ def begin_phase(args, student, phase, trainable, step, rank, world):
     model = student
     if dist.is_initialized() and not args.shard:
         index = student.device.index
-        model = DistributedDataParallel(student, device_ids=None if index is None else [index])
+        model = DistributedDataParallel(student, gradient_as_bucket_view=True,
+                                        device_ids=None if index is None else [index])
     todo = phase.plan[step - phase.first_step:]
     stream = iter(DataLoader(  # forked: workers share the student's tokenizer
         phase.rows, batch_sampler=[batch for batches in todo for batch in batches[rank::world]],

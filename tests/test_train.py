@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,6 +37,12 @@ def launch(argv, processes=0, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen([*command, str(ROOT / "train_kd.py"), *map(str, argv)], env=environment, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, **options)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def read_log(out):
@@ -284,6 +291,21 @@ def test_padding_and_data_wait_are_logged(tiny, data, tmp_path, reference_run, m
     train(*arguments(tiny, data, tmp_path / "run", *FULL, "--global-batch-size", "8", "--eval-data", data))
     assert any(r["padding"] > 0 for r in steps_of(tmp_path / "run"))
     assert_logs_agree(read_log(tmp_path / "run"), read_log(reference_run), 1e-5)
+
+
+def test_gradients_are_ddps_own_buckets(tiny, data, tmp_path, monkeypatch):
+    views, update = [], train_kd.update
+
+    def watched(args, optimizer, *rest):
+        views.extend(p.grad._is_view() for group in optimizer.param_groups for p in group["params"])
+        return update(args, optimizer, *rest)
+    for key in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(key, "0")
+    for key, value in dict(WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(train_kd, "update", watched)
+    assert train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "2")) == 0
+    assert views and all(views)
 
 
 def test_a_step_hears_first_and_copies_each_weight_once(tiny, data, tmp_path, monkeypatch):

@@ -63,15 +63,15 @@ def loss_call(rows, width, vocab, device, dtype):
 
 def batch_call(student, batch, dtype):
     """Forward, loss and backward of the text channel for so many rows."""
-    device, head = student.device, student.llm.get_output_embeddings().weight
-    inputs = dict(before=[[5] * (SEQUENCE - ANSWER - 2)] * batch, after=[[6] * 2] * batch,
-                  answers=[[7] * ANSWER] * batch)
+    device = student.device
+    inputs = dict(before=[[row, *[5] * (SEQUENCE - ANSWER - 3)] for row in range(batch)],  # none shares another's start
+                  after=[[6] * 2] * batch, answers=[[7] * ANSWER] * batch)
     targets = torch.full((batch * ANSWER,), 7, device=device)
 
     def call():
         student.zero_grad(set_to_none=True)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            hidden = student(**inputs)[0]
+            hidden, *_, head = student(**inputs)
             losses.fused_ce_kd(student_hidden=hidden, student_weight=head, teacher_hidden=hidden, teacher_weight=head,
                                targets=targets)[0].backward()
     return call

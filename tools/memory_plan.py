@@ -155,8 +155,6 @@ def plan(student, teacher, *, world=8, shard=False, train=("adapter", "llm"), lo
         root = sum(p.numel() for p in llm.parameters()) - layer * layers
         table["gathered by FSDP"] = (root + 2 * layer) * compute
         passing["its gradients"] = (layer if lora_rank or not master else max(layer, root)) * (compute + 4) if trained else 0
-    elif world > 1:
-        table["DDP's buckets"] = 4 * count
     return table | passing
 
 
