@@ -7,7 +7,6 @@
 #
 # Stopped anywhere, the same command goes on. Everything lands in data/quick and out/quick (or data/full and out/full).
 set -euo pipefail
-export OMP_WAIT_POLICY=passive  # threads that wait by spinning make two programs on two cores many times slower
 cd "$(dirname "$0")/.."
 
 name=quick prompts=800 drill=600 answers=128 words=20 tokens=40 checked=0.02
