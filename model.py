@@ -517,24 +517,27 @@ def answer_states(llm, rows, lengths, shared=0, speech=None):
         hidden (N, H) with N = sum(lengths); positions that were read: all, and without padding.
     """
     suit_attention(llm)
-    sizes, device = list(map(len, rows)), rows[0].device
-    join, options = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True), {}
-    if packs(llm):
+    sizes, device, packed = list(map(len, rows)), rows[0].device, packs(llm)
+    if packed:
         def join(rows):
             return torch.cat([rows[0], *(row[shared:] for row in rows[1:])])[None]  # (1, S, ...)
         packing = packing_of(sizes, shared, device)
+        places = packing.places                                                   # (B, T)
         options = dict(packing=packing, position_ids=(packing.back % max(sizes))[None],
                        attention_mask=packing.back.new_empty(1, 1, 1, 1))  # so that none is made
-    inputs = join(rows)                                                           # (B, T, ...)
+    else:
+        join = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)     # (B, T, ...)
+        places = torch.arange(len(rows) * max(sizes), device=device).view(len(rows), -1)
+        options = {}
+    inputs = join(rows)
     if speech is not None:
         llm.lora_mask = join(speech)
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
     hidden = llm.base_model(**{name: inputs}, use_cache=False, **options).last_hidden_state
     read = hidden.shape[:2].numel()
-    places = packing.places if options else torch.arange(read, device=device).view(len(rows), -1)
     predict = torch.cat([row[size - n - 1:size - 1]  # each token is predicted from the one before
                          for row, size, n in zip(places, sizes, lengths)])
-    return hidden.flatten(0, 1).index_select(0, predict), read, read if options else sum(sizes)
+    return hidden.flatten(0, 1)[predict], read, read if packed else sum(sizes)
 
 
 # ---- generation ----
