@@ -138,14 +138,19 @@ def prepare_data(args, folder, rows):
 
 # ---- operations: what a step must compute ----
 
+def tokens_of(passes):
+    """Batches, each [positions that all rows share, length of each row] -> tokens in all, and how many are read."""
+    whole = sum(sum(lengths) for _, *lengths in passes)
+    return whole, whole - sum(shared * (len(lengths) - 1) for shared, *lengths in passes)
+
+
 def llm_flops(config, passes):
-    """One forward each of the body (no output head) over batches [positions that all rows share, length of each row]."""
+    """One forward each of the body (no output head) over batches as of tokens_of."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width, inner = config.num_attention_heads * head, config.num_key_value_heads * head
     weights = config.hidden_size * (2 * width + 2 * inner + 3 * config.intermediate_size)
-    read = sum(shared + sum(n - shared for n in lengths) for shared, *lengths in passes)
     pairs = sum(n * n for _, *lengths in passes for n in lengths)
-    return config.num_hidden_layers * (2 * read * weights + 4 * pairs * width)
+    return config.num_hidden_layers * (2 * tokens_of(passes)[1] * weights + 4 * pairs * width)
 
 
 def encoder_flops(config, frames):
@@ -581,10 +586,8 @@ def summary(answer, peak):
         result["flops"] = {part: sum(f.get(part, 0) for f in steps) / len(steps) for part in steps[0]}
         result["share_of_peak"] = sum(result["flops"].values()) / result["seconds"] / peak
         result["phases"] = answer["phases"]
-        result["tokens"] = {
-            "rows": sum(sum(c["rows"]) for c in counts) / len(counts),
-            **{channel: [sum(f(*batch) for c in counts for batch in c[channel]) / len(counts) for f in (
-                lambda shared, *n: sum(n), lambda shared, *n: shared + sum(n) - len(n) * shared)] for channel in ("t2t", "s2t")}}
+        result["tokens"] = {"rows": sum(sum(c["rows"]) for c in counts) / len(counts), **{
+            channel: [sum(n) / len(counts) for n in zip(*(tokens_of(c[channel]) for c in counts))] for channel in ("t2t", "s2t")}}
         result["log"] = {key: lib.median([r[key] for r in records[1:]]) for key in ("padding", "wait")}
     return result
 
