@@ -675,26 +675,29 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50
 # ---- what training keeps of a layer ----
 
 class LeanNorm(torch.autograd.Function):
-    """RMSNorm that keeps its input and nothing between: x (..., H) -> (..., H) in `dtype`."""
+    """RMSNorm that keeps its output alone, which the linear layers behind it keep anyway:
+    x (..., H) -> (..., H) in `dtype`. No weight may be zero."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # (..., 1)
         scale = (scale.square_() / x.shape[-1] + eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (weight * (x * scale).to(x.dtype)).to(dtype)
+        y = (weight * (x * scale).to(x.dtype)).to(dtype)
+        ctx.save_for_backward(y, weight, scale)
+        ctx.dtype = x.dtype
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        normed, grad = x * scale, grad.float()                                    # (..., H)
+        y, weight, scale = ctx.saved_tensors
+        normed, grad = y / weight.float(), grad.float()                           # (..., H)
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
         grad = grad * weight
-        along = torch.linalg.vecdot(grad, normed)[..., None] / x.shape[-1]        # (..., 1)
-        return grad.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None, None
+        along = torch.linalg.vecdot(grad, normed)[..., None] / y.shape[-1]        # (..., 1)
+        return grad.sub_(normed.mul_(along)).mul_(scale).to(ctx.dtype), grad_weight, None, None
 
 
 class LeanGate(torch.autograd.Function):
@@ -733,13 +736,14 @@ def lean_mlp(mlp, x):
 
 
 def keep_little(llm):
-    """Norms and gated MLPs of an LLM of Llama's kind learn from their inputs: what lies between is
-    computed anew in the backward, and a layer keeps 40% less. Without gradients nothing changes,
-    and layers of other kinds stay as they are."""
+    """Norms of an LLM of Llama's kind learn from their outputs, gated MLPs from their inputs: what
+    lies between is computed anew in the backward, and a layer keeps half as much. Without gradients
+    nothing changes, and layers of other kinds stay as they are."""
     for layer in layers_of(llm):
         norms = [getattr(layer, name, None)
                  for name in ("input_layernorm", "post_attention_layernorm")]
-        if all(hasattr(norm, "variance_epsilon") for norm in norms):  # each before linear layers
+        if all(hasattr(norm, "variance_epsilon") and (norm.weight.is_meta or norm.weight.all())
+               for norm in norms):
             for norm in norms:
                 norm.forward = types.MethodType(lean_norm, norm)
         mlp = getattr(layer, "mlp", None)

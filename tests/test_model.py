@@ -393,7 +393,7 @@ def test_a_layer_that_keeps_little_learns_the_same(tiny, dtype, most, lora):
     lean, ids = copy.deepcopy(plain), torch.randint(500, (3, 40))
     m.keep_little(lean)
     expected, found = (kept_and_gradients(llm, ids, dtype) for llm in (plain, copy.deepcopy(lean)))
-    assert found[0] < (0.85 if lora else 0.7) * expected[0]
+    assert found[0] < (0.8 if lora else 0.58) * expected[0]
     for name in expected[2]:
         error = (found[2][name] - expected[2][name]).norm() / expected[2][name].norm()
         assert error < most, name
@@ -408,6 +408,14 @@ def test_layers_of_another_kind_keep_what_they_keep():
     llm = Olmo2ForCausalLM(config)
     m.keep_little(llm)
     assert not [module for module in llm.modules() if "forward" in vars(module)]
+
+
+def test_a_norm_with_a_weight_of_zero_stays_as_it_is(tiny):
+    llm = m.load_llm(tiny.llm)[0]
+    first, second = m.layers_of(llm)
+    first.input_layernorm.weight.data[3] = 0  # its output does not tell what came in
+    m.keep_little(llm)
+    assert ["forward" in vars(layer.input_layernorm) for layer in (first, second)] == [False, True]
 
 
 def test_onednn_does_not_keep_a_kernel_of_every_shape():
