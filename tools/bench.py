@@ -30,7 +30,7 @@ PARTS = {"loss": bench_loss, "step": bench_step, "answers": bench_generate, "gro
 SIZES = {  # of each device, where no flag says otherwise
     "cpu": dict(repeats=2, rows=[1024], vocab=151_936, width=896, cases=["frozen head, fp32", "trainable head, bf16"],
                 llm=m.DEFAULT_LLM, encoder=m.DEFAULT_STUDENT.partition("+")[0], batch_size=8, answer_tokens=40,
-                steps=3, prompts=384, spoken=96),
+                steps=5, prompts=384, spoken=96),
     "cuda": dict(repeats=3, rows=[4096, 8192], vocab=152_064, width=3584, cases=["frozen head, bf16", "trainable head, bf16"],
                  llm="random:1.5B", encoder="random:large", batch_size=16, answer_tokens=128,
                  steps=8, prompts=384, spoken=384)}
