@@ -550,7 +550,7 @@ def check_context(llm, prompt_tokens, new_tokens):
 
 
 class Room(DynamicLayer):
-    """Keys and values of a layer, with room for `length` positions: a new one copies no old ones."""
+    """Keys and values of a layer, with room for `length` positions: new ones copy no old ones."""
 
     def __init__(self, length):
         super().__init__()
@@ -921,7 +921,7 @@ class Adapter(nn.Module):
 
 class Lookup(torch.autograd.Function):
     """Rows of a table (V, H) by ids (N,) -> the table again, for who reads it next, and (N, H).
-    The next reader's gradient takes those of the rows in: one buffer of the table's size for all."""
+    The next reader's gradient takes the rows' in: one buffer of the table's size for all."""
 
     @staticmethod
     def forward(ctx, table, ids, ignored):
@@ -935,7 +935,7 @@ class Lookup(torch.autograd.Function):
     def backward(ctx, grad, rows):
         ids, = ctx.saved_tensors
         if rows is not None:
-            grad = rows.new_zeros(ctx.shape) if grad is None else grad
+            grad = rows.new_zeros(ctx.shape) if grad is None else grad.contiguous()
             if ctx.ignored is not None:
                 rows = rows.masked_fill((ids == ctx.ignored)[:, None], 0)
             grad.index_put_((ids,), rows, accumulate=True)

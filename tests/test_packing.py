@@ -157,6 +157,14 @@ def test_head_and_embeddings_share_one_gradient_buffer(tied, ignored):
     assert torch.allclose(buffer, expected, atol=1e-6) == tied  # what the head hands on takes the rest in
 
 
+def test_a_gradient_that_is_one_number_for_all_is_not_written_to():
+    llm = build("llama", tie_word_embeddings=True, pad_token_id=None)
+    table = m.Table(llm)
+    (table(torch.tensor([3, 3])).sum() + table.head.sum()).backward()  # of the sum: a number, expanded
+    expected = torch.ones(50, 16).index_fill_(0, torch.tensor([3]), 3.0)
+    assert torch.equal(llm.get_input_embeddings().weight.grad, expected)
+
+
 def test_what_a_scaled_embedding_gives_is_scaled():
     llm = build("gemma3_text", num_hidden_layers=1)
     ids = torch.tensor([5, 6])
