@@ -291,7 +291,7 @@ class _FusedCeKd(torch.autograd.Function):
                 if on_cpu:
                     logits[0][rows] = gradient                        # takes the logits' place
             gradient = logits[0] if on_cpu else gradient                              # (n, V)
-            if stop == len(targets):  # the teacher's logits leave before the weight's gradient comes
+            if stop == len(targets):  # the teacher's logits make room for a gradient
                 out = logits = buffers = None
             if scales[0] != 1:
                 gradient *= scales[0]
