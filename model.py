@@ -390,7 +390,6 @@ class Packing(NamedTuple):
     shared: int
     places: Tensor  # (B, T) where a row's positions lie among the S; 0 beyond its end
     back: Tensor    # (S,) where the S lie in the flattened (B, T)
-    own: Tensor     # (B, T, 1, 1) 1 = `back` names this one
 
     def unfold(self, x):  # (S, h, D) -> (B, T, h, D)
         return x[self.places]
@@ -409,8 +408,7 @@ def packing_of(lengths, shared, device):
         back += range(row * width + shared, row * width + length)
         start += rest
     places, back = torch.tensor(places + back, device=device).split([len(places), len(back)])
-    own = torch.zeros_like(places).index_fill_(0, back, 1)
-    return Packing(shared, places.view(-1, width), back, own.view(-1, width, 1, 1))
+    return Packing(shared, places.view(-1, width), back)
 
 
 class Unfold(torch.autograd.Function):
@@ -440,7 +438,9 @@ class Fold(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return ctx.packing.unfold(grad) * ctx.packing.own, None
+        places, back = ctx.packing.places, ctx.packing.back
+        rows = grad.new_zeros(places.numel(), *grad.shape[1:]).index_copy_(0, back, grad)
+        return rows.unflatten(0, places.shape), None                              # (B, T, h, D)
 
 
 def attend(attention, *states, packing=None):
