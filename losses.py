@@ -131,31 +131,6 @@ def skew_kl(*, student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     return (log_teacher.exp() * (log_teacher - log_mixture)).sum() * temperature**2
 
 
-def ctc(*, student_logits: Tensor, lengths: Tensor, targets: list[list[int]]) -> Tensor:
-    """Sum over clips of -log p(spelling | clip), over all alignments. Class 0 is the blank.
-
-    Args:
-        student_logits: (B, A, C) float; lengths: (B,) real frames of each clip.
-        targets: B lists of classes in [1, C). A clip too short for its targets adds 0.
-    Returns:
-        () float32, in nats x target tokens.
-    Raises:
-        ValueError: if a class is no class, or the number of clips differs.
-    Source: Graves et al. 2006, Connectionist Temporal Classification.
-    """
-    flat = torch.tensor([c for clip in targets for c in clip], dtype=torch.long)
-    low, high = (int(flat.min()), int(flat.max())) if len(flat) else (1, 1)
-    if len(targets) != len(student_logits) or not 0 < low <= high < student_logits.shape[2]:
-        raise ValueError(f"logits {tuple(student_logits.shape)} and targets of {len(targets)} "
-                         f"clips with classes {low} to {high} disagree; expected one list a clip "
-                         "and 0 < class < C")
-    log_probs = F.log_softmax(student_logits.float(), dim=-1).transpose(0, 1)        # (A, B, C)
-    target_lengths = torch.tensor([len(clip) for clip in targets], dtype=torch.long,
-                                  device=student_logits.device)
-    flat = flat.to(student_logits.device)
-    return F.ctc_loss(log_probs, flat, lengths, target_lengths, reduction="sum", zero_infinity=True)
-
-
 DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "skew_kl": skew_kl}
 
 
@@ -322,6 +297,28 @@ class _FusedCeKd(torch.autograd.Function):
                            else torch.empty_like(grad, dtype=dtype))
                  for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
         return *grads, *[None] * 13
+
+
+def token_kl(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor,
+             teacher_weight: Tensor, student_logit_scale: float = 1.0,
+             teacher_logit_scale: float = 1.0, chunk_rows: int = 64) -> tuple[Tensor, Tensor]:
+    """What evaluation reports, token by token: KL(teacher || student) at temperature 1.
+
+    Args:
+        student_hidden, student_weight, teacher_hidden, teacher_weight, scales: as of fused_ce_kd.
+        chunk_rows: rows whose two (rows, V) float32 logits exist at the same time.
+    Returns:
+        kl (N,) float32, in nats; agree (N,) bool: both prefer the same token.
+    """
+    vocab = min(len(student_weight), len(teacher_weight))
+    student_weight, teacher_weight = student_weight[:vocab].float(), teacher_weight[:vocab].float()
+    kls, agreements = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+    for student, teacher in zip(student_hidden.split(chunk_rows), teacher_hidden.split(chunk_rows)):
+        log_student = (student_logit_scale * student.float() @ student_weight.T).log_softmax(-1)
+        log_teacher = (teacher_logit_scale * teacher.float() @ teacher_weight.T).log_softmax(-1)
+        kls.append((log_teacher.exp() * (log_teacher - log_student)).sum(-1).cpu())
+        agreements.append((log_teacher.argmax(-1) == log_student.argmax(-1)).cpu())
+    return torch.cat(kls), torch.cat(agreements)
 
 
 def fused_ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor,

@@ -1,19 +1,16 @@
 """
-The student: speech encoder -> adapter -> text LLM;
-how its inputs are made, how it is loaded, saved and asked.
+The student: Whisper hears, a text LLM answers, and a small adapter tells it what words leave out.
 
-  waveform (S,) -> log-mel (F, M) -> encoder (50 Hz) -> adapter (12.5 Hz)
-                -> a few embeddings -> chat template -> LLM
+  waveform (S,) -> Whisper -> words  -> the LLM's own tokens -> embeddings + correction --+
+                           -> sound  -> a few vectors a second -> one linear layer -------+-> LLM
 
-The adapter hears with CTC. Its classes are the short tokens of the LLM's own tokenizer, so it
-*spells*: what is spelled is tokenised again, and each token of it enters the LLM as its own
-embedding plus a learned correction from the sound. Where no word is heard, the sound itself gives
-an embedding a second. Nothing here prints but the last word of a stopped script.
+What Whisper writes enters as the LLM's own tokens, so the untrained student is the plain cascade;
+training adds the rest. Speech LLMs of transformers are students too: HubStudent.
 """
+import argparse
 import codecs
-import contextlib
 import copy
-import functools
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -21,12 +18,10 @@ import os
 import shutil
 import socket
 import sys
-import types
 import urllib.parse
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -34,32 +29,34 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from transformers import (CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoFeatureExtractor,
-                          AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor,
-                          AutoTokenizer, DynamicCache, PretrainedConfig, PreTrainedModel,
-                          WhisperFeatureExtractor)
+from transformers import (CONFIG_MAPPING, AutoConfig, AutoFeatureExtractor, AutoModel,
+                          AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor,
+                          AutoTokenizer, DynamicCache, EncoderDecoderCache, GenerationConfig,
+                          PretrainedConfig, PreTrainedModel, WhisperFeatureExtractor, WhisperModel)
 from transformers.cache_utils import DynamicLayer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 # with AMX, oneDNN's kernels hold megabytes each, and it would keep a thousand, of every shape met
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
+DEFAULT_LLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_STUDENT = f"openai/whisper-base+{DEFAULT_LLM}"
 SAMPLE_RATE = 16_000
-MEL_RATE_HZ = 100                  # log-mel frames a second: hop of 160 samples
-FEATURE_RATE_HZ = 50               # encoder positions a second: its second convolution has stride 2
-STACK = 4                          # encoder positions that become one adapter frame: 12.5 Hz
-WINDOW_FRAMES = 30 * MEL_RATE_HZ   # encoder was trained on 30 s; longer clips go window by window
-CPU_READ = 1024                    # tokens of prompts that a CPU reads at a time
-MAX_SECONDS = 600                  # of a clip: the adapter attends over all of it
-AUDIO_MARK = "<|audio|>"           # stands for the speech in the rendered template; never tokenised
-# byte-level BPE: one character is one byte
+MAX_SECONDS = 600                  # of a clip
+FEATURE_HZ = 50                    # Whisper's encoder positions a second
+SOUND_HZ = 2                       # of these, averaged, so many a second tell how it sounded
+CONTEXT_S = (10, 15, 20, 25, 30)   # clip + a second of silence: less, and the decoder repeats itself
+CUT_S = (24, 29)                   # a longer clip is cut where it is quietest between these
+TOKENS_PER_S, NO_SPEECH = 12, 0.6  # more tokens than anyone says; likelier than that: no words
+HEAR_BATCH = 32                    # clips
+PACKED_POSITIONS = 4096            # of one packed row at most: its mask is quadratic
+CPU_READ = 1024                    # positions of prompts that a CPU reads at a time
+AUDIO_MARK = "<|audio|>"           # stands for the speech in the rendered template
+FILLER = "user"                    # an untrained sound reads as this: of 20 tokens tried, the one
+                                   # that changes answers least, 0.01 nats a token
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 # models that also speak: the class of the part that hears and thinks
 THINKERS = {"qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration"}
@@ -69,33 +66,42 @@ TEKKEN_TEMPLATE = (  # of Mistral's models, Voxtral too, whose folders have tekk
     "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}{{ "
     "'[BEGIN_AUDIO][AUDIO]' if part.type == 'audio' else part.text }}{% endfor %}{% endif %}"
     "[/INST]{% endif %}{% endfor %}")
-DEFAULT_LLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DEFAULT_STUDENT = f"openai/whisper-base+{DEFAULT_LLM}"
 
 
 # ---- what people give: options, JSON, files ----
 
-def check_options(parser, args, **limits):
-    """parser.error unless each option is a number within its limits, low or (low, high),
-    nothing is named twice, the GPU is there, and OUT is or can become a folder."""
-    for name, limit in limits.items():
-        low, high = limit if isinstance(limit, tuple) else (limit, sys.float_info.max)
-        if not low <= getattr(args, name) <= high:  # NaN never is
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number, "
-                         + (f"{low} to {high}" if isinstance(limit, tuple) else f"{low} or more"))
-    for name in ("data", "channels", "train", "subsets", "modality"):
-        values = getattr(args, name, None)
-        if isinstance(values, list) and len(set(values)) < len(values):
-            parser.error(f"--{name} {' '.join(values)}: one is named twice")
-    rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if getattr(args, "device", "cpu") == "cuda" and rank >= gpus:
-        parser.error(f"--device cuda, but torch sees {gpus or 'no'} GPU, and this is process {rank}"
-                     " of torchrun (from 0); use --device cpu, or fewer processes")
-    out = Path(getattr(args, "out", ".")).absolute()
-    there = next(path for path in (out, *out.parents) if path.exists())
+def number(kind, low, high=None):
+    """argparse type: a number of this kind from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= (sys.float_info.max if high is None else high):  # NaN never is
+            wanted = f"{low} or more" if high is None else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text}: expected a number, {wanted}")
+        return value
+    return parse
+
+
+def out_folder(text):
+    """argparse type of --out: a folder that is there, or can be made."""
+    path = Path(text).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        parser.error(f"--out {args.out}: {there} is no folder that can be written to; "
-                     "choose another")
+        raise argparse.ArgumentTypeError(f"{text}: {there} is no folder that can be written to; "
+                                         "choose another")
+    return text
+
+
+def device(text):
+    """argparse type of --device: cpu, or cuda if this process of torchrun has a GPU."""
+    rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if text not in ("cpu", "cuda") or text == "cuda" and rank >= gpus:
+        raise argparse.ArgumentTypeError(
+            f"{text}: torch sees {gpus or 'no'} GPU, and this is process {rank} of torchrun (from "
+            "0); expected cpu, or cuda with a GPU for each process")
+    return text
 
 
 def read_json(data, where, line=1):
@@ -165,6 +171,35 @@ def file_below(folder, name, where):
     return str(path)
 
 
+def write_atomically(path, text):
+    """The file appears complete or not at all, whichever rank is quicker."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def stop_now(*_):
+    """Handler of SIGTERM."""
+    print("stopped by SIGTERM; the same command goes on", file=sys.stderr, flush=True)
+    sys.exit(143)
+
+
+def digest(path):
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cores():
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+# ---- models by name ----
+
 def from_folder(loader, folder, **options):
     """loader.from_pretrained: no code of the folder's own runs, no pickle is read (a model has
     `dtype` among its options). Raises RuntimeError, also for missing weights."""
@@ -186,32 +221,13 @@ def from_folder(loader, folder, **options):
     return loaded[0]
 
 
-def write_atomically(path, text):
-    """The file appears complete or not at all, whichever rank is quicker."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def has_weights(folder):
+    return (Path(folder) / "config.json").is_file() and any(Path(folder).glob("*.safetensors"))
 
 
-def stop_now(*_):
-    """Handler of SIGTERM."""
-    print("stopped by SIGTERM; the same command goes on", file=sys.stderr, flush=True)
-    sys.exit(143)
-
-
-def cores():
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-# ---- names, audio, text ----
-
-def resolve(name, revision=None):
-    """A model's name -> a local folder: the folder itself, models/NAME, the hub's cache,
-    the hub, in this order.
+def resolve(name):
+    """A model's name, NAME or NAME@REVISION -> a local folder: the folder itself, models/NAME, the
+    hub's cache, the hub, in this order.
 
     Raises: RuntimeError within seconds when the name is in none of them and the hub
         cannot be reached.
@@ -221,12 +237,15 @@ def resolve(name, revision=None):
             return str(folder)
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "spk_dict.pt"]
     hint = (f"{name!r} is no local folder with a config.json, is not under models/ "
             "and not in the hub's cache")
+    repository, _, revision = name.partition("@")
+    options = dict(revision=revision or None, allow_patterns=[
+        "*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "spk_dict.pt"])
     try:
-        return snapshot_download(name, revision=revision, local_files_only=True,
-                                 allow_patterns=patterns)
+        folder = snapshot_download(repository, local_files_only=True, **options)
+        if has_weights(folder):  # the cache may hold a tokenizer alone
+            return folder
     except HFValidationError as error:
         raise RuntimeError(f"{hint}, and is no hub id (ORG/NAME)") from error
     except LocalEntryNotFoundError:
@@ -239,7 +258,7 @@ def resolve(name, revision=None):
                            "the default models are made without it by: "
                            "python tools/offline_models.py") from error
     try:
-        return snapshot_download(name, revision=revision, allow_patterns=patterns)
+        return snapshot_download(repository, **options)
     except HfHubHTTPError as error:
         raise RuntimeError(f"{hint}, and the hub answers: {error}") from error
 
@@ -290,15 +309,17 @@ def load_multimodal(folder, dtype, **options):
     return from_folder(loader, folder, dtype=dtype, **options).eval()
 
 
-def load_llm(name, dtype=torch.float32, revision=None):
+def load_llm(name, dtype=torch.float32):
     """Text LLM, or the text side of a multimodal model, by folder or hub id
     -> (causal LM in eval mode, tokenizer with a chat template)."""
-    folder = resolve(name, revision)
+    folder = resolve(name)
     tokenizer = load_tokenizer(folder, name)
     if from_folder(AutoConfig, folder).model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return from_folder(AutoModelForCausalLM, folder, dtype=dtype).eval(), tokenizer
     return TextLLM(load_multimodal(folder, dtype)).eval(), tokenizer
 
+
+# ---- audio, text ----
 
 def audio_seconds(path):
     """Length of an audio file by its header; raises ValueError if that is no usable audio's."""
@@ -335,17 +356,6 @@ def load_audio(path):
     return waveform
 
 
-def edit_distance(a, b):
-    """Levenshtein distance between two sequences;
-    over word lists it is the numerator of the word error rate."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        last, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
-    return row[-1]
-
-
 def chat_parts(tokenizer, system=None, instruction=None):
     """Token ids of the chat template before and after what the user says.
 
@@ -378,130 +388,217 @@ def end_token(tokenizer):
     return ids[0] if ids and ids[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
 
 
-# ---- attention, and many rows in one ----
-
-# LLMs whose tokens meet in attention alone, which hand `packing` on to it (a test each)
-PACKABLE = {"cohere", "gemma", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2",
-            "qwen2_5_omni_text", "qwen3", "smollm3"}
+def text_ids(tokenizer, text):
+    """What a user says -> token ids; text that looks like a special token stays text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
-class Packing(NamedTuple):
-    """B rows of at most T positions in one of S: first what all share, then the rest of each."""
-    shared: int
-    places: Tensor  # (B, T) where a row's positions lie among the S; 0 beyond its end
-    back: Tensor    # (S,) where the S lie in the flattened (B, T)
+# ---- hearing ----
 
-    def unfold(self, x):  # (S, h, D) -> (B, T, h, D)
-        return x[self.places]
-
-    def fold(self, x):  # (B, T, h, D) -> (S, h, D)
-        return x.flatten(0, 1)[self.back]
+class Heard(NamedTuple):
+    """What Whisper makes of a clip: n tokens, and A vectors that tell how it sounded."""
+    text: str
+    ids: Tensor     # (n,)
+    states: Tensor  # (n, D) of the decoder, which chose the tokens
+    sound: Tensor   # (A, D) of the encoder, SOUND_HZ a second
 
 
-def packing_of(lengths, shared, device):
-    """Packing of rows of these lengths whose first `shared` positions are the same."""
-    width, start = max(lengths), shared
-    places, back = [], list(range(shared))
-    for row, length in enumerate(lengths):
-        rest = length - shared
-        places += [*range(shared), *range(start, start + rest), *[0] * (width - length)]
-        back += range(row * width + shared, row * width + length)
-        start += rest
-    places, back = torch.tensor(places + back, device=device).split([len(places), len(back)])
-    return Packing(shared, places.view(-1, width), back)
+def quiet_cuts(waveform):
+    """Waveform (S,) -> pieces that fit Whisper's 30 s, cut where it is quietest."""
+    pieces, (first, last) = [], (second * SAMPLE_RATE for second in CUT_S)
+    while len(waveform) > last:
+        tenths = waveform[first:last].unfold(0, SAMPLE_RATE // 10, SAMPLE_RATE // 20)
+        quietest = int(tenths.square().mean(1).argmin())
+        cut = first + quietest * (SAMPLE_RATE // 20) + SAMPLE_RATE // 20
+        pieces.append(waveform[:cut])
+        waveform = waveform[cut:]
+    return [*pieces, waveform]
 
 
-class Unfold(torch.autograd.Function):
-    """What is packed, (S, h, D) -> each row with all that comes before it, (B, T, h, D)."""
+class Whisper(nn.Module):
+    """A whole Whisper, frozen: what was said, and how it sounded.
 
-    @staticmethod
-    def forward(ctx, x, packing):
-        ctx.packing = packing
-        return packing.unfold(x)
+    Each clip gets real silence behind it, up to the next of CONTEXT_S: no mask is needed, and what
+    else is in the batch changes nothing.
+    """
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        packed = ctx.packing.fold(grad)
-        packed[:ctx.packing.shared] = grad[:, :ctx.packing.shared].sum(0)
-        return packed, None
+    def __init__(self, model, folder=None):
+        super().__init__()
+        self.model, self.folder, self.processors = model, folder, None
+
+    def load_processors(self):
+        """-> feature extractor, tokenizer, generation config. Idempotent."""
+        if self.processors is None:
+            generation = Path(self.folder) / "generation_config.json"
+            self.processors = (
+                from_folder(WhisperFeatureExtractor, self.folder),
+                from_folder(AutoTokenizer, self.folder),
+                from_folder(GenerationConfig, self.folder) if generation.exists() else None)
+        return self.processors
+
+    def pieces(self, ids):
+        """Token ids -> the bytes that each writes."""
+        tokens = self.load_processors()[1].convert_ids_to_tokens(ids.tolist())
+        return [bytes(BYTES[character] for character in token) for token in tokens]
+
+    def heard(self, ids, states, sound):
+        text = b"".join(self.pieces(ids)).decode("utf-8", "ignore")
+        return Heard(text.strip(), ids, states, sound)
+
+    def languages(self):
+        """{ISO code: token id}; empty if it knows English alone."""
+        vocab, start = self.load_processors()[1].get_vocab(), self.model.config.decoder_start_token_id
+        found = {}
+        for token, i in vocab.items():
+            if start < i < vocab.get("<|translate|>", 0) and self.model.config.vocab_size > 51864:
+                found[token[2:-2]] = i
+        return found
+
+    @torch.inference_mode()
+    def hear(self, waveforms, language=None):
+        """Clips -> what was said and how it sounded.
+
+        Args:
+            waveforms: B waveforms (S_i,) float32 at 16 kHz, of any length.
+            language: ISO code, or one for each clip; None = detected.
+        Returns:
+            list of B Heard, on the CPU; no words where Whisper hears no speech.
+        Raises:
+            ValueError: if this Whisper does not know the language.
+        """
+        spoken = language if isinstance(language, list) else [language] * len(waveforms)
+        unknown = set(spoken) - {None, "en", *self.languages()}
+        if unknown:
+            raise ValueError(f"language {unknown.pop()!r}: this Whisper knows "
+                             f"{', '.join(sorted(self.languages())) or 'en'}")
+        cut = []
+        for row, waveform in enumerate(waveforms):
+            cut += [(row, piece) for piece in quiet_cuts(waveform)]
+        found = [None] * len(cut)
+        order = sorted(range(len(cut)), key=lambda k: len(cut[k][1]))  # such end together
+        for context in CONTEXT_S:
+            fit = [k for k in order if found[k] is None
+                   and len(cut[k][1]) <= (context - 1) * SAMPLE_RATE]
+            for start in range(0, len(fit), HEAR_BATCH):
+                batch = fit[start:start + HEAR_BATCH]
+                answers = self.hear_batch([cut[k][1] for k in batch], context,
+                                          [spoken[cut[k][0]] for k in batch])
+                for k, answer in zip(batch, answers):
+                    found[k] = answer
+        results = []
+        for row in range(len(waveforms)):
+            parts = [answer for (owner, _), answer in zip(cut, found) if owner == row]
+            results.append(self.heard(*(torch.cat(part) for part in zip(*parts))))
+        return results
+
+    def hear_batch(self, waveforms, context_s, spoken):
+        """Waveforms of less than a context -> [(ids (n,), states (n, D), sound (A, D))]."""
+        extractor, weight = self.load_processors()[0], self.model.encoder.conv1.weight
+        silence = context_s * SAMPLE_RATE
+        mel = extractor([F.pad(w, (0, silence - len(w))).numpy() for w in waveforms],
+                        sampling_rate=SAMPLE_RATE, padding=False, return_tensors="pt")
+        features = self.encode(mel.input_features.to(weight.device, weight.dtype))  # (B, S, D)
+        seconds = [len(w) / SAMPLE_RATE for w in waveforms]
+        limits = [min(self.model.config.max_target_positions - 8, 8 + int(TOKENS_PER_S * s))
+                  for s in seconds]
+        results = []
+        for (ids, states), row, length in zip(self.write(features, limits, spoken), features,
+                                              seconds):
+            row = row[:max(1, round(length * FEATURE_HZ))]
+            parts = row.tensor_split(max(1, round(length * SOUND_HZ)))
+            results.append((ids, states, torch.stack([part.mean(0) for part in parts]).cpu()))
+        return results
+
+    def encode(self, mel):
+        """Log-mel (B, M, F) at 100 Hz -> features (B, F/2, D): Whisper's encoder, whose own forward
+        insists on 30 s."""
+        encoder = self.model.encoder
+        x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel)))).transpose(1, 2)     # (B, S, D)
+        x = x + encoder.embed_positions.weight[:x.shape[1]]
+        for layer in encoder.layers:
+            x = layer(x, None)
+        return encoder.layer_norm(x)
+
+    def write(self, features, limits, spoken):
+        """Features (B, S, D), B limits of tokens, B languages -> B (ids (n,), states (n, D)): greedy
+        decoding; rows that have ended leave the batch."""
+        decoder, config, generation = self.model.decoder, self.model.config, self.processors[2]
+        vocab, languages = self.processors[1].get_vocab(), self.languages()
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        head, device = decoder.embed_tokens.weight, features.device
+
+        def read(tokens):  # lists of tokens -> the last state of each row (b, D)
+            return decoder(input_ids=torch.tensor(tokens, device=device), use_cache=True,
+                           encoder_hidden_states=features,
+                           past_key_values=cache).last_hidden_state[:, -1]
+
+        # what the first token tells: is it speech, in which language
+        first = (read([[config.decoder_start_token_id]] * len(features)) @ head.T).float()
+        silent = vocab.get("<|nospeech|>", vocab.get("<|nocaptions|>"))
+        done = [False] * len(features)
+        if silent is not None:
+            done = (first.softmax(-1)[:, silent] > NO_SPEECH).tolist()
+        prompts = [[vocab["<|notimestamps|>"]]] * len(features)
+        if languages:
+            known = torch.tensor(list(languages.values()), device=device)
+            likely = known[first[:, known].argmax(-1)].tolist()
+            prompts = [[languages.get(given, guess), vocab["<|transcribe|>"], *prompts[0]]
+                       for given, guess in zip(spoken, likely)]
+        banned = torch.arange(len(head), device=device) > config.eos_token_id  # special tokens
+        banned[torch.tensor(getattr(generation, "suppress_tokens", None) or [], dtype=int)] = True
+        begin = torch.tensor(getattr(generation, "begin_suppress_tokens", None) or [], dtype=int)
+
+        state, alive = read(prompts), list(range(len(features)))
+        ids, states = [[] for _ in alive], [[] for _ in alive]
+        for count in range(max(limits)):
+            logits = (state @ head.T).masked_fill(banned, -torch.inf)             # (b, V)
+            if count == 0:
+                logits[:, begin] = -torch.inf
+            tokens = logits.argmax(-1).tolist()
+            for place, row in enumerate(alive):
+                done[row] |= tokens[place] == config.eos_token_id or count == limits[row]
+                if not done[row]:
+                    ids[row].append(tokens[place])
+                    states[row].append(state[place])
+            going = [place for place, row in enumerate(alive) if not done[row]]
+            if not going:
+                break
+            if len(going) <= 0.7 * len(alive):  # copying the cache costs about a step
+                keep = torch.tensor(going, device=device)
+                cache.batch_select_indices(keep)
+                features, alive = features[keep], [alive[place] for place in going]
+                tokens = [tokens[place] for place in going]
+            state = read([[token] for token in tokens])
+        empty = features.new_zeros(0, features.shape[2])
+        return [(torch.tensor(i, dtype=torch.long), torch.stack(s).cpu() if s else empty.cpu())
+                for i, s in zip(ids, states)]
 
 
-class Fold(torch.autograd.Function):
-    """Rows (B, T, h, D) -> packed again, (S, h, D)."""
-
-    @staticmethod
-    def forward(ctx, x, packing):
-        ctx.packing = packing
-        return packing.fold(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        places, back = ctx.packing.places, ctx.packing.back
-        rows = grad.new_zeros(places.numel(), *grad.shape[1:]).index_copy_(0, back, grad)
-        return rows.unflatten(0, places.shape), None                              # (B, T, h, D)
+def load_whisper(name, dtype=torch.float32):
+    """A Whisper of transformers by folder or hub id -> Whisper in eval mode."""
+    folder = resolve(name)
+    kind = from_folder(AutoConfig, folder).model_type
+    if kind != "whisper":
+        raise RuntimeError(f"{name}: a model of type {kind!r} cannot hear, expected a Whisper")
+    model = from_folder(WhisperModel, folder, dtype=dtype)
+    return Whisper(model.requires_grad_(False), folder).eval()
 
 
-def attend(attention, *states, packing=None):
-    """attention(query, key, value), each (B, h, T, D). On a CPU it learns in float32, also under
-    autocast (the backward of sdpa in bfloat16 is slower there), and of packed rows it keeps the
-    packed ones, in the dtype that they came in."""
-    if states[0].device.type != "cpu" or not states[0].requires_grad:
-        return attention(*states)
-    dtype, hooks = states[-1].dtype, contextlib.nullcontext()
-    if packing is not None:
-        hooks = torch.autograd.graph.saved_tensors_hooks(
-            lambda x: (packing.fold(x.transpose(1, 2)).to(dtype),) if x.dim() == 4 else x,
-            lambda x: packing.unfold(x[0]).transpose(1, 2).float() if isinstance(x, tuple) else x)
-    with torch.autocast("cpu", enabled=False), hooks:
-        return attention(*(x.float() for x in states)).to(dtype)
+# ---- many rows through an LLM ----
 
-
-def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None,
-                     **options):
-    """sdpa, of packed rows too, (1, h, S, D); on a CPU, for one new token a row (B, h, 1, D),
-    plain matrix products, which are faster there."""
-    def sdpa(*states):
-        return sdpa_attention_forward(module, *states, attention_mask, scaling=scaling,
-                                      **options)[0]                               # (B, T, h, D)
-
-    if packing is not None:
-        attention_mask = None  # rows are padded on the right, where no causal attention looks
-        states = [Unfold.apply(x[0].transpose(0, 1), packing).transpose(1, 2)
-                  for x in (query, key, value)]                                   # (B, h, T, D)
-        mixed = attend(sdpa, *states, packing=packing)                            # (B, T, h, D)
-        return Fold.apply(mixed, packing)[None], None                             # (1, S, h, D)
-    if query.shape[2] > 1 or query.device.type != "cpu":
-        return attend(sdpa, query, key, value), None
-    grouped = (query.unflatten(1, (key.shape[1], -1))[:, :, :, 0]
-               * (scaling or query.shape[-1] ** -0.5))                            # (B, k, h/k, D)
-    scores = (grouped @ key.transpose(2, 3)).float()                              # (B, k, h/k, T)
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, -torch.inf)
-    mixed = scores.softmax(-1).to(value.dtype) @ value                            # (B, k, h/k, D)
-    return mixed.flatten(1, 2)[:, None], None                                     # (B, 1, h, D)
-
-
-AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", sdpa_mask)
-
-
-def suit_attention(llm):
-    """sdpa of an LLM becomes `packed_attention`."""
-    if llm.config._attn_implementation == "sdpa":
-        llm.set_attn_implementation("packed")
-
-
-def packs(llm):
-    """Whether rows can be packed for this LLM; torch.compile has not been tried with it."""
+def packs(llm, longest, positions):
+    """Whether rows can stand behind one another under a mask: tokens of this LLM meet in attention
+    alone, whose mask is ours, and none of its windows is shorter than the longest row."""
     config = llm.config.get_text_config(decoder=True)
-    return (llm.config._attn_implementation == "packed" and config.model_type in PACKABLE
-            and not getattr(config, "sliding_window", None)
-            and llm.base_model._compiled_call_impl is None)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) or longest
+    return (llm.config._attn_implementation == "sdpa" and positions <= PACKED_POSITIONS
+            and kinds <= {"full_attention", "sliding_attention"} and window >= longest
+            and not getattr(llm, "_is_stateful", False)
+            and "position_ids" in inspect.signature(llm.base_model.forward).parameters)
 
 
-def answer_states(llm, rows, lengths, shared=0, speech=None):
+def answer_states(llm, rows, lengths, shared=0):
     """Hidden states that predict the last tokens of each row, before the output head.
 
     Rows are packed where that is possible: nothing is padded, and what all share (system message,
@@ -512,35 +609,32 @@ def answer_states(llm, rows, lengths, shared=0, speech=None):
         rows: B rows of ids (T_i,) or of embeddings (T_i, H).
         lengths: how many tokens of each row are the answer.
         shared: so many positions at the start of all rows are the same.
-        speech: B rows (T_i, 1), 1 = speech: where LoRA acts, if only at speech.
     Returns:
-        hidden (N, H) with N = sum(lengths); positions that were read: all, and without padding.
+        hidden (N, H) with N = sum(lengths).
     """
-    suit_attention(llm)
-    sizes, device, packed = list(map(len, rows)), rows[0].device, packs(llm)
-    if packed:
-        def join(rows):
-            return torch.cat([rows[0], *(row[shared:] for row in rows[1:])])[None]  # (1, S, ...)
-        packing = packing_of(sizes, shared, device)
-        places = packing.places                                                   # (B, T)
-        options = dict(packing=packing, position_ids=(packing.back % max(sizes))[None],
-                       attention_mask=packing.back.new_empty(1, 1, 1, 1))  # so that none is made
+    sizes, device = torch.tensor([len(row) for row in rows]), rows[0].device
+    width, total = int(sizes.max()), shared + int((sizes - shared).sum())
+    places = torch.arange(width).repeat(len(rows), 1)                             # (B, T)
+    if packs(llm, width, total):
+        inputs = torch.cat([rows[0][:shared], *(row[shared:] for row in rows)])[None]
+        owner = torch.cat([torch.full((shared,), -1),                             # (S,)
+                           torch.arange(len(rows)).repeat_interleave(sizes - shared)])
+        positions = torch.cat([torch.arange(shared), *(torch.arange(shared, n) for n in sizes)])
+        order = torch.arange(total)
+        mask = ((owner[:, None] == owner) | (owner == -1)) & (order[:, None] >= order)
+        options = dict(attention_mask=mask[None, None].to(device),  # 1 = attend
+                       position_ids=positions[None].to(device))
+        places[:, shared:] += ((sizes - shared).cumsum(0) - (sizes - shared))[:, None]
     else:
-        join = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)     # (B, T, ...)
-        places = torch.arange(len(rows) * max(sizes), device=device).view(len(rows), -1)
-        options = {}
-    inputs = join(rows)
-    if speech is not None:
-        llm.lora_mask = join(speech)
+        inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # no causal row looks right
+        options = dict(attention_mask=(places < sizes[:, None]).long().to(device))
+        places += width * torch.arange(len(rows))[:, None]
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
     hidden = llm.base_model(**{name: inputs}, use_cache=False, **options).last_hidden_state
-    read = hidden.shape[:2].numel()
-    predict = torch.cat([row[size - n - 1:size - 1]  # each token is predicted from the one before
-                         for row, size, n in zip(places, sizes, lengths)])
-    return hidden.flatten(0, 1)[predict], read, read if packed else sum(sizes)
+    predict = torch.cat([row[n - count - 1:n - 1]  # each token is predicted from the one before
+                         for row, n, count in zip(places, sizes.tolist(), lengths)])
+    return hidden.flatten(0, 1)[predict.to(device)]
 
-
-# ---- generation ----
 
 def check_context(llm, prompt_tokens, new_tokens):
     context = getattr(llm.config, "max_position_embeddings", None)
@@ -549,32 +643,9 @@ def check_context(llm, prompt_tokens, new_tokens):
                          f"LLM's context of {context}; shorten it or lower --max-new-tokens")
 
 
-class Room(DynamicLayer):
-    """Keys and values of a layer, with room for `length` positions: new ones copy no old ones."""
-
-    def __init__(self, length):
-        super().__init__()
-        self.length = length
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """New ones, (B, h, T, D) each -> all so far."""
-        start = self.get_seq_length()
-        stop = start + key_states.shape[2]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.room = [x.new_empty(*x.shape[:2], self.length, x.shape[3])
-                         for x in (key_states, value_states)]
-        for room, new in zip(self.room, (key_states, value_states)):
-            room[:, :, start:stop] = new
-        self.keys, self.values = (room[:, :, :stop] for room in self.room)
-        return self.keys, self.values
-
-
 @torch.inference_mode()
-def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, generator=None,
-           speech=None):
-    """Batched decoding: the prefix that all prompts share is read once,
-    finished rows leave the batch.
+def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, generator=None):
+    """Batched decoding: the prefix that all prompts share is read once, finished rows leave.
 
     Args:
         llm: causal LM of transformers.
@@ -583,176 +654,61 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50
         eos_ids: ids that end a row; the ending id is kept in the result.
         temperature: 0 = greedy, else the softmax temperature among the top_k tokens;
             draws from `generator`.
-        speech: list of (T_i, 1), 1 = speech: where LoRA acts, if only at speech.
     Returns:
         list of token id lists; a row that was cut at max_new_tokens does not
         end in an id of eos_ids.
     """
-    suit_attention(llm)
     batch, device, width = len(prompts), prompts[0].device, max(map(len, prompts))
     check_context(llm, width, max_new_tokens)
-    known = inspect.signature(llm.base_model.forward).parameters
-    cache_name = "cache" if "cache" in known else "past_key_values"  # until transformers 5.24
-
-    def new_cache():
-        cache = DynamicCache(config=llm.config)
-        cache.layers = [Room(width + max_new_tokens) if type(layer) is DynamicLayer else layer
-                        for layer in cache.layers]
-        return cache
-
-    def rows_of(caches, keep=slice(None)):  # of a batch, or of several, as one
-        cache = new_cache()
-        for i, layers in enumerate(zip(*(cache.layers for cache in caches))):
-            cache.update(torch.cat([layer.keys[keep] for layer in layers]),
-                         torch.cat([layer.values[keep] for layer in layers]), i)
-        return cache
-
-    def read(cache, lora_mask=None, **inputs):
-        if speech is not None:
-            llm.lora_mask = lora_mask
-        return llm(**inputs, logits_to_keep=1, **{cache_name: cache}).logits[:, -1]  # (B, V)
-
-    # ---- the prompts: what all share, then the rest, on a CPU so much as its caches hold ----
-    plain, shared = all(isinstance(layer, Room) for layer in new_cache().layers), 0
-    if plain and batch > 1:  # only these can be copied
+    cache, shared = DynamicCache(config=llm.config), 0
+    plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # these can be copied
+    if plain and batch > 1:
         shortest = min(map(len, prompts))
         heads = torch.stack([p[:shortest - 1] for p in prompts])                  # (B, T_min-1, H)
         shared = int((heads == heads[:1]).all(-1).all(0).int().cumprod(0).sum())
-    prefix = new_cache()
     if shared:
-        read(prefix, speech and speech[0][None, :shared], inputs_embeds=prompts[0][None, :shared])
-    # (B, T, H), padded on the left
-    embeds = prompts[0].new_zeros(batch, width - shared, prompts[0].shape[1])
-    mask = torch.zeros(batch, width + max_new_tokens, dtype=torch.long, device=device)  # 1 = attend
-    mask[:, :shared] = 1
-    for b, prompt in enumerate(prompts):
-        embeds[b, width - len(prompt):] = prompt[shared:]
-        mask[b, shared + width - len(prompt):width] = 1
-    positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)                      # (B, T)
-    if speech is not None:
-        speech = nn.utils.rnn.pad_sequence(
-            speech, batch_first=True, padding_side="left")[:, shared:]            # (B, T, 1)
-    at_once = batch if device.type != "cpu" or not plain else max(1, CPU_READ // embeds.shape[1])
-    caches, logits = [], []
-    for start in range(0, batch, at_once):
-        some = slice(start, min(start + at_once, batch))
-        caches.append(rows_of([prefix], [0] * (some.stop - start)) if shared else new_cache())
-        logits.append(read(caches[-1], None if speech is None else speech[some],
-                           inputs_embeds=embeds[some], attention_mask=mask[some, :width],
-                           position_ids=positions[some, shared:]))
-    cache = rows_of(caches) if len(caches) > 1 else caches[0]
-    logits = torch.cat(logits)                                                    # (B, V)
+        llm(inputs_embeds=prompts[0][None, :shared], past_key_values=cache, logits_to_keep=1)
+        cache.batch_repeat_interleave(batch)
+    embeds = nn.utils.rnn.pad_sequence([p[shared:] for p in prompts], batch_first=True,
+                                       padding_side="left")                       # (B, T, H)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    places = torch.arange(width + max_new_tokens, device=device)
+    mask = (places >= shared + width - lengths[:, None]) | (places < shared)      # 1 = attend
+    positions = mask.long().cumsum(1) - 1
+    inputs = dict(inputs_embeds=embeds, position_ids=positions[:, shared:width].clamp(min=0))
 
-    # ---- the answers, a token of each row at a time ----
-    positions, alive, eos = (positions[:, -1:], list(range(batch)),
-                             torch.tensor(eos_ids, device=device))
-    rows = [[] for _ in range(batch)]
-    done = torch.zeros(batch, dtype=torch.bool, device=device)
+    alive, rows = list(range(batch)), [[] for _ in prompts]
+    eos = torch.tensor(eos_ids, device=device)
     for length in range(width, width + max_new_tokens):
+        logits = llm(**inputs, attention_mask=mask[:, :length].long(), past_key_values=cache,
+                     logits_to_keep=1).logits[:, -1]                              # (b, V)
+        tokens = logits.max(-1).indices  # as argmax, which is slower on a CPU
         if temperature:
-            values, candidates = logits.topk(min(top_k, logits.shape[-1]))        # (B, K)
+            values, candidates = logits.topk(min(top_k, logits.shape[-1]))        # (b, K)
             drawn = torch.multinomial((values.float() / temperature).softmax(-1), 1,
                                       generator=generator)
             tokens = candidates.gather(1, drawn)[:, 0]
-        else:
-            tokens = logits.max(-1).indices  # as argmax, which is slower on a CPU
-        for b, token, ended in zip(alive, tokens.tolist(), done.tolist()):
-            if not ended:
-                rows[b].append(token)
-        done |= torch.isin(tokens, eos)
-        if done.all() or length + 1 == width + max_new_tokens:
+        for row, token in zip(alive, tokens.tolist()):
+            if row is not None:
+                rows[row].append(token)
+        ended = torch.isin(tokens, eos).tolist()
+        alive = [None if end else row for row, end in zip(alive, ended)]
+        going = [place for place, row in enumerate(alive) if row is not None]
+        if not going:
             break
-        mask[:, length], positions = 1, positions + 1
-        keep = (~done).nonzero()[:, 0]
-        if plain and len(keep) <= 0.85 * len(alive):  # copying the cache costs about half a step
-            cache, alive = rows_of([cache], keep), [alive[k] for k in keep.tolist()]
-            mask, positions, tokens, done = mask[keep], positions[keep], tokens[keep], done[keep]
-        logits = read(cache, 0, input_ids=tokens[:, None], position_ids=positions,
-                      attention_mask=mask[:, :length + 1])
+        if plain and len(going) <= 0.85 * len(alive):  # copying the cache costs about half a step
+            keep = torch.tensor(going, device=device)
+            cache.batch_select_indices(keep)
+            alive = [alive[place] for place in going]
+            mask, positions, tokens = mask[keep], positions[keep], tokens[keep]
+        inputs = dict(input_ids=tokens[:, None], position_ids=positions[:, length:length + 1])
     return rows
 
 
-# ---- what training keeps of a layer ----
-
-class LeanNorm(torch.autograd.Function):
-    """RMSNorm that keeps its output alone, which the linear layers behind it keep anyway:
-    x (..., H) -> (..., H) in `dtype`. No weight may be zero."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps, dtype):
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # (..., 1)
-        scale = (scale.square_() / x.shape[-1] + eps).rsqrt_()
-        y = (weight * (x * scale).to(x.dtype)).to(dtype)
-        ctx.save_for_backward(y, weight, scale)
-        ctx.dtype = x.dtype
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        y, weight, scale = ctx.saved_tensors
-        normed, grad = y / weight.float(), grad.float()                           # (..., H)
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        grad = grad * weight
-        along = torch.linalg.vecdot(grad, normed)[..., None] / y.shape[-1]        # (..., 1)
-        return grad.sub_(normed.mul_(along)).mul_(scale).to(ctx.dtype), grad_weight, None, None
-
-
-class LeanGate(torch.autograd.Function):
-    """silu(gate) * up, which keeps gate and up alone."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
-
-
-def lean_norm(norm, x):
-    if not torch.is_grad_enabled():
-        return type(norm).forward(norm, x)
-    autocast = torch.is_autocast_enabled(x.device.type)  # linear layers follow: one cast for all
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    return LeanNorm.apply(x, norm.weight, norm.variance_epsilon, dtype)
-
-
-def lean_mlp(mlp, x):
-    if not torch.is_grad_enabled():
-        return type(mlp).forward(mlp, x)
-    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    inner = LeanGate.apply(gate, up)                                              # (B, T, I)
-    place, gate, up = inner.untyped_storage()._cdata, gate.detach(), up.detach()
-    with torch.autograd.graph.saved_tensors_hooks(  # what the last product reads is made anew, too
-            lambda x: x.shape if x.untyped_storage()._cdata == place else x,
-            lambda x: x if isinstance(x, Tensor) else F.silu(gate).mul_(up).reshape(x)):
-        return mlp.down_proj(inner)
-
-
-def keep_little(llm):
-    """Norms of an LLM of Llama's kind learn from their outputs, gated MLPs from their inputs: what
-    lies between is computed anew in the backward, and a layer keeps half as much. Without gradients
-    nothing changes, and layers of other kinds stay as they are."""
-    for layer in layers_of(llm):
-        norms = [getattr(layer, name, None)
-                 for name in ("input_layernorm", "post_attention_layernorm")]
-        if all(hasattr(norm, "variance_epsilon") and (norm.weight.is_meta or norm.weight.all())
-               for norm in norms):
-            for norm in norms:
-                norm.forward = types.MethodType(lean_norm, norm)
-        mlp = getattr(layer, "mlp", None)
-        if (all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj"))
-                and getattr(llm.config, "hidden_act", None) == "silu"):
-            mlp.forward = types.MethodType(lean_mlp, mlp)
-
-
 # ---- LoRA ----
+
+LORA_SCALE = 2.0  # alpha / rank, as most papers have it
+
 
 def layers_of(model):
     """The layers of a causal LM or an encoder: the outermost list of modules in it."""
@@ -761,218 +717,105 @@ def layers_of(model):
     return lists[0] if lists else []
 
 
-def add_lora(llm, rank, alpha):
-    """LoRA, untrained and in float32, on the linear layers of the decoder.
-
-    It acts where llm.lora_mask says: None = everywhere, 0 = nowhere, (B, T, 1) = where that is 1.
-    """
+def add_lora(llm, rank):
+    """LoRA, untrained and in float32, on the linear layers of the decoder; the rest is frozen."""
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise RuntimeError("LoRA needs the package peft: pip install peft") from error
     linear = {x for x in layers_of(llm).modules() if isinstance(x, nn.Linear)}
-    llm.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=[
-        name for name, x in llm.named_modules() if x in linear]))
-    llm.lora_mask = None
-
-    def masked(module, inputs, output):
-        return output if llm.lora_mask is None else output * llm.lora_mask
-
-    for name, module in llm.named_modules():
-        if name.endswith((".lora_A.default", ".lora_B.default")):
-            module.weight = nn.Parameter(module.weight.data.float())
-        if name.endswith(".lora_B.default"):
-            module.register_forward_hook(masked)
+    names = [name for name, x in llm.named_modules() if x in linear]
+    llm.add_adapter(LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=names))
+    for name, parameter in llm.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
 
 
-def save_adapter(config, state, folder):
+def merge_lora(state):
+    """State dict with LoRA -> that of the plain model: W + alpha / rank * B A."""
+    merged = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
+    for key, a in state.items():
+        if key.endswith(".lora_A.default.weight"):
+            b = state[key.replace(".lora_A.", ".lora_B.")].float()
+            name = key.replace(".lora_A.default.", ".")
+            weight = merged[name].float() + LORA_SCALE * (b @ a.float())
+            merged[name] = weight.to(merged[name].dtype)
+    return merged
+
+
+def save_lora(config, state, folder):
     """LoRA's weights in a state dict -> peft's own format, under the names of the base model."""
-    weights = {k.removeprefix("llm.").replace(".default.", "."): v
-               for k, v in state.items() if ".lora_" in k}
+    weights = {}
+    for key, value in state.items():
+        if ".lora_" in key:
+            weights[key.removeprefix("llm.").replace(".default.", ".")] = value
     config = copy.copy(config)
-    config.target_modules = sorted({k.rpartition(".lora_")[0] for k in weights})
+    config.target_modules = sorted({key.rpartition(".lora_")[0] for key in weights})
     config.save_pretrained(folder)
     save_file({f"base_model.model.{k}": v for k, v in weights.items()},
               folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def merge_lora(config, state):
-    """State dict with LoRA -> that of the plain model: W + alpha / rank * B A."""
-    merged = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
-    for key in [k for k in state if k.endswith(".lora_A.default.weight")]:
-        a, b = state[key].float(), state[key.replace(".lora_A.", ".lora_B.")].float()
-        name = key.replace(".lora_A.default.", ".")
-        weight = merged[name].float() + config.lora_alpha / config.r * (b @ a)
-        merged[name] = weight.to(merged[name].dtype)
-    return merged
-
-
-# ---- the adapter ----
-
-def short_tokenizer(tokenizer, num_merges):
-    """The LLM's BPE stopped after `num_merges` merges:
-    every token it gives is a short token of the same vocabulary.
-
-    Returns (tokenizers.Tokenizer, sorted ids that it can give). Few, short classes are each heard
-    often, so that words which were never heard can still be spelled. A tokenizer without merges is
-    used as it is.
-    """
-    from tokenizers import Tokenizer
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    vocab = spec["model"]["vocab"]
-    if spec["model"]["type"] != "BPE" or "\u0120" not in vocab:  # the space of byte-level BPE
-        raise ValueError(f"the LLM's tokenizer is {spec['model']['type']} of another kind, "
-                         "expected byte-level BPE")
-    merges = spec["model"]["merges"] = spec["model"]["merges"][:num_merges]
-    spec["model"]["ignore_merges"] = False
-    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
-    special = {t["id"] for t in spec["added_tokens"]}
-    ids = {i for token, i in vocab.items() if len(token) == 1 and i not in special}
-    ids |= {vocab[a + b] for a, b in pairs}
-    return Tokenizer.from_str(json.dumps(spec)), sorted(ids)
-
-
-class Block(nn.Module):
-    """Depthwise convolution, attention, MLP; each with a pre-norm and a residual."""
-
-    def __init__(self, dim, heads, kernel):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.conv = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
-        self.mix = nn.Linear(dim, dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x, mask):
-        """x (B, A, D), mask (B, A) 1 = real frame -> (B, A, D)."""
-        y = (self.norm1(x) * mask[..., None]).transpose(1, 2)        # (B, D, A); padding is silence
-        x = x + self.mix(F.gelu(self.conv(y).transpose(1, 2)))                    # (B, A, D)
-        # each (B, h, A, D/h)
-        q, k, v = self.qkv(self.norm2(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = attend(functools.partial(F.scaled_dot_product_attention,
-                                     attn_mask=mask[:, None, None, :].bool()), q, k, v)
-        x = x + self.out(y.transpose(1, 2).flatten(2))                            # (B, A, D)
-        return x + self.down(F.gelu(self.up(self.norm3(x))))                      # (B, A, D)
-
-def encode(encoder, mel, mel_lengths):
-    """Whisper encoder on the clips' own length: its forward insists on 30 s and knows no mask.
-
-    Args:
-        encoder: WhisperEncoder.
-        mel: (B, M, F) log-mel, zero-padded.  mel_lengths: (B,) real frames, at most 3,000 each.
-    Returns:
-        features (B, ceil(F/2), D), zero at padding; lengths (B,) = ceil(mel_lengths / 2).
-    """
-    def keep(x, lengths):  # (B, D, F)
-        # the next convolution must see zeros beyond the end, as it would without padding
-        return x * (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None]
-
-    lengths = (mel_lengths + 1) // 2
-    x = keep(F.gelu(encoder.conv1(keep(mel, mel_lengths))), mel_lengths)          # (B, D, F)
-    x = F.gelu(encoder.conv2(x)).transpose(1, 2)                          # (B, S, D), S = ceil(F/2)
-    x = x + encoder.embed_positions.weight[:x.shape[1]]
-    mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]           # (B, S) 1 = real
-    for layer in encoder.layers:
-        x = layer(x, attention_mask=mask[:, None, None, :])
-    return encoder.layer_norm(x) * mask[..., None], lengths                       # (B, S, D), (B,)
-
-
-class Adapter(nn.Module):
-    """Encoder features -> states at 12.5 Hz, their spelling (CTC logits),
-    what each stretch adds to the LLM's input.
-
-    `llm_dim` H is the width of the LLM's embeddings, whose rows are the CTC classes
-    (cosine logits, blank beside them).
-    """
-
-    def __init__(self, feature_dim, dim, llm_dim, layers, heads, kernel):
-        super().__init__()
-        self.stack = nn.Linear(STACK * feature_dim, dim)
-        self.blocks = nn.ModuleList(Block(dim, heads, kernel) for _ in range(layers))
-        self.norm = nn.LayerNorm(dim)
-        self.spell = nn.Linear(dim, llm_dim)
-        self.blank = nn.Parameter(torch.randn(1, llm_dim) / llm_dim**0.5)
-        self.log_scale = nn.Parameter(torch.tensor([3.0]))  # logits need about 20 times a cosine
-        self.correct = nn.Linear(dim, llm_dim)             # added to a heard token's embedding
-        self.sound = nn.Linear(dim, llm_dim)               # stands alone where no token is heard
-        nn.init.zeros_(self.correct.weight)
-        nn.init.zeros_(self.correct.bias)
-
-    def forward(self, features, lengths, classes):
-        """features (B, S, D'), lengths (B,), classes (C, H)
-        -> states (B, A, D), logits (B, A, 1+C), lengths (B,)."""
-        batch, width, _ = features.shape
-        frames = -(-width // STACK)                                               # A
-        x = F.pad(features, (0, 0, 0, frames * STACK - width)).reshape(batch, frames, -1)
-        lengths = -(-lengths // STACK)
-        mask = torch.arange(frames, device=x.device) < lengths[:, None]           # (B, A) 1 = real
-        x = self.stack(x)                                                 # (B, A, 4D') -> (B, A, D)
-        for block in self.blocks:
-            x = block(x, mask)
-        states = self.norm(x)                                                     # (B, A, D)
-        with torch.autocast(x.device.type, enabled=False):
-            classes = F.normalize(torch.cat([self.blank, classes.float()]), dim=-1)  # (1+C, H)
-            cosines = F.normalize(self.spell(states.float()), dim=-1) @ classes.T    # (B, A, 1+C)
-            return states.float(), cosines * self.log_scale.exp(), lengths
-
-
 # ---- the student ----
 
-class Lookup(torch.autograd.Function):
-    """Rows of a table (V, H) by ids (N,) -> the table again, for who reads it next, and (N, H).
-    The next reader's gradient takes the rows' in: one buffer of the table's size for all."""
+class Adapter(nn.Module):
+    """What words leave out: a correction of each word, and a few embeddings of the sound.
 
-    @staticmethod
-    def forward(ctx, table, ids, ignored):
-        ctx.save_for_backward(ids)
-        ctx.shape, ctx.ignored = table.shape, ignored
-        ctx.set_materialize_grads(False)
-        return table.view_as(table), table[ids]
+    Untrained it says nothing: corrections are zero, each sound reads as the filler token.
+    """
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, rows):
-        ids, = ctx.saved_tensors
-        if rows is not None:
-            grad = rows.new_zeros(ctx.shape) if grad is None else grad.contiguous()
-            if ctx.ignored is not None:
-                rows = rows.masked_fill((ids == ctx.ignored)[:, None], 0)
-            grad.index_put_((ids,), rows, accumulate=True)
-        return grad, None, None
+    def __init__(self, heard_dim, llm_dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(heard_dim)
+        self.words, self.sound = nn.Linear(heard_dim, llm_dim), nn.Linear(heard_dim, llm_dim)
+        self.register_buffer("mean", torch.zeros(heard_dim))  # of the training clips' sounds
+        self.register_buffer("std", torch.ones(heard_dim))
+        for parameter in (self.words.weight, self.words.bias, self.sound.weight, self.sound.bias):
+            nn.init.zeros_(parameter)
+
+    @property
+    def untrained(self):
+        return not bool(self.sound.weight.any())
+
+    def standardise(self, sounds):
+        """Sounds of the training clips (N, D) -> mean and deviation of each feature."""
+        self.mean.copy_(sounds.float().mean(0))
+        self.std.copy_(sounds.float().std(0) + 1e-3)
+
+    def forward(self, states, sounds):
+        """Decoder states (W, D) of W words, sounds (A, D) -> corrections (W, H), embeddings (A, H),
+        float32."""
+        dtype = self.norm.weight.dtype
+        return (self.words(self.norm(states.to(dtype))).float(),
+                self.sound((sounds.to(dtype) - self.mean) / self.std).float())
 
 
-class Table:
-    """The embeddings of an LLM during one pass: called with ids (N,) -> (N, H). `head` is the
-    output head, which has to be read last; where it is the same matrix, both share a gradient."""
+class Prompt(NamedTuple):
+    """What the student reads: before + words + sound + after. By text `before` holds the question
+    and nothing is heard."""
+    before: list     # token ids
+    words: list      # token ids of the words heard, W
+    states: Tensor   # (W, D) decoder states behind each word
+    sound: Tensor    # (A, D)
+    after: list      # token ids
 
-    def __init__(self, llm):
-        self.embed, self.head = llm.get_input_embeddings(), llm.get_output_embeddings().weight
-        self.weight, self.tied = self.embed.weight, self.head is self.embed.weight
 
-    def __call__(self, ids):
-        if type(self.embed) is not nn.Embedding:  # some scale what they give
-            return self.embed(ids)
-        self.weight, rows = Lookup.apply(self.weight, ids, self.embed.padding_idx)
-        self.head = self.weight if self.tied else self.head
-        return rows
+def positions(prompt):
+    """How many positions of the LLM a prompt takes, of either kind of student."""
+    if isinstance(prompt, dict):
+        return len(prompt["ids"])
+    return sum(len(part) for part in (prompt.before, prompt.words, prompt.sound, prompt.after))
 
 
 class SpeechLLMConfig(PretrainedConfig):
-    """encoder, llm: configurations (or dicts) of the two pretrained parts;
-    ctc_merges: see short_tokenizer."""
+    """whisper, llm: configurations (or dicts) of the two pretrained parts."""
     model_type = "speech_llm"
-    encoder: dict | PretrainedConfig | None = None
+    whisper: dict | PretrainedConfig | None = None
     llm: dict | PretrainedConfig | None = None
-    adapter_dim: int = 384
-    adapter_layers: int = 2
-    adapter_heads: int = 6
-    adapter_kernel: int = 7
-    ctc_merges: int = 500
-    speech_lora: dict | None = None  # rank, alpha of LoRA that acts at speech only: never merged
 
     def __post_init__(self, **kwargs):
-        for name in ("encoder", "llm"):
+        for name in ("whisper", "llm"):
             part = getattr(self, name)
             if isinstance(part, dict):
                 part = dict(part)
@@ -982,259 +825,179 @@ class SpeechLLMConfig(PretrainedConfig):
 
 class SpeechLLM(PreTrainedModel):
     config_class = SpeechLLMConfig
-    main_input_name = "before"
-    spoken_hz = 3  # positions of the LLM that a second of speech takes, for planning
+    main_input_name = "prompts"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["Block"]
     _keep_in_fp32_modules_strict = ["adapter"]
 
-    def __init__(self, config, encoder=None, llm=None):
+    def __init__(self, config, whisper=None, llm=None):
         super().__init__(config)
-        c = config
-        self.encoder = encoder if encoder is not None else WhisperEncoder(c.encoder)
-        self.llm = (llm if llm is not None
-                    else AutoModelForCausalLM.from_config(c.llm, dtype=torch.get_default_dtype()))
-        if c.speech_lora:
-            add_lora(self.llm, **c.speech_lora)
-        self.adapter = Adapter(c.encoder.d_model, c.adapter_dim,
-                               self.llm.get_input_embeddings().embedding_dim,
-                               c.adapter_layers, c.adapter_heads, c.adapter_kernel)
-        self.processors = None
-        self.positions = [0, 0]  # that the LLM has read: all, and without padding
+        self.whisper = whisper or Whisper(WhisperModel(config.whisper))
+        self.llm = llm if llm is not None else AutoModelForCausalLM.from_config(
+            config.llm, dtype=torch.get_default_dtype())
+        self.adapter = Adapter(config.whisper.d_model,
+                               self.llm.get_input_embeddings().embedding_dim)
+        self.loaded_tokenizer = None
         self.post_init()
 
     def _init_weights(self, module):
-        """Nothing: the adapter keeps what its constructor drew,
-        the pretrained parts what they were loaded with."""
-
-    def train(self, mode=True):
-        """A frozen encoder stays in eval mode: no dropout, no layer drop."""
-        super().train(mode)
-        if not any(p.requires_grad for p in self.encoder.parameters()):
-            self.encoder.eval()
-        return self
-
-    def load_processors(self, tokenizer=None, feature_extractor=None):
-        """Tokenizer and feature extractor: given, or from the folder that the model came from.
-        Idempotent."""
-        if self.processors is None:
-            tokenizer = tokenizer or from_folder(AutoTokenizer, self.name_or_path)
-            extractor = feature_extractor or from_folder(WhisperFeatureExtractor, self.name_or_path)
-            short, classes = short_tokenizer(tokenizer, self.config.ctc_merges)
-            self.processors = dict(
-                tokenizer=tokenizer, extractor=extractor, short=short, classes=classes,
-                class_of={token: c for c, token in enumerate(classes, 1)})
-        return self.processors
+        """Nothing: the parts keep what they were made or loaded with."""
 
     @property
     def tokenizer(self):
-        return self.load_processors()["tokenizer"]
+        if self.loaded_tokenizer is None:
+            self.loaded_tokenizer = from_folder(AutoTokenizer, self.name_or_path)
+        return self.loaded_tokenizer
 
-    def mel(self, waveform):
-        """waveform (S,) float32 at 16 kHz -> log-mel (M, F) at 100 Hz, on the clip's own length."""
-        extractor = self.load_processors()["extractor"]
-        waveform = F.pad(waveform, (0, max(0, extractor.n_fft - len(waveform))))
-        return torch.from_numpy(extractor(
-            waveform.numpy(), sampling_rate=SAMPLE_RATE, padding=False, truncation=False,
-            return_tensors="np").input_features[0])
+    def train(self, mode=True):
+        """Whisper stays in eval mode."""
+        super().train(mode)
+        self.whisper.eval()
+        return self
 
-    def clip(self, row):
-        """A row of the manifest -> what forward needs of its audio."""
-        return self.mel(load_audio(row["audio"]))
+    def parts(self):
+        """What can train, by name."""
+        return {"adapter": [self.adapter], "llm": [self.llm]}
 
-    def spelling(self, text):
-        """Text -> CTC classes in [1, C], the targets of losses.ctc."""
-        processors = self.load_processors()
-        return [processors["class_of"][i]
-                for i in processors["short"].encode(text, add_special_tokens=False).ids
-                if i in processors["class_of"]]
+    def hear(self, waveforms, language=None):
+        """List of B waveforms (S_i,) at 16 kHz -> list of B Heard, see Whisper.hear."""
+        self.whisper.folder = self.whisper.folder or Path(self.name_or_path) / "whisper"
+        return self.whisper.hear(waveforms, language)
 
-    def features(self, mels):
-        """List of B log-mels (M, F_i) -> encoder features, list of B (S_i, D).
-        Long clips go window by window."""
-        windows = [mel.split(WINDOW_FRAMES, dim=1) for mel in mels]
-        flat = [window for clip in windows for window in clip]
-        lengths = torch.tensor([window.shape[1] for window in flat], device=self.device)
-        weight = self.encoder.conv1.weight
-        padded = weight.new_zeros(len(flat), flat[0].shape[0], int(lengths.max()))  # (W, M, F)
-        for row, window in zip(padded, flat):
-            row[:, :window.shape[1]] = window
-        encoded, lengths = encode(self.encoder, padded, lengths)                  # (W, S, D), (W,)
-        flat = iter([row[:n] for row, n in zip(encoded, lengths.tolist())])
-        return [torch.cat([next(flat) for _ in clip]) for clip in windows]
-
-    def spell(self, features):
-        """List of B features (S_i, D')
-        -> states (B, A, D), CTC logits (B, A, 1+C), lengths (B,)."""
-        table = self.llm.get_input_embeddings().weight
-        lengths = torch.tensor([len(f) for f in features], device=table.device)
-        padded = nn.utils.rnn.pad_sequence([f.to(table.device) for f in features],
-                                           batch_first=True)                      # (B, S, D')
-        classes = table.detach()[torch.tensor(self.load_processors()["classes"],
-                                              device=table.device)]               # (C, H)
-        return self.adapter(padded.to(self.adapter.stack.weight.dtype), lengths, classes)
-
-    def read(self, states, logits, lengths, table=None):
-        """What `spell` gives -> embeddings, list of B (A_i, H), and the texts heard, list of B str.
-
-        A_i is the number of tokens heard, plus one for each second in which nothing is.
-        """
-        table, texts, spans, counts = table or Table(self.llm), [], [], []
-        # which tokens, and over which frames: discrete, so no gradient goes this way
-        for b, (path, length) in enumerate(zip(logits.argmax(-1).tolist(), lengths.tolist())):
-            text, events = read_path(path[:length], self.processors)
-            texts.append(text)
-            counts.append(len(events))
-            spans += [(b, *event) for event in events]
-        clip, token, first, last = torch.tensor(spans, device=states.device).T     # (sum A,) each
-        sums = F.pad(states.cumsum(dim=1), (0, 0, 1, 0))                          # (B, 1+A, D)
-        mean = ((sums[clip, last + 1] - sums[clip, first])
-                / (last + 1 - first)[:, None])                                    # (sum A, D)
-        heard = table(token.clamp(min=0)).float() + self.adapter.correct(mean)    # (sum A, H)
-        norm = table.weight.detach().float().norm(dim=-1).mean()  # a sound is as loud as a word
-        sound = F.normalize(self.adapter.sound(mean).float(), dim=-1) * norm      # (sum A, H)
-        return list(torch.where((token >= 0)[:, None], heard, sound)
-                    .to(table.weight.dtype).split(counts)), texts
-
-    def hear(self, waveforms):
-        """List of waveforms (S_i,) at 16 kHz
-        -> embeddings, list of (A_i, H), and texts, list of str."""
-        return self.read(*self.spell(self.features(
-            [self.mel(w).to(self.device) for w in waveforms])))
-
-    def forward(self, before, after, answers, clips=None, features=None, mels=None, llm=True):
-        """Hidden states that predict the answers' tokens; what DDP wraps.
-
-        Args:
-            before, after, answers: B lists of token ids each;
-                the prompt is before + (speech) + after.
-            clips: rows that have speech between `before` and `after`,
-                in the order of features or mels.
-            features: list of (S_i, D) encoder features, or mels: list of (M, F_i) log-mels.
-            llm: False stops after the adapter (the CTC warm start needs no LLM).
-        Returns:
-            (hidden (N, H) with N = all answer tokens in row order, CTC logits (len(clips), A, 1+C),
-            lengths, output head (V, H)); logits and lengths are None without speech. What the head
-            makes of `hidden` is the losses' business: no (B, T, V) tensor is made.
-        """
-        speech, logits, lengths, zero, table = {}, None, None, 0, Table(self.llm)
-        # DDP waits for all that trains, used or not
-        if self.training and torch.is_grad_enabled() and not isinstance(self, FSDPModule):
-            idle = [p for part in (self.adapter, self.encoder) for p in part.parameters()
-                    if p.requires_grad]
-            zero = 0 * sum(p.sum() for p in idle)
-        if clips:
-            states, logits, lengths = self.spell(
-                self.features(mels) if features is None else features)
-            if not llm:
-                return None, logits + zero, lengths, None
-            speech = dict(zip(clips, self.read(states, logits, lengths, table)[0]))
-        after = [a + y for a, y in zip(after, answers)]
-        embeds = self.splice(before, after, speech, table)
-        shared = len(os.path.commonprefix(before))
-        spoken = (self.speech_positions(before, after, speech)
-                  if getattr(self.config, "speech_lora", None) else None)
-        hidden, *read = answer_states(self.llm, embeds, list(map(len, answers)), shared, spoken)
-        self.positions = [a + b for a, b in zip(self.positions, read)]
-        # a view, since FSDP hangs a hook on what it gets
-        return hidden + zero, logits, lengths, table.head.view_as(table.head)
-
-    def splice(self, before, after, speech, table=None):
-        """Token ids and speech embeddings -> list of B (T_i, H) inputs of the LLM."""
-        lengths = [n for b, a in zip(before, after) for n in (len(b), len(a))]
-        flat = torch.tensor([i for b, a in zip(before, after) for i in b + a], dtype=torch.long,
-                            device=self.device)
-        parts = iter((table or Table(self.llm))(flat).split(lengths))
-        return [torch.cat([next(parts), *([speech[row]] if row in speech else []), next(parts)])
-                for row in range(len(before))]
-
-    def speech_positions(self, before, after, speech):
-        """As splice -> list of B (T_i, 1), 1 = speech."""
-        return [torch.tensor([0.] * len(b) + [1.] * len(speech.get(row, ())) + [0.] * len(a),
-                             device=self.device)[:, None]
-                for row, (b, a) in enumerate(zip(before, after))]
-
-    def prompt(self, row):
-        """A row of the manifest -> (before, after, waveform or None).
-        Audio is a path or (S,); text joins `before`."""
+    def prompt(self, row, heard=None):
+        """A row of the manifest -> Prompt: by speech if it has audio (a path or a waveform), else
+        by text. heard: what is known of the clip already."""
         before, after = chat_parts(self.tokenizer, row.get("system"), row.get("instruction"))
         if row.get("audio") is None:
-            return before + text_ids(self.tokenizer, row["prompt"]), after, None
-        audio = row["audio"]
-        return before, after, audio if isinstance(audio, Tensor) else load_audio(audio)
+            return self.unheard(before + text_ids(self.tokenizer, row["prompt"]) + after)
+        if heard is None:
+            audio = row["audio"]
+            waveform = audio if isinstance(audio, Tensor) else load_audio(audio)
+            heard = self.hear([waveform], row.get("language"))[0]
+        words = self.tokenizer(heard.text, add_special_tokens=False, split_special_tokens=True,
+                               return_offsets_mapping=True)
+        states = heard.states[:0]
+        if words.input_ids:
+            states = self.states_of(heard, words.offset_mapping)
+        return Prompt(before, words.input_ids, states, heard.sound, after)
+
+    def unheard(self, ids):
+        """Token ids -> Prompt that is read as it is."""
+        nothing = torch.zeros(0, self.config.whisper.d_model)
+        return Prompt(ids, [], nothing, nothing, [])
+
+    def states_of(self, heard, offsets):
+        """Offsets in heard.text, (first, end) characters of W tokens -> (W, D): the mean of the
+        decoder states whose bytes overlap each of them."""
+        pieces = self.whisper.pieces(heard.ids)
+        raw = b"".join(pieces)
+        lead = len(raw) - len(raw.lstrip())
+        ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)           # (n,)
+        states = []
+        for first, end in offsets:
+            start = lead + len(heard.text[:first].encode())
+            stop = start + max(1, len(heard.text[first:end].encode()))
+            a = int(torch.searchsorted(ends, start, right=True).clamp(max=len(ends) - 1))
+            b = int(torch.searchsorted(ends, stop).clamp(max=len(ends) - 1))
+            states.append(heard.states[a:b + 1].float().mean(0))
+        return torch.stack(states)
+
+    def embed(self, prompts, answers):
+        """B Prompts and B lists of answer tokens -> list of B (T_i, H), the LLM's inputs."""
+        table, ids, lengths = self.llm.get_input_embeddings(), [], []
+        for prompt, answer in zip(prompts, answers):
+            parts = prompt.before, prompt.words, prompt.after + answer
+            ids += [i for part in parts for i in part]
+            lengths += [len(part) for part in parts]
+        embeds = table(torch.tensor(ids, dtype=torch.long, device=self.device)).split(lengths)
+        states = torch.cat([prompt.states for prompt in prompts])                 # (sum W, D)
+        sounds = torch.cat([prompt.sound for prompt in prompts])                  # (sum A, D)
+        corrections, sounds = self.adapter(states.to(self.device), sounds.to(self.device))
+        corrections = corrections.split([len(prompt.states) for prompt in prompts])
+        sounds = sounds.split([len(prompt.sound) for prompt in prompts])
+        rows = []
+        for b, (correction, sound) in enumerate(zip(corrections, sounds)):
+            before, words, after = embeds[3 * b:3 * b + 3]
+            rows.append(torch.cat([before, words + correction.to(words.dtype),
+                                   sound.to(before.dtype), after]))               # (T_b, H)
+        return rows
+
+    def forward(self, prompts, answers):
+        """Hidden states that predict the answers' tokens, (N, H) in row order; what DDP wraps.
+
+        The adapter is always a part of the graph: DDP waits for all that trains, used or not.
+        """
+        shared = len(os.path.commonprefix([prompt.before for prompt in prompts]))
+        return answer_states(self.llm, self.embed(prompts, answers),
+                             [len(answer) for answer in answers], shared)
 
     @torch.inference_mode()
     def generate(self, rows, max_new_tokens=128, **options):
         """Answer a batch of questions:
         [{"audio": path or (S,) at 16 kHz} or {"prompt": text}, ...] -> list of str.
 
-        Rows may carry "system" and "instruction"; options are those of the function `generate`.
+        Rows may carry "system", "instruction", "language"; options are those of `generate`.
         """
         was_training = self.training
         self.eval()  # in training mode, gradient checkpointing turns the cache off
-        before, after, waveforms = zip(*(self.prompt(row) for row in rows))
-        clips = [b for b, waveform in enumerate(waveforms) if waveform is not None]
-        heard = self.hear([waveforms[b] for b in clips])[0] if clips else []
-        speech = dict(zip(clips, heard))
-        if getattr(self.config, "speech_lora", None):
-            options["speech"] = self.speech_positions(before, after, speech)
-        ids = generate(self.llm, self.splice(before, after, speech), max_new_tokens=max_new_tokens,
-                       eos_ids=[end_token(self.tokenizer)], **options)
+        spoken = [row for row in rows if row.get("audio") is not None]  # heard together
+        audio = [row["audio"] for row in spoken]
+        heard = iter(self.hear([x if isinstance(x, Tensor) else load_audio(x) for x in audio],
+                               [row.get("language") for row in spoken]))
+        prompts = [self.prompt(row, next(heard) if row.get("audio") is not None else None)
+                   for row in rows]
+        ids = generate(self.llm, self.embed(prompts, [[]] * len(prompts)),
+                       max_new_tokens=max_new_tokens, eos_ids=[end_token(self.tokenizer)],
+                       **options)
         self.train(was_training)
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 class HubStudent(nn.Module):
-    """A speech LLM of transformers, taken apart as SpeechLLM is: encoder, adapter, llm.
-
-    What hears is its own code, what asks and answers is SpeechLLM's. `whole` keeps the model in
-    one piece, out of parameters(): what is none of the three parts (vision) never trains.
-    """
-    forward, splice, generate = SpeechLLM.forward, SpeechLLM.splice, SpeechLLM.generate
-    spell = staticmethod(lambda features: (features, None, None))  # embeddings, no CTC logits
-    read = staticmethod(lambda embeddings, *_: (embeddings, None))
-    spelling = staticmethod(lambda text: [])
-    spoken_hz = 25
+    """A speech LLM of transformers. Its own processor and forward do the work; what reaches its
+    output head is taken from there."""
 
     def __init__(self, model, processor, tokenizer):
         super().__init__()
-        self.__dict__["whole"] = model
-        self.positions = [0, 0]  # that the LLM has read: all, and without padding
-        self.processor, self.tokenizer, self.config = processor, tokenizer, model.config
-        parts = dict(model.model.named_children())
-        self.encoder = parts.get("audio_tower", parts.get("encoder"))
-        self.adapter = parts.get("multi_modal_projector", parts.get("projector"))
-        if self.adapter is None:  # Omni: the encoder ends in it; nothing reads its audio_bos_eos
-            inner = dict(self.encoder.named_children())
-            self.adapter = inner.pop("proj")
-            self.encoder = nn.ModuleDict({k: v for k, v in inner.items() if "bos_eos" not in k})
-        self.llm = TextLLM(model)
+        self.model, self.processor, self.tokenizer = model, processor, tokenizer
+        self.config, self.__dict__["llm"] = model.config, TextLLM(model)  # shares its weights
         self.audio_token = tokenizer.convert_ids_to_tokens(self.config.audio_token_id)
 
     @property
     def device(self):
         return self.llm.device
 
+    def parts(self):
+        """What can train, by name. Vision never does, nor the audio_bos_eos that nothing reads."""
+        inner = dict(self.model.model.named_children())
+        encoder = inner.get("audio_tower", inner.get("encoder"))
+        adapter = inner.get("multi_modal_projector", inner.get("projector"))
+        if adapter is not None:
+            return {"encoder": [encoder], "adapter": [adapter], "llm": [self.llm]}
+        inside = dict(encoder.named_children())  # Omni: the encoder ends in its adapter
+        adapter = inside.pop("proj")
+        hears = [part for name, part in inside.items() if "bos_eos" not in name]
+        return {"encoder": hears, "adapter": [adapter], "llm": [self.llm]}
+
     def train(self, mode=True):
         """What hears stays in eval mode: no dropout, no statistics of a batch."""
         super().train(mode)
-        self.encoder.eval()
-        self.adapter.eval()
+        for part in self.parts()["encoder"] + self.parts()["adapter"]:
+            part.eval()
         return self
 
-    def prompt(self, row):
-        """A row of the manifest -> (before, after, clip or None) as of SpeechLLM.prompt;
-        a clip is a whole prompt."""
-        if row.get("audio") is not None:
-            return [], [], self.clip(row)
-        before, after = chat_parts(self.tokenizer, row.get("system"), row.get("instruction"))
-        return before + text_ids(self.tokenizer, row["prompt"]), after, None
+    def hear(self, waveforms, language=None):
+        """These models hear at each step: nothing can be known before."""
+        return [None] * len(waveforms)
 
-    def clip(self, row):
-        """A row with audio -> its whole prompt by the model's own template, see expand.
-        An instruction follows the sound, as these models were trained."""
+    def prompt(self, row, heard=None):
+        """A row of the manifest -> {"ids": (T,), and by speech its features}, by the model's own
+        template. An instruction follows the sound, as these models were trained."""
+        if row.get("audio") is None:
+            before, after = chat_parts(self.tokenizer, row.get("system"), row.get("instruction"))
+            said = text_ids(self.tokenizer, row["prompt"])
+            return {"ids": torch.tensor(before + said + after)}
         audio = row["audio"] if isinstance(row["audio"], Tensor) else load_audio(row["audio"])
         audio = F.pad(audio, (0, max(0, SAMPLE_RATE // 10 - len(audio)))).numpy()
         chat = [{"role": "system", "content": row["system"]}] if row.get("system") else []
@@ -1255,19 +1018,20 @@ class HubStudent(nn.Module):
         embeddings, the features that the model makes these of}."""
         token, config = self.audio_token, self.config
         options = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt"}
-        if config.model_type == "voxtral":
-            mel = self.processor(audio, padding=True, truncation=False,
-                                 pad_to_multiple_of=30 * SAMPLE_RATE, **options).input_features
-            mel = mel[0].unflatten(1, (-1, WINDOW_FRAMES)).transpose(0, 1)        # (W, M, 3000)
+        if config.model_type == "voxtral":  # its processor takes files only
+            window = 30 * SAMPLE_RATE
+            mel = self.processor(audio, padding=True, truncation=False, pad_to_multiple_of=window,
+                                 **options).input_features
+            mel = mel[0].unflatten(1, (-1, window // 160)).transpose(0, 1)        # (W, M, 3000)
             stacked = config.audio_config.intermediate_size // config.audio_config.hidden_size
-            count, features = len(mel) * (WINDOW_FRAMES // 2 // stacked), {"input_features": mel}
-        elif config.model_type.endswith("thinker"):
+            count, features = len(mel) * (window // 320 // stacked), {"input_features": mel}
+        elif config.model_type.endswith("thinker"):  # its processor wants torchvision
             frames = -(-len(audio) // self.processor.hop_length)
-            mel = self.processor(np.pad(audio, (0, self.processor.n_fft)), padding="longest",
-                                 **options).input_features[..., :frames]  # as if padded to 300 s
+            audio = F.pad(torch.from_numpy(audio), (0, self.processor.n_fft)).numpy()
+            mel = self.processor(audio, padding="longest", **options).input_features[..., :frames]
             features = {"input_features": mel,                                    # (1, M, F)
                         "feature_attention_mask": torch.ones(1, frames, dtype=torch.long)}
-            count = self.whole.model.audio_tower._get_feat_extract_output_lengths(frames)[1]
+            count = self.model.model.audio_tower._get_feat_extract_output_lengths(frames)[1]
         else:
             features = dict(self.processor(text=text, audio=[audio], add_special_tokens=False,
                                            **options))
@@ -1276,112 +1040,97 @@ class HubStudent(nn.Module):
         ids = self.tokenizer(text.replace(token, token * count), add_special_tokens=False).input_ids
         return {"ids": torch.tensor(ids), **features}
 
-    def features(self, clips):
-        """List of B clips -> embeddings of their prompts, list of (T_i, H)."""
-        ids = [clip["ids"].to(self.device) for clip in clips]
-        places = [i == self.config.audio_token_id for i in ids]                   # (T_i,) each
-        alone = self.config.model_type.startswith("granite")  # its encoder knows no mask
-        sounds = torch.cat([self.sounds(group) for group in
-                            ([[clip] for clip in clips] if alone else [clips])])  # (sum N_i, H)
-        table = self.llm.get_input_embeddings()
-        return [table(i).masked_scatter(at[:, None], sound.to(table.weight.dtype)) for i, at, sound
-                in zip(ids, places, sounds.split([int(at.sum()) for at in places]))]
+    def batches(self, prompts):
+        """Indices of prompts that can go through the model together."""
+        if self.config.model_type.startswith("granite"):  # its encoder knows no mask
+            return [[b] for b in range(len(prompts))]
+        return [list(range(len(prompts)))]
 
-    def sounds(self, clips):
-        """Clips -> what the model makes of their sounds, one after the other (N, H)."""
-        base, dtype, inputs = self.whole.model, next(self.encoder.parameters()).dtype, {}
-        hear = getattr(base, "get_audio_features", functools.partial(qwen2_audio_features, base))
-        for key in inspect.signature(hear).parameters.keys() & clips[0].keys():
-            width = max(clip[key].shape[-1] for clip in clips)
-            joined = torch.cat([F.pad(c[key], (0, width - c[key].shape[-1])) for c in clips])
-            inputs[key] = joined.to(self.device, dtype if joined.is_floating_point() else None)
-        with (torch.autocast(self.device.type, dtype) if dtype != torch.float32
-              else contextlib.nullcontext()):  # beside a frozen encoder, the adapter is fp32
-            states = hear(**inputs)
-        return getattr(states, "pooler_output", states).flatten(0, -2)
+    def join(self, prompts, ids, side):
+        """Prompts of one batch, ids of their rows (T_i,) -> arguments of the model's own forward."""
+        pad = nn.utils.rnn.pad_sequence
+        inputs = dict(
+            input_ids=pad(ids, batch_first=True, padding_side=side),              # (B, T)
+            attention_mask=pad([torch.ones_like(row) for row in ids], batch_first=True,
+                               padding_side=side))
+        dtype = next(self.parts()["adapter"][0].parameters()).dtype
+        for key in dict.fromkeys(key for prompt in prompts for key in prompt if key != "ids"):
+            found = [prompt[key] for prompt in prompts if key in prompt]
+            width = max(x.shape[-1] for x in found)
+            value = torch.cat([F.pad(x, (0, width - x.shape[-1])) for x in found])
+            inputs[key] = value.to(dtype) if value.is_floating_point() else value
+        return {key: value.to(self.device) for key, value in inputs.items()}
 
-    def hear(self, clips):
-        """As features, and no texts: these models do not spell what they hear."""
-        return self.features(clips), None
+    def forward(self, prompts, answers):
+        """Hidden states that predict the answers' tokens, (N, H) in row order; what DDP wraps."""
+        kept, rows = [], []
 
+        def keep(head, inputs):  # of a batch's hidden states one is enough for the head
+            kept.append(inputs[0])                                                # (B, T, H)
+            return inputs[0][:, -1:],
 
-def qwen2_audio_features(base, input_features, feature_attention_mask):
-    """What Qwen2AudioModel.forward does to hear: it has no get_audio_features. -> (N, H)"""
-    frames, counts = base.audio_tower._get_feat_extract_output_lengths(
-        feature_attention_mask.sum(-1))
-    places = torch.arange(input_features.shape[2] // 2, device=input_features.device)
-    mask = (places < frames[:, None])[:, None, None]                              # (B, 1, 1, 1500)
-    states = base.audio_tower(input_features, attention_mask=mask).last_hidden_state
-    states = base.multi_modal_projector(states)                                   # (B, 750, H)
-    return states[places[:states.shape[1]] < counts[:, None]]
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep)
+        for batch in self.batches(prompts):
+            ids = [torch.cat([prompts[b]["ids"], torch.tensor(answers[b], dtype=torch.long)])
+                   for b in batch]
+            self.model(**self.join([prompts[b] for b in batch], ids, "right"), use_cache=False)
+            for row, b in zip(kept.pop(), batch):
+                start = len(prompts[b]["ids"])
+                rows.append(row[start - 1:start - 1 + len(answers[b])])
+        hook.remove()
+        heard = any(len(prompt) > 1 for prompt in prompts)
+        idle = [] if heard else self.parts()["encoder"] + self.parts()["adapter"]
+        zero = 0  # DDP waits for all that trains, used or not
+        for part in idle:
+            zero = zero + sum(0 * p.sum() for p in part.parameters() if p.requires_grad)
+        return torch.cat(rows) + zero                                             # (N, H)
 
-
-def text_ids(tokenizer, text):
-    """What a user says -> token ids; text that looks like a special token stays text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-
-
-def read_path(path, processors):
-    """Best CTC path (A ints, 0 = blank) -> (text, events);
-    an event is (token id, or -1 for sound, first, last frame).
-
-    The spelled pieces are joined to text and tokenised again,
-    so that the LLM meets the tokens that it knows.
-    """
-    frame_hz = FEATURE_RATE_HZ // STACK
-    raw, frames, previous = b"", [], 0
-    for frame, c in enumerate(path):
-        if c and c != previous:
-            piece = bytes(
-                BYTES[x] for x in processors["short"].id_to_token(processors["classes"][c - 1]))
-            raw, frames = raw + piece, frames + [frame] * len(piece)
-        previous = c
-    decoded = raw.decode("utf-8", "surrogateescape")  # a stray byte is a surrogate, left out below
-    kept = [k for k, x in enumerate(decoded) if not "\udc80" <= x <= "\udcff"]
-    text = "".join(decoded[k] for k in kept)
-    coded = processors["tokenizer"](text, add_special_tokens=False, split_special_tokens=True,
-                                    return_offsets_mapping=True)
-    starts = np.cumsum([0] + [len(x.encode("utf-8", "surrogateescape")) for x in decoded])
-    events = []
-    for token, (first, end) in zip(coded.input_ids, coded.offset_mapping):
-        first, last = kept[first], kept[max(first, end - 1)]
-        events.append((token, frames[starts[first]], frames[starts[last + 1] - 1]))
-    gaps, edges = [], [0] + [f for e in events for f in (e[1], e[2] + 1)] + [len(path)]
-    for start, stop in zip(edges[::2], edges[1::2]):  # a second without a word, or no word at all
-        seconds = (max((stop - start) // frame_hz, 0 if events else 1)
-                   if stop - start >= frame_hz or not events else 0)
-        gaps += [(-1, start + i * frame_hz, min(start + (i + 1) * frame_hz, len(path)) - 1)
-                 for i in range(seconds)]
-    return text, sorted(events + gaps, key=lambda e: e[1])
+    @torch.inference_mode()
+    def generate(self, rows, max_new_tokens=128):
+        """Answer a batch of questions, as SpeechLLM.generate does -> list of str."""
+        was_training = self.training
+        self.eval()
+        prompts, answers = [self.prompt(row) for row in rows], [None] * len(rows)
+        end = end_token(self.tokenizer)
+        check_context(self.llm, max(len(prompt["ids"]) for prompt in prompts), max_new_tokens)
+        for batch in self.batches(prompts):
+            some = [prompts[b] for b in batch]
+            inputs = self.join(some, [prompt["ids"] for prompt in some], "left")
+            ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
+                                      eos_token_id=end, pad_token_id=end)
+            texts = self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:],
+                                                skip_special_tokens=True)
+            for b, text in zip(batch, texts):
+                answers[b] = text
+        self.train(was_training)
+        return answers
 
 
 # ---- build, load, save ----
 
-def build_student(name=DEFAULT_STUDENT, revision=None, **adapter):
-    """ENCODER+LLM, by hub ids or folders -> SpeechLLM in fp32;
-    torch's generator draws the untrained adapter."""
-    from transformers import WhisperModel
-    encoder_name, _, llm_name = name.partition("+")
-    folder = resolve(encoder_name, revision)
-    config = from_folder(AutoConfig, folder)
-    if config.model_type != "whisper":
-        raise RuntimeError(f"{encoder_name}: speech encoder of type {config.model_type!r}, "
-                           "expected a Whisper model")
+def build_student(name=DEFAULT_STUDENT):
+    """WHISPER+LLM, by hub ids or folders -> SpeechLLM in fp32: the plain cascade, until trained."""
+    whisper_name, _, llm_name = name.partition("+")
+    whisper = load_whisper(whisper_name)
     llm, tokenizer = load_llm(llm_name)
-    encoder = from_folder(WhisperModel, folder, dtype=torch.float32).encoder
-    model = SpeechLLM(
-        SpeechLLMConfig(encoder=config.to_dict(), llm=llm.config.to_dict(), **adapter),
-        encoder, llm)
-    model.load_processors(tokenizer, from_folder(WhisperFeatureExtractor, folder))
+    if not tokenizer.is_fast:
+        raise RuntimeError(f"{llm_name}: its tokenizer tells no offsets, which place what was heard"
+                           "; expected one with a tokenizer.json")
+    model = SpeechLLM(SpeechLLMConfig(whisper=whisper.model.config.to_dict(),
+                                      llm=llm.config.to_dict()), whisper, llm)
+    model.loaded_tokenizer = tokenizer
+    filler = tokenizer(FILLER, add_special_tokens=False).input_ids[-1]
+    with torch.no_grad():
+        model.adapter.sound.bias.copy_(llm.get_input_embeddings()(torch.tensor([filler]))[0])
     return model.eval()
 
 
-def load_student(name, revision=None, trust_remote_code=False):
-    """--student: ENCODER+LLM, a folder that save_student wrote, or a speech LLM of transformers
+def load_student(name, trust_remote_code=False):
+    """--student: WHISPER+LLM, a folder that save_student wrote, or a speech LLM of transformers
     -> SpeechLLM or HubStudent in fp32."""
     if "+" in name and not Path(name).exists():
-        return build_student(name, revision)
-    folder = resolve(name, revision)
+        return build_student(name)
+    folder = resolve(name)
     config = PretrainedConfig.get_config_dict(folder)[0]
     if config.get("model_type") == SpeechLLMConfig.model_type:
         return from_folder(SpeechLLM, folder, dtype=torch.float32).eval()
@@ -1393,7 +1142,7 @@ def load_student(name, revision=None, trust_remote_code=False):
     model = load_multimodal(folder, torch.float32, **options)
     if not hasattr(model, "model") or not hasattr(model.config, "audio_token_id"):
         raise RuntimeError(f"{name}: a model of type {config.get('model_type')!r}, expected "
-                           "ENCODER+LLM, a folder that train_kd.py wrote, or a speech LLM of "
+                           "WHISPER+LLM, a folder that train_kd.py wrote, or a speech LLM of "
                            "transformers")
     if (Path(folder) / "adapter_config.json").exists():
         merge_adapter(model)
@@ -1414,53 +1163,46 @@ def merge_adapter(model):
     model._weight_conversions = None  # those of the adapter's names would spoil a saved folder
 
 
-def whole(tensor, keep=True):
-    """What FSDP has sharded, gathered on the CPU: every rank must ask, `keep` or not."""
-    if not hasattr(tensor, "full_tensor"):
-        return tensor
-    tensor = tensor.full_tensor()
-    return tensor.cpu() if keep else None
-
-
-def save_student(model, folder, dtype=None, write=True):
+def save_student(model, folder, dtype=None, state=None):
     """Write a transformers folder that AutoModel.from_pretrained(folder, trust_remote_code=True)
     loads anywhere.
 
     The folder is written beside its place and renamed: it is complete or not there at all.
-    With a sharded model every rank must call it, one with `write`.
+    state: the student's whole state dict, where its own weights are spread over GPUs.
     """
-    state = getattr(model, "whole", model).state_dict()
-    state = {k: whole(v, write) for k, v in state.items()}
-    if not write:
-        return
     folder = Path(folder)
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
     shutil.rmtree(temporary, ignore_errors=True)
-    config = getattr(model.llm, "peft_config", {}).get("default")
-    lora = None if getattr(model.config, "speech_lora", None) else config
-    weights = merge_lora(lora, state) if lora else state
+    state = model.state_dict() if state is None else state
+    lora = getattr(model.llm, "peft_config", {}).get("default")
+    weights = merge_lora(state) if lora else dict(state)
+    for name, value in weights.items():
+        if dtype and value.is_floating_point() and not name.startswith("adapter."):
+            weights[name] = value.to(dtype)
     if isinstance(model, HubStudent):
-        save_whole(model.whole, weights, temporary, dtype)
+        weights = {name.removeprefix("model."): value for name, value in weights.items()
+                   if name.startswith("model.")}
+        save_hub_model(model.model, weights, temporary)
     else:
-        weights = {k: v.to(dtype) if dtype and not k.startswith("adapter.") else v
-                   for k, v in weights.items()
-                   if k not in model.all_tied_weights_keys}  # a cast copy is not seen to be tied
         SpeechLLM.register_for_auto_class("AutoModel")
         SpeechLLMConfig.register_for_auto_class("AutoConfig")
         original, model.__class__ = model.__class__, SpeechLLM  # fully_shard makes it a subclass
-        model.save_pretrained(temporary, state_dict=weights)
+        tied = model.all_tied_weights_keys  # a cast copy is not seen to be tied
+        model.save_pretrained(temporary, state_dict={
+            name: value for name, value in weights.items() if name not in tied})
         model.__class__ = original
         model.tokenizer.save_pretrained(temporary)
-        model.processors["extractor"].save_pretrained(temporary)
+        model.whisper.folder = model.whisper.folder or Path(model.name_or_path) / "whisper"
+        for part in filter(None, model.whisper.load_processors()):
+            part.save_pretrained(temporary / "whisper")
     if lora:
-        save_adapter(lora, state, temporary / "adapter")
+        save_lora(lora, state, temporary / "adapter")
     config = json.loads((temporary / "config.json").read_text())
     config["dtype"] = str(dtype or torch.float32).removeprefix("torch.")  # not the live model's
     (temporary / "config.json").write_text(json.dumps(config, indent=2))
     for path in filter(Path.is_file, temporary.rglob("*")):  # on the disk before the rename
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
@@ -1468,12 +1210,12 @@ def save_student(model, folder, dtype=None, write=True):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_whole(model, state, folder, dtype):
+def save_hub_model(model, state, folder):
     """A model of transformers, and all else of the folder that it came from: the processor; of a
     model that also speaks, the weights that nothing here loads."""
     source = Path(model.name_or_path)
-    state = {k: v.to(dtype) if dtype and v.is_floating_point() else v
-             for k, v in state.items() if k not in model.all_tied_weights_keys}
+    state = {name: value for name, value in state.items()
+             if name not in model.all_tied_weights_keys}
     if json.loads((source / "config.json").read_text())["model_type"] in THINKERS:
         folder.mkdir(parents=True)
         trained = revert_weight_conversion(model, state)  # the names that the files have
@@ -1489,8 +1231,8 @@ def save_whole(model, state, folder, dtype):
     if (folder / "model.safetensors").exists():
         skip.add("model.safetensors.index.json")
     for path in source.iterdir():
-        if ((path.suffix in (".json", ".jinja", ".txt", ".model", ".py")
-             or path.name == "spk_dict.pt") and path.name not in skip
+        wanted = path.suffix in (".json", ".jinja", ".txt", ".model", ".py")
+        if ((wanted or path.name == "spk_dict.pt") and path.name not in skip
                 and not (folder / path.name).exists()):
             shutil.copy(path, folder)
 
