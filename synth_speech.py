@@ -49,11 +49,10 @@ VOICES = {"espeak": "en-us en-us+m1 en-us+m3 en-us+m6 en-us+m7 en-us+m8 en-us+f1
           "piper": ["en_US-joe-medium"], "hf": ["default"], "command": ["default"]}
 # speed 0 (slowest) to 1 (fastest) in the engines' units; Whisper-base hears all of it well
 ESPEAK_WPM, PIPER_LENGTH = (110, 180), (1.4, 0.75)  # words a minute; factor on the length of sounds
-SLOW, FAST = (0, 0.25), (0.75, 1)                   # speeds of two takes, well apart
-ESPEAK_PITCH = (35, 65)                             # on its scale of 0-99
-BACKGROUNDS, SNR_DB = ["rain", "hum", "beeps"], (10, 20)
-TAKE2 = "-take2"                                    # ends the id of a prompt's second clip
-SAMPLE_CHUNK = 256                                  # prompts that are sampled together
+SLOW, FAST, ESPEAK_PITCH = (0, 0.25), (0.75, 1), (35, 65)  # speeds of two takes; pitch of 0-99
+BACKGROUNDS, SNR_DB = ["rain", "hum", "beeps"], (10, 20)  # voice over background
+TAKE2 = "-take2"    # ends the id of a prompt's second clip
+SAMPLE_CHUNK = 256  # prompts that are sampled together
 QUESTIONS = {  # key of a clip -> what is asked about it, the answer to each value
     "rate": ("Does the speaker talk fast or slowly?", {"fast": "Fast.", "slow": "Slowly."}),
     "background": ("Is there a noise behind the voice?",
@@ -144,13 +143,6 @@ def read_rows(path, limit=0, bad=None):
             raise ValueError(f"{where}: no text under prompt, question or instruction")
         return row
     return m.json_lines(Path(path), parse, bad)[:limit or None]
-
-
-def hub_rows(name, limit):
-    from datasets import load_dataset
-    stream = load_dataset(name, split="train", streaming=True)
-    stream = tqdm(stream.take(limit) if limit else stream, "hub rows", unit="row")
-    return [to_row(raw, f"{name}:{i}") for i, raw in enumerate(stream)]
 
 
 UNSPEAKABLE = {
@@ -368,8 +360,9 @@ def hf_pipeline(name):
 
 
 def hf(args, text, _voice, _speed, rng):
+    speaker = hf_pipeline(args.tts_model)  # before the seed: loading draws random numbers
     torch.manual_seed(rng.getrandbits(32))
-    result = hf_pipeline(args.tts_model)(readable(text))
+    result = speaker(readable(text))
     return np.asarray(result["audio"], np.float32).reshape(-1), result["sampling_rate"]
 
 
@@ -389,8 +382,6 @@ def command(args, text, voice, _speed, _rng):
 
 ENGINES = {"espeak": espeak, "piper": piper, "hf": hf, "command": command}
 
-
-# ---- clips ----
 
 def sex_of(voice):
     """Of espeak's variants m1, f2, ..."""
@@ -437,8 +428,7 @@ def synthesise(args, clip):
         samples, rate_hz = speak(args, clip["prompt"], clip["voice"], clip["speed"], rng)
         if len(samples) < rate_hz // 10 or not 1e-3 < np.abs(samples).max() < np.inf:
             raise ValueError(f"no sound ({len(samples)} samples)")
-    except (ValueError, OverflowError, soundfile.SoundFileError,
-            subprocess.TimeoutExpired) as error:
+    except (ValueError, OverflowError, RuntimeError, subprocess.TimeoutExpired) as error:
         return {"id": clip["id"], "error": str(error)}
     samples = resample(torch.from_numpy(samples), rate_hz, m.SAMPLE_RATE).numpy()
     if clip["background"] != "quiet":
@@ -467,8 +457,6 @@ def listen(args, whisper, clips):
         records.append({"id": clip["id"], "wer": round(wrong, 4), "heard": heard.text})
     return records
 
-
-# ---- results ----
 
 def preview(rows):
     """A page to listen to some rows; every text is escaped."""
@@ -500,9 +488,8 @@ def sound_rows(rows):
 
 
 def write_results(args, rows, drops, clips):
-    """Manifests, dropped.jsonl, summary.json, preview.html of clips that were spoken and checked."""
-    rows = {row["id"]: row for row in rows}
-    files = {"train": [], "heldout": []}
+    """Spoken and checked clips -> manifests, dropped.jsonl, summary.json, preview.html."""
+    rows, files = {row["id"]: row for row in rows}, {"train": [], "heldout": []}
     for clip in clips:
         row = {"source": "sampled" if args.sample_prompts else args.input or args.hub_dataset,
                "language": args.language, "response": None, "finish": None, "wer": None,
@@ -529,7 +516,6 @@ def write_results(args, rows, drops, clips):
             m.write_atomically(Path(args.out) / f"{name}.jsonl", lines)
     measured = [row["wer"] for row in kept if row["wer"] is not None]
     summary = {"rows": {name: len(content) for name, content in files.items()},
-               "answered": sum(row["response"] is not None for row in kept),
                "hours": round(sum(row["seconds"] for row in kept) / 3600, 3),
                "mean_wer": round(float(np.mean(measured)), 4) if measured else None,
                "wer_measured_on": len(measured), "dropped": reasons}
@@ -539,8 +525,6 @@ def write_results(args, rows, drops, clips):
     print(json.dumps(summary, indent=1))
     return 1 if reasons["no speech"] else 0
 
-
-# ---- main ----
 
 def load_teacher(args, dtype):
     llm, tokenizer = m.load_llm(args.teacher, getattr(torch, dtype))
@@ -591,7 +575,11 @@ def main(args):
     bad = []
     raw = read_rows(args.input, args.limit, bad) if args.input else []
     said = m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
-    raw = hub_rows(args.hub_dataset, args.limit) if args.hub_dataset else raw
+    if args.hub_dataset:
+        from datasets import load_dataset
+        stream = load_dataset(args.hub_dataset, split="train", streaming=True)
+        stream = enumerate(stream.take(args.limit) if args.limit else stream)
+        raw = [to_row(found, f"{args.hub_dataset}:{i}") for i, found in tqdm(stream, "hub rows")]
     teacher = functools.cache(functools.partial(load_teacher, args))
     settled = [begin(args, raw, teacher) if rank == 0 else None]
     if world > 1:
@@ -619,8 +607,9 @@ def main(args):
     share = 1.0 if args.max_wer else args.wer_sample
     checked = [clip for clip in clips if "audio" in clip
                and random.Random(f"wer {args.seed} {clip['id']}").random() < share]
-    whisper = functools.cache(lambda: m.load_whisper(args.asr, getattr(torch, dtype)).to(args.device))
-    heard = staged(args, "heard", checked, 32, lambda batch: listen(args, whisper(), batch))
+    whisper = functools.cache(lambda: m.load_whisper(args.asr, getattr(torch, dtype)))
+    heard = staged(args, "heard", checked, 32,
+                   lambda batch: listen(args, whisper().to(args.device), batch))
     clips = [{**clip, **heard.get(clip["id"], {})} for clip in clips]
 
     failed = rank == 0 and write_results(args, rows, drops, clips)
@@ -636,7 +625,8 @@ if __name__ == "__main__":
         sys.exit(main(get_args()))
     except ModuleNotFoundError as error:
         package = {"piper": "piper-tts"}.get(error.name, error.name.replace("_", "-"))
-        print(f"synth_speech.py: needs the package {package}: pip install", package, file=sys.stderr)
+        said = f"synth_speech.py: this needs the package {package}: pip install {package}"
+        print(said, file=sys.stderr)
     except (ValueError, RuntimeError, OSError) as error:
         print("synth_speech.py:", *str(error).split(), file=sys.stderr)
     sys.exit(2)
