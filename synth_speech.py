@@ -208,34 +208,44 @@ def choose(rows, args):
     return kept, drops
 
 
-def staged(args, name, rows, size, work):
-    """Do work(batch of rows) -> records in all processes -> {id: record} of them all. They stay in
-    OUT/.stages/NAME.RANK.jsonl, append-only, so that the work goes on where it was stopped."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder = Path(args.out) / ".stages"
-    own = folder / f"{name}.{rank}.jsonl"
-    if own.exists():  # a half-written last line is cut off
-        os.truncate(own, own.read_bytes().rfind(b"\n") + 1)
+class Stage:
+    """OUT/.stages/NAME.RANK.jsonl, append-only, one a process. `done` holds what any process wrote
+    so far; a half-written last line is cut off."""
 
-    def load():
-        if world > 1:
-            dist.barrier()
-        done = {}
-        for path in sorted(folder.glob(f"{name}.*.jsonl")):
+    def __init__(self, out, name, rank):
+        self.name, self.done, self.folder = name, {}, Path(out) / ".stages"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.own = self.folder / f"{name}.{rank}.jsonl"
+        if self.own.exists():
+            os.truncate(self.own, self.own.read_bytes().rfind(b"\n") + 1)
+
+    def load(self):
+        for path in sorted(self.folder.glob(f"{self.name}.*.jsonl")):
             records = map(json.loads, path.read_text().split("\n")[:-1])
-            done |= {record["id"]: record for record in records}
-        return done
+            self.done |= {record["id"]: record for record in records}
+        return self.done
 
-    done = load()
-    # texts of like length together; a run that is started again cuts the same batches
-    rows = sorted(rows, key=lambda row: (len(row.get("prompt", "")), row["id"]))
+    def add(self, records):
+        with open(self.own, "a") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+
+
+def staged(args, name, rows, size, work):
+    """work(batch of rows) -> records, shared by all processes -> {id: record} of all of them.
+    What is done already stays; a run that is started again cuts the same batches."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    stage = Stage(args.out, name, rank)
+    if world > 1:
+        dist.barrier()
+    done = stage.load().copy()
+    rows = sorted(rows, key=lambda row: (len(row.get("prompt", "")), row["id"]))  # like lengths
     batches = [rows[i:i + size] for i in range(0, len(rows), size)][rank::world]
     todo = [batch for batch in batches if not done.keys() >= {row["id"] for row in batch}]
-    for batch in tqdm(todo, name, unit="batch", disable=rank > 0):
-        records = [record for record in work(batch) if record["id"] not in done]
-        with open(own, "a") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
-    return load()
+    for batch in tqdm(todo, name, unit="batch", disable=rank > 0 or not todo):
+        stage.add([record for record in work(batch) if record["id"] not in done])
+    if world > 1:
+        dist.barrier()
+    return stage.load()
 
 
 # ---- prompts and answers by the teacher ----
@@ -255,19 +265,18 @@ def sample_prompts(teacher, tokenizer, seed, chunk):
     generator = torch.Generator(teacher.device).manual_seed(1_000_003 * seed + chunk)
     outputs = m.generate(teacher, [start] * SAMPLE_CHUNK, max_new_tokens=32, eos_ids=[end],
                          temperature=1.0, generator=generator)
-    return [{"id": f"sampled-{chunk:04d}-{i:03d}", "prompt": tokenizer.decode(ids[:-1])}
+    rows = [{"id": f"sampled-{chunk:04d}-{i:03d}", "prompt": tokenizer.decode(ids[:-1])}
             for i, ids in enumerate(outputs) if ids[-1] == end and len(ids) > 1]
+    return {"id": chunk, "rows": rows}
 
 
 def enough_prompts(args, teacher):
     """As many usable prompts of the teacher as were asked for -> what `choose` gives."""
-    def sample(batch):
-        return [{**row, "rows": sample_prompts(*teacher(), args.seed, row["id"])} for row in batch]
-
     sampled, world = [], int(os.environ.get("WORLD_SIZE", 1))
     for first in range(0, 40 + args.sample_prompts // 6, world):
         todo = [{"id": first + i} for i in range(world)]
-        chunks = staged(args, "prompts", todo, 1, sample)
+        chunks = staged(args, "prompts", todo, 1, lambda batch: [
+            sample_prompts(*teacher(), args.seed, batch[0]["id"])])
         for row in todo:
             sampled += chunks[row["id"]]["rows"]
         rows, drops = choose(sampled, args)
@@ -462,9 +471,9 @@ def preview(rows):
     """A page to listen to some rows; every text is escaped."""
     page = "<!doctype html><meta charset=utf-8><title>Rows to listen to</title>\n"
     for row in rows:
-        cell = {key: html.escape(str(value), quote=True) for key, value in row.items()}
-        page += ("<p><audio controls preload=none src='{audio}'></audio> {voice}, word error rate "
-                 "{wer}<br><b>{prompt}</b><br>{response}\n").format(**cell)
+        cell = {key: html.escape(str(value)) for key, value in row.items()}
+        page += ("<p><audio controls src='{audio}'></audio> {voice}, word error rate {wer}"
+                 "<br><b>{prompt}</b><br>{response}\n").format(**cell)
     return page
 
 
