@@ -48,7 +48,7 @@ VOICES = {"espeak": "en-us en-us+m1 en-us+m3 en-us+m6 en-us+m7 en-us+m8 en-us+f1
                     "en-gb-x-rp+m3 en-gb-x-rp+f5".split(),
           "piper": ["en_US-joe-medium"], "hf": ["default"], "command": ["default"]}
 # speed 0 (slowest) to 1 (fastest) in the engines' units; Whisper-base hears all of it well
-ESPEAK_WPM, PIPER_LENGTH = (110, 180), (1.4, 0.75)  # words a minute; factor on the length of sounds
+ESPEAK_WPM, PIPER_LENGTH = (110, 180), (1.6, 0.7)  # words a minute; factor on the length of sounds
 SLOW, FAST, ESPEAK_PITCH = (0, 0.25), (0.75, 1), (35, 65)  # speeds of two takes; pitch of 0-99
 BACKGROUNDS, SNR_DB = ["rain", "hum", "beeps"], (10, 20)  # voice over background
 TAKE2 = "-take2"    # ends the id of a prompt's second clip
@@ -421,8 +421,8 @@ def noise(background, num_samples, rng):
     """-> (S,) of power 1, at 16 kHz."""
     draw = np.random.default_rng(rng.getrandbits(64))
     seconds, pitch_hz = np.arange(num_samples) / m.SAMPLE_RATE, draw.uniform(80, 120)
-    if background == "rain":  # white noise, its highs softened
-        sound = np.convolve(draw.standard_normal(num_samples + 2), np.ones(3), "valid")
+    if background == "rain":  # white noise without its highs, which would hide consonants
+        sound = np.convolve(draw.standard_normal(num_samples + 23), np.ones(24), "valid")
     elif background == "hum":  # of a motor: a low tone and its harmonics
         sound = sum(np.sin(2 * np.pi * pitch_hz * k * seconds) / k for k in range(1, 9))
     else:  # two beeps a second
