@@ -50,7 +50,7 @@ VOICES = {"espeak": "en-us en-us+m1 en-us+m3 en-us+m6 en-us+m7 en-us+m8 en-us+f1
 # speed 0 (slowest) to 1 (fastest) in the engines' units; Whisper-base hears all of it well
 ESPEAK_WPM, PIPER_LENGTH = (110, 180), (1.6, 0.7)  # words a minute; factor on the length of sounds
 SLOW, FAST, ESPEAK_PITCH = (0, 0.25), (0.75, 1), (35, 65)  # speeds of two takes; pitch of 0-99
-BACKGROUNDS, SNR_DB = ["rain", "hum", "beeps"], (10, 20)  # voice over background
+BACKGROUNDS, SNR_DB = ["rain", "hum", "beeps"], (12, 20)  # voice over background
 TAKE2 = "-take2"    # ends the id of a prompt's second clip
 SAMPLE_CHUNK = 256  # prompts that are sampled together
 QUESTIONS = {  # key of a clip -> what is asked about it, the answer to each value
