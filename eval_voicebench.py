@@ -5,7 +5,7 @@ VoiceBench by text and by speech: what a speech LLM forgot, and what it loses wh
   torchrun --nproc_per_node=8 eval_voicebench.py --student STUDENT --teacher LLM --out out/run
   python eval_voicebench.py --score-only out/voicebench/*.jsonl --out out/scores
 
-Reads   hlt-lab/voicebench from the hub, or a folder of SUBSET-SPLIT.jsonl, `audio` being a path
+Reads   a folder of SUBSET-SPLIT.jsonl, `audio` being a path; tools/from_hub.py copies the hub's
 Writes  OUT/MODEL-SUBSET-SPLIT-MODALITY.jsonl (the columns, response), OUT/report.md, .json
 Stop it at any moment; the same command goes on, and ends with the same bytes.
 """
@@ -38,7 +38,6 @@ import model as m
 import synth_speech
 import train_kd
 
-HUB = "hlt-lab/voicebench"
 SUBSETS = {  # subset: kind of score, rows on the hub
     "alpacaeval": ("open", 199), "alpacaeval_full": ("open", 636), "commoneval": ("open", 200),
     "wildvoice": ("open", 1000), "sd-qa": ("qa", 553), "mmsu": ("mcq", 3074),
@@ -48,8 +47,6 @@ COLUMNS = {"qa": ["reference"], "mcq": ["reference"], "bbh": ["id", "reference"]
            "ifeval": ["instruction_id_list", "kwargs"]}  # beside prompt
 TRUTH = {"mcq": {letter.lower(): letter for letter in "ABCD"},  # what a reference stands for
          "bbh": {"yes": 1, "no": 0, "(a)": 0, "(b)": 1}}
-MMSU = ("law engineering other biology business economics health philosophy psychology history "
-        "chemistry physics").split()
 PARTS = {"ifeval": ["strict prompt", "strict instruction", "loose prompt", "loose instruction"],
          "qa": ["qa_match", "judge"]}
 NINE = [subset for subset in SUBSETS if subset != "alpacaeval"]
@@ -67,10 +64,10 @@ def get_args(argv=None):
     add("--student", help="as of train_kd.py")
     add("--teacher", default=m.DEFAULT_LLM, help="text LLM, folder or hub id; none = without")
     add("--trust-remote-code", action="store_true", help="run the code in the student's folder")
-    add("--data", default=HUB, help="folder, or the hub's data set, NAME or NAME@REVISION")
+    add("--data", default="data/voicebench", help="folder; tools/from_hub.py makes one of the "
+        "hub's data set, tools/make_voicebench.py of text questions")
     add("--region", default="usa", help="split of sd-qa; the leaderboard has usa")
-    add("--subsets", nargs="+", choices=list(SUBSETS), help="default: all of the folder; the "
-        "leaderboard's nine of the hub")
+    add("--subsets", nargs="+", choices=list(SUBSETS), help="default: all of the folder")
     add("--limit", type=m.number(int, 0), default=0, help="rows a subset, evenly spaced; 0 = all")
     add("--modality", nargs="+", choices=["text", "speech"], default=["text", "speech"],
         help="how the student is asked")
@@ -111,8 +108,8 @@ def read_rows(path, subset, *more):
         try:  # what cannot be scored is found before it is asked
             grade(subset, {**row, "response": "An answer."}, row.get("score", ["-"]))
         except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-            raise ValueError(f"{where}: {error}; expected {', '.join(needs)} as of {HUB}, and any "
-                             "score to be a list of texts") from error
+            raise ValueError(f"{where}: {error}; expected {', '.join(needs)} as the hub has them, "
+                             "and any score to be a list of texts") from error
         return row
 
     return m.json_lines(path, parse)
@@ -124,38 +121,11 @@ def spaced(rows, limit):
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-def fetch(args, rank):
-    """Copy what is asked of the hub's data set to a folder below OUT -> the folder."""
-    try:
-        from datasets import Audio, load_dataset
-    except ImportError as error:
-        raise RuntimeError(f"--data {HUB} needs the package datasets: pip install datasets; or give"
-                           " a folder") from error
-    revision = args.data.partition("@")[2] or None
-    folder = Path(args.out) / f".hub-{revision or 'main'}-{args.limit or 'all'}"
-    (folder / "audio").mkdir(parents=True, exist_ok=True)
-    for subset in args.subsets or NINE:
-        split, lines = {"mmsu": "+".join(MMSU), "sd-qa": args.region}.get(subset, "test"), ""
-        path = folder / f"{subset}-{'test' if subset == 'mmsu' else split}.jsonl"
-        while rank and not path.exists():
-            time.sleep(0.2)
-        if path.exists():
-            continue
-        table = load_dataset(HUB, subset, split=split, revision=revision)
-        table = table.cast_column("audio", Audio(decode=False))
-        for i in spaced(range(len(table)), args.limit):
-            row = table[i]
-            sound, row["audio"] = row["audio"]["bytes"], f"audio/{path.stem}-{i:05d}.wav"
-            (folder / row["audio"]).write_bytes(sound)
-            lines += json.dumps(row) + "\n"
-        m.write_atomically(path, lines)
-    return folder
-
-
 def read_data(args, folder):
     """-> {subset: [{"split", "columns", "text": what is asked, "speech"}]}, {file: its digest}."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; expected one of SUBSET-SPLIT.jsonl, or {HUB}")
+        raise ValueError(f"{folder}: no such folder; expected one of SUBSET-SPLIT.jsonl, as "
+                         "tools/from_hub.py and tools/make_voicebench.py write it")
     data, digests = {}, {}
     for subset in args.subsets or SUBSETS:
         rows, paths = [], sorted(folder.glob(f"{subset}-*.jsonl"))
@@ -786,7 +756,7 @@ def spread(draws, scale=1.0):
 
 def interval(values, seed=0):
     """Mean of N values and its 95% bootstrap interval -> (mean, low, high)."""
-    return tuple(spread(bootstrap([[[value, 1.0]] for value in values], seed)))
+    return tuple(spread(bootstrap([[[float(value), 1]] for value in values], seed)))
 
 
 def compare(draws, scale):
@@ -936,8 +906,7 @@ def main(args):
     out, files, origins, weights, sums = Path(args.out), args.score_only, {}, {}, "not measured"
     if not args.score_only:
         ranks = start_ranks(args.device)
-        folder = fetch(args, ranks[0]) if args.data.partition("@")[0] == HUB else Path(args.data)
-        data, origins = read_data(args, folder)
+        data, origins = read_data(args, Path(args.data))
         files, sums, weights = answer_data(args, data, ranks)
         if ranks[0]:
             return 0

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,6 +18,10 @@ import eval_voicebench as vb
 import losses
 import model as m
 from conftest import QUESTIONS, ROOT, sound
+
+sys.path.insert(0, str(ROOT / "tools"))
+import from_hub
+import score_parity
 
 FILES = {"alpacaeval_full-test": 3, "commoneval-test": 2, "wildvoice-test": 2, "sd-qa-usa": 3, "sd-qa-aus": 1,
          "mmsu-law": 2, "mmsu-physics": 4, "openbookqa-test": 5, "bbh-test": 4, "ifeval-test": 3, "advbench-test": 2}
@@ -347,33 +351,59 @@ def test_the_judge_is_asked_about_rows_without_replies(tmp_path, monkeypatch):
     assert b"secret-key" not in b"".join(results(tmp_path / "out").values())
 
 
+def test_the_official_evaluators_are_asked_beside_ours(tmp_path, monkeypatch, capsys):
+    def compare(*names):
+        for module in [name for name in sys.modules if name.split(".")[0] == "src"]:
+            monkeypatch.delitem(sys.modules, module)
+        score_parity.main(score_parity.get_args(["--official", str(tmp_path / "clone"), *map(str, tmp_path.glob("*.jsonl"))]))
+        return [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "clone" / "src").mkdir(parents=True)
+    answered(tmp_path, **ALL)
+    with pytest.raises(RuntimeError, match="--official .* cannot import src.evaluator"):
+        compare()
+    (tmp_path / "clone" / "src" / "evaluator.py").write_text(
+        "import random\nclass E:\n    def __init__(self, result): self.result = result\n"
+        "    def evaluate(self, data):\n        print('noise'); data[0].clear(); return self.result\n"
+        "evaluator_mapping = {k: (lambda r=r: E(r)) for k, r in {'open': {'gpt': 3.0}, 'qa': {'panda': 40, 'gpt': 60},"
+        " 'mcq': {'acc': 30, 'fail': 1}, 'bbh': {'acc': 20}, 'ifeval': {'final': 0.1}, 'harm': {'refusal_rate': 0.9}}.items()}")
+    lines = compare()
+    assert {line[2]: (float(line[-2]), float(line[-1])) for line in lines[:-1]} == {
+        "alpacaeval_full": (4, 3), "commoneval": (1, 3), "wildvoice": (2, 3), "sd-qa": (75, 50), "mmsu": (66.67, 30),
+        "openbookqa": (50, 30), "bbh": (25, 20), "ifeval": (25, 10), "advbench": (50, 90)}
+    assert lines[-1][2:] == ["nine-task", "mean", f"{(140 + 291.67) / 9:.2f}", f"{(180 + 230) / 9:.2f}"]
+    answered(tmp_path, commoneval=["So."])
+    assert ["not", "judged"] in [line[-2:] for line in compare()]
+
+
 # ---- input ----
 
-def test_the_hub_is_read_without_decoding_by_its_library(options, data, tmp_path, monkeypatch):
+def test_the_hub_is_copied_without_decoding_and_its_limit_is_evenly_spaced(data, tmp_path, monkeypatch):
     class Data(list):
         cast_column = lambda self, name, kind: self if (name, kind) == ("audio", "raw") else None
 
     def load_dataset(name, subset, split, revision):
         asked.append((name, subset, split, revision))
-        rows = []
-        for part in split.split("+") if subset == "mmsu" else [split]:
-            rows += read(data / ("mmsu-physics.jsonl" if subset == "mmsu" else f"{subset}-{part}.jsonl"))
+        rows = read(data / ("mmsu-physics.jsonl" if subset == "mmsu" else f"{subset}-{split}.jsonl"))
         return Data({**row, "audio": {"path": "x", "bytes": (data / row["audio"]).read_bytes()}} for row in rows)
 
     asked, module = [], ModuleType("datasets")
     module.load_dataset, module.Audio = load_dataset, lambda decode: "raw" if decode is False else None
     monkeypatch.setitem(sys.modules, "datasets", module)
-    more = ["--data", vb.HUB + "@r1", "--subsets", "sd-qa", "mmsu", "bbh", "--modality", "speech", "--teacher", "none", "--limit", 2]
-    assert run(options, tmp_path, *more) == 0 and run(options, tmp_path, *more) == 0  # the second finds all there
-    assert asked == [(vb.HUB, *rest, "r1") for rest in (("sd-qa", "usa"), ("mmsu", "+".join(vb.MMSU)), ("bbh", "test"))]
-    record, folder = report(tmp_path), tmp_path / ".hub-r1-2"
-    assert {name: entry["rows"] for name, entry in record["subsets"].items()} == {"sd-qa": 2, "mmsu": 2, "bbh": 2}
-    assert record["data"]["mmsu-test.jsonl"] == m.digest(folder / "mmsu-test.jsonl")
-    ids = [row["id"] for row in read(folder / "bbh-test.jsonl")]  # evenly spaced: bbh is sorted by task
-    assert ids == [question("bbh", 0)["id"], question("bbh", 2)["id"]] and len(list((folder / "audio").iterdir())) == 6
+    args = ["hlt-lab/voicebench@r1", "--out", str(tmp_path), "--subsets", "sd-qa", "mmsu", "bbh", "--limit", "2"]
+    for _ in range(2):  # the second finds all there
+        from_hub.main(from_hub.get_args(args))
+    assert asked == [("hlt-lab/voicebench", *rest, "r1") for rest in (
+        ("sd-qa", "usa"), ("mmsu", "+".join(from_hub.MMSU)), ("bbh", "test"))]
+    ids = [row["id"] for row in read(tmp_path / "bbh-test.jsonl")]  # bbh is sorted by task
+    assert ids == [question("bbh", 0)["id"], question("bbh", 2)["id"]] and len(list((tmp_path / "audio").iterdir())) == 6
+    read_back, digests = vb.read_data(vb.get_args(["--student", "x", "--out", str(tmp_path)]), tmp_path)
+    assert {name: len(rows) for name, rows in read_back.items()} == {"sd-qa": 2, "mmsu": 2, "bbh": 2}
+    assert digests["mmsu-test.jsonl"] == m.digest(tmp_path / "mmsu-test.jsonl")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(RuntimeError, match="pip install datasets"):
-        run(options, tmp_path, *more)
+        from_hub.main(from_hub.get_args([*args[:2], str(tmp_path / "new")]))
 
 
 def test_a_split_may_have_a_hyphen(options, data, tmp_path):
