@@ -446,12 +446,13 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBERS = {word: number for number, word in enumerate(UNITS)}
 NUMBERS |= {f"{ten} {unit}".strip(): 10 * tens + units for tens, ten in enumerate(TENS, 2)
             for units, unit in enumerate(["", *UNITS[1:10]])}
+PLAIN = str.maketrans({"ø": "o", "æ": "ae", "œ": "oe", "ł": "l", "đ": "d", "ð": "d", "þ": "th"})
 NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(sorted(NUMBERS, key=len, reverse=True))})\b")
 
 
 def normal_words(text):
     """Lower case without accents, punctuation and articles, numbers as digits: " 21 guns "."""
-    text = unicodedata.normalize("NFKD", text.casefold())
+    text = unicodedata.normalize("NFKD", text.casefold().translate(PLAIN))
     text = re.sub(r"(?<=\d),(?=\d{3})|['’]|(?<!\d)\.|\.(?!\d)|[\u0300-\u036f]", "", text)
     text = " ".join(re.findall(r"[^\W_]+(?:\.\d+)*", text))
     text = NUMBER_WORD.sub(lambda m: str(NUMBERS[m[0]]), text)
