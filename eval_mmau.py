@@ -5,21 +5,19 @@ Ask a speech LLM the questions of MMAU; score by the official rule, and after re
   python eval_mmau.py --score-only out/mmau/predictions.json --out out/again
 
 Reads   the official JSON, a list of {"id", "audio_id", "question", "choices", "answer", ...}; clips
-Writes  OUT/predictions.json, that list with "model_output", as the official evaluation.py reads it
-        and as the test split is submitted; OUT/report.json with every item's scores; OUT/report.md
+Writes  OUT/predictions.json, that list with "model_output", for the official evaluation.py or to
+        submit the test split; OUT/report.json with every item's scores; OUT/report.md
 """
 import argparse
 import collections
 import functools
 import json
 import re
-import signal
 import sys
 from pathlib import Path
 from string import ascii_uppercase
 
 import torch
-import transformers
 
 import eval_voicebench as vb
 import model as m
@@ -46,7 +44,6 @@ def get_args(argv=None):
     add("--device", type=m.device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the student")
-    add("--seed", type=m.number(int, 0, 2**32), default=0, help="of the intervals")
     return p.parse_args(argv)
 
 
@@ -54,26 +51,23 @@ def get_args(argv=None):
 
 def read_items(path):
     """JSON list -> items that can be asked; all or none of them have an answer. Else ValueError."""
-    ids = set()
-
     def parse(item, where):
         choices = item.get("choices")
         if not isinstance(choices, list) or not 2 <= len(choices) <= len(ascii_uppercase):
             raise ValueError(f"{where}: choices {choices!r}, expected a list of 2 to 26 texts")
         texts = [item.get("id"), item.get("question"), *choices]
-        texts += [item[k] for k in ("answer", "audio_id", "model_output") if item.get(k)]
+        m.check_texts(item, where, "answer", "audio_id", "model_output")
         if not all(isinstance(text, str) and text for text in texts):
             raise ValueError(f"{where}: id, question, choices or another text is empty or no text")
-        if item["id"] in ids:
-            raise ValueError(f"{where}: another item has its id, {item['id']}")
-        ids.add(item["id"])
         return item
 
     items = m.json_lines(path, parse)
+    counts = collections.Counter(item["id"] for item in items)
     answered = sum(bool(item.get("answer")) for item in items)
+    if len(counts) < len(items):
+        raise ValueError(f"{path}: more than one item has the id {counts.most_common(1)[0][0]}")
     if not items or 0 < answered < len(items):
-        raise ValueError(f"{path}: {answered} of {len(items)} items have answers, expected a list "
-                         "of objects, all or none of them with one")
+        raise ValueError(f"{path}: {answered} of {len(items)} items have answers, not all or none")
     return items
 
 
@@ -136,9 +130,7 @@ def read_start(text, choices, letters=True):
 
 def read_option(prediction, choices):
     """The option that an answer states by its words or its letter; else the prediction unchanged.
-
-    Words win: "D" is the option "D", if there is one. Statements that differ are not read.
-    """
+    Words win: "D" is the option "D", if there is one. Statements that differ are not read."""
     named = any(string_match(prediction, choice, choices) for choice in choices)
     tails = [] if named else [prediction[at.end():] for at in re.finditer(STATED, prediction, re.I)]
     stated = ({read_start(tail, choices) for tail in tails} - {None}
@@ -146,7 +138,7 @@ def read_option(prediction, choices):
     return stated.pop() if len(stated) == 1 else prediction
 
 
-def score(items, seed=0):
+def score(items):
     """Items with answers and model_output -> what is reported, intervals of the hits by group."""
     rows, groups = [], {}
     for item in items:
@@ -164,9 +156,8 @@ def score(items, seed=0):
                 groups.setdefault(f"{table}: {name}", []).append(hits)
     tables = {}
     for name in sorted(groups, key=lambda x: (TABLES.index(x.split(":")[0]), "hard" in x, x)):
-        raw, read = zip(*groups[name])
-        tables[name] = {"n": len(raw), "raw": vb.interval(raw, seed),
-                        "read": vb.interval(read, seed)}
+        raw, read = (vb.interval(column) for column in zip(*groups[name]))
+        tables[name] = {"n": len(groups[name]), "raw": raw, "read": read}
     return {"tables": tables, "items": rows, "unread": sum(not row["option"] for row in rows),
             "missing": sum(item.get("model_output") is None for item in items),
             "not_among_choices": sum(item["answer"] not in item["choices"] for item in items)}
@@ -174,11 +165,10 @@ def score(items, seed=0):
 
 def to_text(record):
     """Record of `score` -> Markdown."""
-    text = (f"{len(record['items'])} items are scored; {record['unread']} predictions name no "
-            f"option; {record['missing']} are missing, which is wrong (officially left out); "
-            f"{record['not_among_choices']} right answers are not among the choices\n\n"
-            "% right [95%]; raw: the official string match; read: also after reading letters\n\n"
-            "| | N | raw | read |\n|---|---:|---:|---:|\n")
+    text = ("{unread} answers name no option; {missing} are missing (wrong here, officially left out)"
+            "; {not_among_choices} right answers are not among the choices\n\n% right [95%]; raw: the "
+            "official string match; read: also after reading letters\n\n").format(**record)
+    text += "| | N | raw | read |\n|---|---:|---:|---:|\n"
     for name, row in record["tables"].items():
         text += "| {} | {} | {:.2f} [{:.1f}, {:.1f}] | {:.2f} [{:.1f}, {:.1f}] |\n".format(
             name, row["n"], *(100 * x for x in (*row["raw"], *row["read"])))
@@ -186,9 +176,6 @@ def to_text(record):
 
 
 def main(args):
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, m.stop_now)
     ranks, out, data = vb.start_ranks(args.device), Path(args.out), args.score_only or args.data
     items, record = read_items(data)[:args.limit or None], vb.provenance(args)
     if args.score_only and not any("model_output" in item for item in items):
@@ -206,7 +193,7 @@ def main(args):
         return 0
     text = f"no right answers, no scores: the submission file is {out / 'predictions.json'}\n"
     if items[0].get("answer"):
-        record |= score(items, args.seed)
+        record |= score(items)
         text = to_text(record)
     out.mkdir(parents=True, exist_ok=True)
     vb.write_json(out / "predictions.json", items)

@@ -98,16 +98,20 @@ def get_args(argv=None):
 
 def read_rows(path, subset, *more):
     """JSON lines -> rows that can be scored; ValueError names the line."""
-    needs = ["prompt", *COLUMNS.get(SUBSETS[subset][0], []), *more]
+    kind = SUBSETS[subset][0]
+    needs, texts = ["prompt", *COLUMNS.get(kind, []), *more], COLUMNS[kind] if kind in TRUTH else []
 
     def parse(row, where):
         missing = [column for column in needs if row.get(column) is None]
         if missing:
             raise ValueError(f"{where}: no {', '.join(missing)}; {subset} needs {', '.join(needs)}")
-        m.check_texts(row, where, "prompt", "response", "audio")
+        m.check_texts(row, where, "prompt", "response", "audio", *texts)
+        replies = row.get("score", ["-"])
+        if not isinstance(replies, list) or not replies:
+            raise ValueError(f"{where}: score is {str(replies)[:60]!r}, expected a list of texts")
         try:  # what cannot be scored is found before it is asked
-            grade(subset, {**row, "response": "An answer."}, row.get("score", ["-"]))
-        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+            grade(subset, {**row, "response": "An answer."}, replies)
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}: {error}; expected {', '.join(needs)} as the hub has them, "
                              "and any score to be a list of texts") from error
         return row
@@ -159,6 +163,9 @@ def write_json(path, record):
 
 def start_ranks(device):
     """(rank, world) of torchrun, else (0, 1); the ranks meet in the files of answer_all."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, m.stop_now)
     if "RANK" not in os.environ:
         return 0, 1
     if device == "cuda":
@@ -452,7 +459,7 @@ NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(sorted(NUMBERS, key=len, reverse=True
 
 def normal_words(text):
     """Lower case without accents, punctuation and articles, numbers as digits: " 21 guns "."""
-    text = unicodedata.normalize("NFKD", text.casefold().translate(PLAIN))
+    text = unicodedata.normalize("NFKD", text).casefold().translate(PLAIN)
     text = re.sub(r"(?<=\d),(?=\d{3})|['’]|(?<!\d)\.|\.(?!\d)|[\u0300-\u036f]", "", text)
     text = " ".join(re.findall(r"[^\W_]+(?:\.\d+)*", text))
     text = NUMBER_WORD.sub(lambda m: str(NUMBERS[m[0]]), text)
@@ -681,10 +688,7 @@ def ask_judge(url, body, key):
 
 def add_replies(args, rows):
     """Ask the judge; its replies become "score" of the rows, as in files of the official script.
-
-    OUT/.stages keeps them: none is asked for twice. Raises RuntimeError if the judge refuses (HTTP
-    3xx, 4xx) or fails JUDGE_ATTEMPTS times with a row.
-    """
+    OUT/.stages keeps them: none is asked for twice. RuntimeError if it refuses, or fails often."""
     key = os.environ.get("JUDGE_API_KEY", "").strip()
     if not re.fullmatch(r"[!-~]*", key):
         raise ValueError("JUDGE_API_KEY has blanks or letters that no key has")
@@ -857,18 +861,16 @@ def score_means(subsets, draws):
 
 def remarks(args, subsets, means):
     """What to know about the scores, and why the leaderboard would not show the same."""
-    judged = [s for s in subsets if SUBSETS[s][0] in ("open", "qa")]
+    judged = {s: entry for s, entry in subsets.items() if SUBSETS[s][0] in ("open", "qa")}
     judge = args.judge_model or "whoever wrote the score of the files"
-    lists = {f"judged by {judge}": [s for s in judged if subsets[s]["counts"]],
-             "not judged (--judge), in no mean": [s for s in judged if not subsets[s]["counts"]]}
-    lists["other rows than the hub's"] = [
-        s for s in subsets if subsets[s]["rows"] != SUBSETS[s][1]]
+    other = [s for s in subsets if subsets[s]["rows"] != SUBSETS[s][1]]
+    lists = {"other rows than the hub's": other,
+             f"judged by {judge}": [s for s in judged if judged[s]["counts"]],
+             "not judged (--judge), in no mean": [s for s in judged if not judged[s]["counts"]]}
     lists |= {f"{name} lacks": mean["missing"] for name, mean in means.items()}
-    yield "an answer that cannot be read is wrong; officially a letter is drawn for it"
-    yield "sd-qa: mean of the judge's votes and qa_match (alone if not judged), not PEDANT"
-    for what, names in lists.items():
-        if names:
-            yield f"{what}: {', '.join(names)}"
+    return ["an answer that cannot be read is wrong; officially a letter is drawn for it",
+            "sd-qa: mean of the judge's votes and qa_match (alone if not judged), not PEDANT",
+            *(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)]
 
 
 def to_text(report):
@@ -901,22 +903,19 @@ def to_text(report):
 # ---- main: read it as prose ----
 
 def main(args):
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, m.stop_now)
+    ranks = start_ranks(args.device)
     out, files, origins, weights, sums = Path(args.out), args.score_only, {}, {}, "not measured"
     if not args.score_only:
-        ranks = start_ranks(args.device)
         data, origins = read_data(args, Path(args.data))
         files, sums, weights = answer_data(args, data, ranks)
         if ranks[0]:
             return 0
     answers = read_answers(files)
     out.mkdir(parents=True, exist_ok=True)
-    judged = [rows for subsets in answers.values() for subset, rows in subsets.items()
-              if SUBSETS[subset][0] in ("open", "qa")]
-    if args.judge:
-        add_replies(args, [row for rows in judged for row in rows if "score" not in row])
+    for subset in SUBSETS if args.judge else ():
+        rows = [row for answered in answers.values() for row in answered.get(subset, ())]
+        if SUBSETS[subset][0] in ("open", "qa"):
+            add_replies(args, [row for row in rows if "score" not in row])
     subsets, draws, measured = {}, {}, {} if isinstance(sums, str) else sums
     for subset in SUBSETS:
         rows = {system: answered[subset] for system, answered in answers.items()
@@ -926,7 +925,7 @@ def main(args):
                                                           args.seed)
     means = score_means(subsets, draws)
     report = {"systems": list(answers), "subsets": subsets, "means": means,
-              "remarks": list(remarks(args, subsets, means)),
+              "remarks": remarks(args, subsets, means),
               "divergence": f"up to {ANSWER_TOKENS} tokens" if measured else sums,
               "decoding": "greedy", "prompt": "the question alone, after --system",
               "weights": weights, "data": origins, **provenance(args)}

@@ -14,8 +14,9 @@ Reads   one JSON object a line: a response and what the other scorer made of it.
         Rows without a response (votes of a judge) are passed over.
         --official: row files of eval_voicebench.py, and a clone of MatthewCYM/VoiceBench with its
         requirements; open subsets and sd-qa need the judge's replies in the rows ("score").
-Prints  --official: our score beside the official one, 0 to 100 (open: 1 to 5). Else per evaluator the rows and decisions that the other scorer reads and how many agree, then
-        each disagreement, then what becomes of the answers that the other scorer draws.
+Prints  per evaluator the rows and decisions that the other scorer reads and how many agree, then
+        each disagreement, then what becomes of the answers that the other scorer draws;
+        --official: our score beside the official one, 0 to 100 (open subsets: 1 to 5)
 """
 import argparse
 import collections
