@@ -165,10 +165,10 @@ def score(items):
 
 def to_text(record):
     """Record of `score` -> Markdown."""
-    text = ("{unread} answers name no option; {missing} are missing (wrong here, officially left out)"
-            "; {not_among_choices} right answers are not among the choices\n\n% right [95%]; raw: the "
-            "official string match; read: also after reading letters\n\n").format(**record)
-    text += "| | N | raw | read |\n|---|---:|---:|---:|\n"
+    text = ("{unread} answers name no option; {missing} are missing (wrong; officially left out); "
+            "{not_among_choices} right answers are not among the choices\n\n% right [95%]; raw: "
+            "the official string match; read: also after reading letters\n\n"
+            "| | N | raw | read |\n|---|---:|---:|---:|\n").format(**record)
     for name, row in record["tables"].items():
         text += "| {} | {} | {:.2f} [{:.1f}, {:.1f}] | {:.2f} [{:.1f}, {:.1f}] |\n".format(
             name, row["n"], *(100 * x for x in (*row["raw"], *row["read"])))
@@ -191,10 +191,9 @@ def main(args):
         items = [{**item, "model_output": answer} for item, answer in zip(items, answers)]
     if ranks[0]:
         return 0
-    text = f"no right answers, no scores: the submission file is {out / 'predictions.json'}\n"
-    if items[0].get("answer"):
-        record |= score(items)
-        text = to_text(record)
+    record |= score(items) if items[0].get("answer") else {}
+    text = to_text(record) if "tables" in record else (
+        f"no right answers, no scores: the submission file is {out / 'predictions.json'}\n")
     out.mkdir(parents=True, exist_ok=True)
     vb.write_json(out / "predictions.json", items)
     vb.write_json(out / "report.json", {**record, "prompt": PROMPT + args.prompt_suffix})

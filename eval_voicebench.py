@@ -918,8 +918,7 @@ def main(args):
             add_replies(args, [row for row in rows if "score" not in row])
     subsets, draws, measured = {}, {}, {} if isinstance(sums, str) else sums
     for subset in SUBSETS:
-        rows = {system: answered[subset] for system, answered in answers.items()
-                if subset in answered}
+        rows = {system: found[subset] for system, found in answers.items() if subset in found}
         if rows:
             subsets[subset], draws[subset] = score_subset(subset, rows, measured.get(subset),
                                                           args.seed)
@@ -930,7 +929,8 @@ def main(args):
               "decoding": "greedy", "prompt": "the question alone, after --system",
               "weights": weights, "data": origins, **provenance(args)}
     write_json(out / "report.json", report)
-    m.write_atomically(out / "report.md", text := to_text(report))
+    text = to_text(report)
+    m.write_atomically(out / "report.md", text)
     print(text)
     return 0
 
