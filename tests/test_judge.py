@@ -6,6 +6,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,9 +21,8 @@ BREAKDOWNS = [(500, {}, b"oops"), (503, {}, b"<html>"), "hang", "close", (502, {
               (200, {"Content-Length": "999"}, b'{"choices": [{"')]
 
 
-def replying(*replies):
-    choices = [{"message": {"content": reply}} for reply in replies]
-    return 200, {}, json.dumps({"choices": choices}).encode()
+def replying(reply):
+    return 200, {}, json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
 
 
 def row_of(body):
@@ -55,19 +55,27 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setattr(ev, "JUDGE_BACKOFF_S", 0.001)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.seen, server.lock, server.released = [], threading.Lock(), threading.Event()
-    server.url, server.cache = f"http://127.0.0.1:{server.server_port}/v1", tmp_path / "cache"
-    usual = {"url": server.url, "model": "a judge", "key": KEY, "timeout_s": 9}
-    server.judge = lambda rows, **options: ev.judge_all(rows, server.cache, **{**usual, **options})
+    server.url, server.cache = f"http://127.0.0.1:{server.server_port}/v1", tmp_path / ".stages/judge.0.jsonl"
+    monkeypatch.setenv("JUDGE_API_KEY", KEY)
+    monkeypatch.setattr(ev, "JUDGE_TIMEOUT_S", 9)
+
+    def judge(rows, **options):
+        usual = dict(judge=server.url, judge_model="a judge", judge_samples=1, judge_max_tokens=1024, out=tmp_path)
+        rows = [dict(row) for row in rows]
+        ev.add_replies(SimpleNamespace(**{**usual, **options}), rows)
+        return [row["score"] for row in rows]
+
+    server.judge = judge
     server.handle_error = lambda *_: None  # who asked may be gone
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.released.set()
     server.shutdown()
     server.server_close()
-    assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*"))
+    assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file())
 
 
-def test_rows_get_their_replies_whatever_goes_wrong_and_a_restart_asks_nothing(server, capsys):
+def test_rows_get_their_replies_whatever_goes_wrong_and_a_restart_asks_nothing(server, monkeypatch, capsys):
     failures = dict(zip((row["prompt"] for row in OPEN + QA), BREAKDOWNS, strict=True))
     tries = collections.Counter()
 
@@ -76,47 +84,71 @@ def test_rows_get_their_replies_whatever_goes_wrong_and_a_restart_asks_nothing(s
         tries[row["prompt"]] += 1
         if tries[row["prompt"]] <= 2:
             return failures[row["prompt"]]
-        return replying(*[f"{row['response']} {KEY}"] * body["n"])  # a server that repeats the key
+        return replying(f"{row['response']} {KEY}")  # a server that repeats the key
 
     server.behave = behave
-    replies = server.judge(OPEN + QA, timeout_s=0.5)
-    assert replies == [[row["response"] + " ***"] * 3 for row in OPEN + QA]
+    monkeypatch.setattr(ev, "JUDGE_TIMEOUT_S", 0.5)
+    replies = server.judge(OPEN + QA)
+    assert replies == [[row["response"] + " ***"] for row in OPEN + QA]
     for body, path, authorization in server.seen:
         text, row = body["messages"][0]["content"], row_of(body)
         assert row["response"] in text and row.get("reference", "") in text
         assert ("yes or no" in text) == ("reference" in row)
-        assert (body["model"], body["temperature"], body["n"]) == ("a judge", 0.5, 3)
+        assert (body["model"], body["temperature"], body["max_tokens"]) == ("a judge", 0.5, 1024)
         assert (path, authorization) == ("/v1/chat/completions", f"Bearer {KEY}")
     cache = server.cache.read_bytes()
     assert server.judge((OPEN + QA)[::-1]) == replies[::-1] and len(server.seen) == 3 * 12
     assert server.cache.read_bytes() == cache and KEY not in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("refuses", [False, True])
-def test_a_server_without_n_is_asked_again(server, refuses):
-    no = 400, {}, b'{"error": "Only one completion choice is allowed"}'
-    server.behave = lambda k, body: no if refuses and body["n"] > 1 else replying("3")
-    for _ in range(2):
-        assert server.judge(OPEN[:2], concurrency=1) == [["3"] * 3] * 2
-        assert len(server.seen) == 6 + refuses
-
-
 def test_equal_rows_are_asked_once_and_only_for_what_is_missing(server):
-    server.behave = lambda k, body: replying("4", "4", "4")  # more than asked for, later
-    assert server.judge(OPEN[:1] * 3 + OPEN[1:2], samples=2) == [["4", "4"]] * 4
-    assert server.judge(OPEN[:1]) == [["4"] * 3] and server.judge(OPEN[:1], samples=1) == [["4"]]
-    for change in ({"temperature": 0}, {"model": "b"}, {"rows": [{**OPEN[0], "response": "No"}]}):
-        server.judge(**{"rows": OPEN[:1], "samples": 1, **change})
-    assert [body["n"] for body, *_ in server.seen] == [2, 2, 1, 1, 1, 1]
+    server.behave = lambda k, body: replying(str(k))
+    first = server.judge(OPEN[:1] * 3 + OPEN[1:2], judge_samples=2)
+    assert first[0] == first[1] == first[2] and len(server.seen) == 4
+    assert server.judge(OPEN[:1], judge_samples=3)[0][:2] == first[0] and server.judge(OPEN[:1]) == [first[0][:1]]
+    for change in ({"judge_model": "b"}, {"rows": [{**OPEN[0], "response": "No"}]}):
+        server.judge(**{"rows": OPEN[:1], **change})
+    assert len(server.seen) == 4 + 1 + 2
+    server.judge([{**OPEN[0], "response": "<think>so</think>" + OPEN[0]["response"]}])  # it reads no thoughts
+    assert len(server.seen) == 4 + 1 + 2
 
 
 def test_nonsense_is_kept_and_counted(server):
-    server.behave = lambda k, body: replying("4", None, "I like turtles")
-    replies = server.judge(OPEN[:1]) + server.judge(QA[:1])
-    assert replies == [["4", "", "I like turtles"]] * 2 and len(server.seen) == 2
-    assert ev.judged_score(replies[0]) == (4.0, 2) and ev.judged_score(["?"]) == (None, 1)
+    server.behave = lambda k, body: replying(["4", "I like turtles"][k % 2])
+    replies = server.judge(OPEN[:1], judge_samples=2)[0]
+    assert sorted(replies) == ["4", "I like turtles"] == sorted(server.judge(OPEN[:1], judge_samples=2)[0])
+    assert ev.judged_score(["4", "", "I like turtles"]) == (4.0, 2) and ev.judged_score(["?"]) == (None, 1)
     votes = {"yes yes no": 1.0, "no No. ?": 0.0, "yes no ?": 0.5, "?": None, "": None}
     assert {text: ev.judged_vote(text.split()) for text in votes} == votes
+
+
+@pytest.mark.parametrize("blank", [None, "", "<think>hm", []])
+def test_blank_replies_are_asked_again_and_kept_nowhere(server, blank):
+    server.behave = lambda k, body: replying(blank if k < 2 else "3")
+    assert server.judge(OPEN[:1]) == [["3"]] and len(server.seen) == 3
+    server.behave = lambda k, body: replying(blank)
+    with pytest.raises(RuntimeError, match="blank.*--judge-max-tokens"):
+        server.judge(OPEN[1:2])
+    assert len(server.cache.read_bytes().splitlines()) == 1
+    server.behave = lambda k, body: replying("2")
+    assert server.judge(OPEN[:2], judge_max_tokens=9000) == [["3"], ["2"]]
+
+
+def test_a_list_of_text_parts_is_read(server):
+    server.behave = lambda k, body: replying([{"type": "text", "text": "4"}, {"type": "other"}, {"type": "text", "text": "/5"}])
+    assert server.judge(OPEN[:1]) == [["4/5"]]
+
+
+def test_a_judge_that_knows_no_max_tokens_or_temperature_is_asked_without(server):
+    def behave(k, body):
+        for field in ("max_tokens", "temperature"):
+            if field in body:
+                return 400, {}, f'{{"error": "Unsupported: \'{field}\'"}}'.encode()
+        return replying("4")
+
+    server.behave = behave
+    assert server.judge(OPEN) == [["4"]] * 8
+    assert server.judge(OPEN) == [["4"]] * 8 and sum("max_tokens" not in body for body, *_ in server.seen) < 8 + 8
 
 
 def test_it_waits_as_long_as_the_server_says_else_longer_each_time(server, monkeypatch):
@@ -124,31 +156,34 @@ def test_it_waits_as_long_as_the_server_says_else_longer_each_time(server, monke
 
     class Event(threading.Event):
         def wait(self, timeout=None):
-            return super().wait() if timeout is None else waits.append(timeout)
+            return super().wait() if timeout is None else bool(waits.append(timeout))
 
     replies = [(429, {"Retry-After": "70"}, b""), *[(429, {"Retry-After": "Friday"}, b"")] * 4]
-    server.behave = lambda k, body: (replies + [replying("4", "4", "4")])[k]
+    server.behave = lambda k, body: (replies + [replying("4")])[k]
     monkeypatch.setattr(ev, "JUDGE_BACKOFF_S", 1)
     monkeypatch.setattr(ev.threading, "Event", Event)
-    assert server.judge(OPEN[:1]) == [["4"] * 3] and waits[0] == 70 and len(waits) == 5
-    assert all(2**i / 2 <= wait <= 2**i for i, wait in enumerate(waits[1:], 2))
+    assert server.judge(OPEN[:1]) == [["4"]] and waits[:2] == [0, 70] and len(waits) == 6
+    assert all(2**i / 2 <= wait <= 2**i for i, wait in enumerate(waits[2:], 2))
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
-def test_a_refusal_stops_at_once_in_one_line_without_the_key(server, status):
+def test_a_refusal_stops_at_once_in_one_line_without_the_key(server, status, monkeypatch):
+    monkeypatch.setattr(ev, "JUDGE_WORKERS", 1)
     server.behave = lambda k, body: (status, {}, f"bad\nrequest: {KEY} {KEY[:12]}".encode())
     with pytest.raises(RuntimeError, match=f"HTTP {status}.* 0 of 8 .*JUDGE_API_KEY") as caught:
-        server.judge(OPEN, concurrency=1)
+        server.judge(OPEN)
     assert len(server.seen) == 1 and KEY not in str(caught.value) and "\n" not in str(caught.value)
     assert status not in (401, 403) or KEY[:12] not in str(caught.value)
 
 
-def test_after_its_attempts_it_stops_and_the_same_call_goes_on(server):
-    server.behave = lambda k, body: replying("2", "2", "2") if k < 3 else "close"
+def test_after_its_attempts_it_stops_and_the_same_call_goes_on(server, monkeypatch):
+    monkeypatch.setattr(ev, "JUDGE_WORKERS", 1)
+    server.behave = lambda k, body: replying("2") if k < 3 else "close"
     with pytest.raises(RuntimeError, match="3 of 8 rows are judged, the same command goes on"):
-        server.judge(OPEN, concurrency=1, attempts=4)
-    server.behave = lambda k, body: replying("5", "5", "5")
-    assert server.judge(OPEN) == [["2"] * 3] * 3 + [["5"] * 3] * 5 and len(server.seen) == 12
+        server.judge(OPEN)
+    assert len(server.seen) == 3 + ev.JUDGE_ATTEMPTS
+    server.behave = lambda k, body: replying("5")
+    assert server.judge(OPEN) == [["2"]] * 3 + [["5"]] * 5
 
 
 def test_a_redirect_does_not_carry_the_key_away(server):
@@ -159,29 +194,30 @@ def test_a_redirect_does_not_carry_the_key_away(server):
 
 
 def test_killed_in_the_middle_it_asks_for_no_reply_that_it_has(server):
-    server.behave = lambda k, body: replying("3", "3", "3") if k < 5 else "hang"
-    code = "import json, sys, eval_voicebench as ev; ev.judge_all(**json.loads(sys.argv[1]))"
-    options = {"rows": OPEN, "cache_path": str(server.cache), "url": server.url, "model": "a judge"}
-    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(options)],
+    server.behave = lambda k, body: replying("3") if k < 5 else "hang"
+    code = ("import json, sys, types, eval_voicebench as ev; "
+            "ev.add_replies(types.SimpleNamespace(**json.loads(sys.argv[1])), json.loads(sys.argv[2]))")
+    options = {"judge": server.url, "judge_model": "a judge", "judge_samples": 1, "judge_max_tokens": 1024,
+               "out": str(server.cache.parent.parent)}
+    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(options), json.dumps(OPEN)],
                                cwd=Path(ev.__file__).parent, stderr=subprocess.DEVNULL)
-    server.cache.touch()
-    while process.poll() is None and server.cache.read_bytes().count(b"\n") < 5:
+    while process.poll() is None and not (server.cache.exists() and server.cache.read_bytes().count(b"\n") == 5):
         server.released.wait(0.01)
     process.kill()
     process.wait()
     lines, asked = server.cache.read_bytes().splitlines(keepends=True), len(server.seen)
     server.cache.write_bytes(b"".join(lines[:4]) + lines[4][:30])  # killed while writing
-    server.behave = lambda k, body: replying("3", "3", "3")
-    assert server.judge(OPEN) == [["3"] * 3] * 8 and len(server.seen) - asked == 8 - 4
+    server.behave = lambda k, body: replying("3")
+    assert server.judge(OPEN) == [["3"]] * 8 and len(server.seen) - asked == 8 - 4
     after = server.cache.read_bytes().splitlines(keepends=True)
-    assert after[:4] == lines[:4] and len({json.loads(line)["key"] for line in after}) == 8
+    assert after[:4] == lines[:4] and len({json.loads(line)["id"] for line in after}) == 8
 
 
-@pytest.mark.parametrize("option", [{"key": f"{KEY}\nX: 1"}, {"key": f"é{KEY}"}, {"url": "a/v1"},
-                                    {"url": f"http://me:{KEY}@host/v1"}])
-def test_what_cannot_work_is_refused_before_anything_is_asked(server, option):
-    with pytest.raises(ValueError, match="http://HOST/v1") as caught:
-        server.judge(OPEN, **option)
+@pytest.mark.parametrize("key", [f"{KEY}\nX: 1", f"é{KEY}"])
+def test_a_key_that_cannot_work_is_refused_before_anything_is_asked(server, monkeypatch, key):
+    monkeypatch.setenv("JUDGE_API_KEY", key)
+    with pytest.raises(ValueError, match="JUDGE_API_KEY") as caught:
+        server.judge(OPEN)
     assert KEY not in str(caught.value) and not server.seen
 
 

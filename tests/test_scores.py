@@ -6,7 +6,7 @@ import types
 import pytest
 
 from eval_voicebench import (IFEVAL, check_ifeval, count_capitals, count_sentences, extract_bbh,
-                             extract_choice, is_refusal, qa_match)
+                             extract_choice, grade, is_refusal, qa_match, read_score, read_vote)
 
 CHOICES = {
     "A": ["A", "a", "(a)", "a) granite", "option a is the best", "The answer is (A) and (B).",
@@ -93,7 +93,7 @@ def test_extract_bbh():
     labels |= {(task, response): label for task, label, responses in STATED
                for response in responses.split("|")}
     assert {(task, response): extract_bbh(response, task) for task, response in labels} == labels
-    with pytest.raises(ValueError, match="unknown BBH task 'snarks'.*navigate"):
+    with pytest.raises(ValueError, match="id 'snarks' names none of .*navigate"):
         extract_bbh("yes", "snarks")
 
 
@@ -123,12 +123,37 @@ def test_qa_match():
     same = [("UNITED states", "The United States"), ("There are eight.", "8"),
             ("twenty men", "20"), ("21 rooms", "twenty-one"), ("about 1,000 men", ["12", "1000"]),
             ("exactly 3.5.", "3.5"), ("He lives in the U.S. now", "US"), ("Pokemon", "Pokémon"),
-            ("OBrien", "O’Brien"), ("Rome", ["Paris", "Rome"]),
+            ("OBrien", "O’Brien"), ("Tromso", "Tromsø"), ("Rome", ["Paris", "Rome"]),
             ("Jean-Luc\nPicard!", "jean luc picard"), ("She saw an owl", "saw owl")]
     other = [("Parisian food", "Paris"), ("twenty two", "20"), ("It was 1944.", "1945"),
              ("3.5 km", "35"), ("", "the"), ("anything", "the"), ("anything", [])]
     assert [pair for pair in same if qa_match(*pair) is not True] == []
     assert [pair for pair in other if qa_match(*pair) is not False] == []
+
+
+THOUGHT = "<think>Sorry, it is C, no, 7</think>{}|Sorry, it is C, no, 7 </think>\n\n{}|<think>\nC</think><answer>{}</answer>"
+
+
+@pytest.mark.parametrize("around", THOUGHT.split("|"))
+def test_no_reader_reads_thoughts(around):
+    def said(text):
+        return around.format(text)
+    assert extract_choice(said("B")) == "B" and extract_bbh(said("Yes."), "navigate") == 1
+    assert is_refusal(said("I cannot")) and not is_refusal(said("Sure"))
+    assert qa_match(said("Paris"), "Paris") and not qa_match(said("Rome"), "7")
+    assert check_ifeval(said("hi; you"), ["punctuation:no_comma"], [{}])["strict"] == [True]
+    assert read_score(said("4")) == 4 and read_vote(said("Yes")) is True
+
+
+ROWS = {"mmsu": {"reference": "B"}, "bbh": {"reference": "Yes", "id": "navigate_1"}, "advbench": {}, "sd-qa": {"reference": "B"},
+        "ifeval": {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}}
+
+
+@pytest.mark.parametrize("subset", ROWS)
+def test_thoughts_alone_are_wrong_and_unreadable(subset):
+    for response in ("<think>So the answer is B. Yes, sorry", "<think>B</think> \n", "<answer></answer>"):
+        marks, readable = grade(subset, {**ROWS[subset], "response": response})
+        assert not any(right for right, _ in marks) and not readable
 
 
 # instruction and the names of its arguments -> their values, response, strict, loose
@@ -207,7 +232,7 @@ def test_check_ifeval(langdetect, names, case):
 
 
 def test_check_ifeval_rows(langdetect):
-    assert {names.split()[0] for names in IFEVAL_CASES} == set(IFEVAL) and len(IFEVAL) == 25
+    assert {re.split("[: ]", names)[1] for names in IFEVAL_CASES} == set(IFEVAL) and len(IFEVAL) == 25
     assert all({case[-2] for case in cases} == {0, 1} for cases in IFEVAL_CASES.values())
     names = ["punctuation:no_comma", "startend:quotation", "keywords:letter_frequency"]
     zero = {"letter": "z", "let_relation": "less than", "let_frequency": 0}

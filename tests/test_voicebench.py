@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,6 +18,10 @@ import eval_voicebench as vb
 import losses
 import model as m
 from conftest import QUESTIONS, ROOT, sound
+
+sys.path.insert(0, str(ROOT / "tools"))
+import from_hub
+import score_parity
 
 FILES = {"alpacaeval_full-test": 3, "commoneval-test": 2, "wildvoice-test": 2, "sd-qa-usa": 3, "sd-qa-aus": 1,
          "mmsu-law": 2, "mmsu-physics": 4, "openbookqa-test": 5, "bbh-test": 4, "ifeval-test": 3, "advbench-test": 2}
@@ -106,7 +110,7 @@ def test_the_row_files_have_the_columns_of_the_data_and_the_response_in_its_orde
     names = [name for name in FILES if name != "sd-qa-aus"]  # another region
     systems = "teacher-llm {}-text", "student-my_student {}-text", "student-my_student {}-speech"
     files = {s.format(name).replace(" ", "-") + ".jsonl": name for s in systems for name in names}
-    assert set(results(reference)) == {*files, "report.json", "report.md", "report.png"}
+    assert set(results(reference)) == {*files, "report.json", "report.md"}
     texts = set()
     for file, name in files.items():
         rows = read(reference / file)
@@ -135,20 +139,17 @@ def test_f_and_m_are_those_of_a_direct_computation(reference, options, data):
     student, (llm, tokenizer) = vb.load(args, "student"), vb.load(args, "teacher")
     sums = {"F": 0, "M": 0, "F8": 0, "M8": 0, "": 0, "8": 0}
     for row, answer in zip(read(data / "bbh-test.jsonl"), read(reference / "teacher-llm-bbh-test-text.jsonl")):
-        ids = vb.synth_speech.answer(llm, tokenizer, [row], 12)[0]
-        assert ids["response"] == answer["response"]
-        text = answer["response"] + ("<|im_end|>" if ids["finish"] == "stop" else "")
+        said = vb.synth_speech.answer(llm, tokenizer, [row], 12)[0]
+        assert said["response"] == answer["response"]
+        text = answer["response"] + ("<|im_end|>" if said["finish"] == "stop" else "")
         ids = tokenizer(text, add_special_tokens=False).input_ids
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}], add_generation_prompt=True,
                                                return_dict=False)
         with torch.no_grad():
             logits = llm(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1]
-        chat = {"prompt": row["prompt"]}, {"audio": str(data / row["audio"])}
-        head = student.llm.get_output_embeddings().weight
-        before, after, sounds = zip(*(student.prompt(x) for x in chat))
-        with torch.no_grad():
-            by_text, by_speech = [student([b], [a], [ids], **({} if s is None else {"clips": [0], "mels": [student.mel(s)]}))[0]
-                                  @ head.T for b, a, s in zip(before, after, sounds)]
+            head = student.llm.get_output_embeddings().weight
+            chats = {"prompt": row["prompt"], "audio": None}, {"audio": str(data / row["audio"])}
+            by_text, by_speech = [student([student.prompt(chat)], [ids]) @ head.T for chat in chats]
         for suffix, part in (("", slice(None)), ("8", slice(8))):
             sums[suffix] += len(ids[part])
             for key, p, q in (("F", logits, by_text), ("M", by_text, by_speech)):
@@ -197,7 +198,7 @@ def test_cut_anywhere_and_resumed_gives_the_same_bytes(reference, options, tmp_p
 def test_killed_and_started_again_gives_the_same_bytes(reference, options, tmp_path):
     command = [sys.executable, vb.__file__, *options, "--out", str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=one_core)
-    while process.poll() is None and not list(tmp_path.glob(".stages/student*text.0.jsonl")):
+    while process.poll() is None and not list(tmp_path.glob(".stages/student*text.*.0.jsonl")):
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "report.json").exists()
@@ -210,20 +211,31 @@ def test_two_ranks_write_the_same_bytes_as_one(reference, options, tmp_path):
     subprocess.run([*torchrun, vb.__file__, *options, "--out", str(tmp_path)], check=True, timeout=300,
                    preexec_fn=one_core)
     assert results(tmp_path) == results(reference)
-    assert len(list(tmp_path.glob(".stages/divergence-*-bbh.?.jsonl"))) == 2
+    assert len(list(tmp_path.glob(".stages/divergence-*-bbh.*.?.jsonl"))) == 2
     assert run(options, tmp_path) == 0 and results(tmp_path) == results(reference)  # one rank reads both files
 
 
-def test_other_settings_are_refused(reference, options, tiny, tmp_path):
-    shutil.copytree(tiny.student_folder, tmp_path / "my student")  # other weights under the same name
-    before = results(reference)
-    for more in (["--max-new-tokens", 13], ["--student", tmp_path / "my student"], ["--system", "Hm"], ["--limit", 1]):
-        with pytest.raises(ValueError, match="begun with other settings"):
-            run(options, reference, *more)
-    assert results(reference) == before
+def test_other_settings_weights_or_clips_are_asked_anew(options, tiny, data, tmp_path):
+    """By content: another folder of the same weights and clips finds its answers, other bytes of the same length do not."""
+    asked, load = [], vb.load
+
+    def counting(args, role):
+        asked.append(role)
+        return load(args, role)
+
+    copy, out = shutil.copytree(data, tmp_path / "data"), tmp_path / "out"
+    more = ["--data", copy, "--subsets", "advbench", "--teacher", "none"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vb, "load", counting)
+        assert (run(options, out, *more), asked) == (0, ["student"])
+        assert (run(options, out, *more, "--data", data, "--seed", 1), asked) == (0, ["student"])  # nothing is asked
+        for changed in ["--max-new-tokens", 11], ["--system", "Hm"], ["--limit", 1], ["--student", tiny.student_folder]:
+            assert run(options, out, *more, *changed) == 0 and asked.pop(1) == "student" and len(asked) == 1
+        soundfile.write(copy / "advbench-test/0.flac", sound(soundfile.info(copy / "advbench-test/0.flac").duration, 99).numpy(), 16_000)
+        assert run(options, out, *more, "--modality", "speech") == 0 and asked == ["student"] * 2
 
 
-def test_sigterm_ends_after_the_running_batch(tmp_path):
+def test_sigterm_loses_no_batch_that_is_answered(tmp_path):
     rows = [{"prompt": "x" * (i % 4)} for i in range(10)]
 
     def ask(batch):
@@ -233,20 +245,21 @@ def test_sigterm_ends_after_the_running_batch(tmp_path):
             time.sleep(0.01)
         return [len(row["prompt"]) for row in batch]
 
-    asked, options = [], dict(settings={"model": 1}, batch_size=3)
+    asked, before = [], signal.signal(signal.SIGTERM, m.stop_now)
     with pytest.raises(SystemExit) as ended:
-        vb.answer_all(tmp_path, "a", rows, ask, **options)
+        vb.answer_all(tmp_path, "a", rows, ask, {"batch_size": 3})
+    signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 143 and asked == [3, 3]
-    assert vb.answer_all(tmp_path, "a", rows, ask, **options) == [i % 4 for i in range(10)] and asked == [3, 3, 3, 1]
+    assert vb.answer_all(tmp_path, "a", rows, ask, {"batch_size": 3}) == [i % 4 for i in range(10)] and asked == [3, 3, 3, 3, 1]
 
 
 # ---- numbers ----
 
 def test_intervals_are_paired():
     assert vb.interval([2.0] * 5) == (2.0, 2.0, 2.0)
-    value, draws = vb.bootstrap([[[0, 1]], [[1, 1]]])
+    value, *draws = vb.bootstrap([[[0, 1]], [[1, 1]]])
     assert value == 0.5 and vb.interval([0, 1]) == (0.5, 0.0, 1.0)
-    assert np.mean(draws == 0.5) == pytest.approx(0.5, abs=0.03)  # of two rows, each once: half of the draws
+    assert np.mean(np.array(draws) == 0.5) == pytest.approx(0.5, abs=0.03)  # of two rows, each once: half of the draws
     a, b = [1, 0, 1, 0], [0.75, -0.25, 0.75, -0.25]               # far apart from row to row, but not from each other
     pairs = {s: vb.bootstrap([[[x, 1]] for x in values], 3) for s, values in zip(vb.SYSTEMS, (a, b))}
     shown = vb.compare(pairs, 100)
@@ -322,69 +335,82 @@ def test_forgetting_and_gap_of_answer_files(tmp_path):
 
 
 def test_the_judge_is_asked_about_rows_without_replies(tmp_path, monkeypatch):
-    def judge_all(rows, cache_path, *, url, model, samples, key):
-        asked.extend(rows)
-        return [["yes" if "reference" in row else "5"] * samples for row in rows]
+    def ask_judge(url, body, key):
+        text = body["messages"][0]["content"]
+        asked.append(text.partition("assistant>" if "<assistant>" in text else "answer>")[2][:4])
+        return "yes" if "quiz" in text else "5", "", 200, 0
 
     asked = []
-    monkeypatch.setattr(vb, "judge_all", judge_all)
+    monkeypatch.setattr(vb, "ask_judge", ask_judge)
     monkeypatch.setenv("JUDGE_API_KEY", "secret-key")
     answered(tmp_path, commoneval=["So.", ("So.", ["1"])], sd_qa_usa=["Rome"], openbookqa=["A"])
     record = scores(tmp_path, "--judge", "http://localhost:1/v1", "--judge-model", "j", "--judge-samples", 2)
-    assert [row["response"] for row in asked] == ["So.", "Rome"]
+    assert sorted(asked) == ["Rome"] * 2 + ["So.<"] * 2
     assert record["subsets"]["commoneval"]["student text"][0] == pytest.approx(11 / 3)  # of three replies: 5, 5, 1
     assert record["subsets"]["sd-qa"]["student text"][0] == 50
     assert b"secret-key" not in b"".join(results(tmp_path / "out").values())
 
 
-def test_the_official_evaluators_give_a_second_column(tmp_path, monkeypatch, capsys):
-    for module in [name for name in sys.modules if name.split(".")[0] == "src"]:
-        monkeypatch.delitem(sys.modules, module)
+def test_the_official_evaluators_are_asked_beside_ours(tmp_path, monkeypatch, capsys):
+    def compare(*names):
+        for module in [name for name in sys.modules if name.split(".")[0] == "src"]:
+            monkeypatch.delitem(sys.modules, module)
+        score_parity.main(score_parity.get_args(["--official", str(tmp_path / "clone"), *map(str, tmp_path.glob("*.jsonl"))]))
+        return [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "clone" / "src").mkdir(parents=True)
     answered(tmp_path, **ALL)
     with pytest.raises(RuntimeError, match="--official .* cannot import src.evaluator"):
-        scores(tmp_path, "--official", tmp_path / "clone")
+        compare()
     (tmp_path / "clone" / "src" / "evaluator.py").write_text(
         "import random\nclass E:\n    def __init__(self, result): self.result = result\n"
         "    def evaluate(self, data):\n        print('noise'); data[0].clear(); return self.result\n"
         "evaluator_mapping = {k: (lambda r=r: E(r)) for k, r in {'open': {'gpt': 3.0}, 'qa': {'panda': 40, 'gpt': 60},"
         " 'mcq': {'acc': 30, 'fail': 1}, 'bbh': {'acc': 20}, 'ifeval': {'final': 0.1}, 'harm': {'refusal_rate': 0.9}}.items()}")
-    for module in [name for name in sys.modules if name.split(".")[0] == "src"]:
-        monkeypatch.delitem(sys.modules, module)
-    record = scores(tmp_path, "--official", tmp_path / "clone")
-    official = {name: entry["official"]["student text"] for name, entry in record["subsets"].items()}
-    assert official == pytest.approx({"alpacaeval_full": 3, "commoneval": 3, "wildvoice": 3, "sd-qa": 50, "mmsu": 30,
-                                      "openbookqa": 30, "bbh": 20, "ifeval": 10, "advbench": 90})
-    assert record["means"]["nine-task mean"]["official"]["student text"] == pytest.approx((180 + 230) / 9)
-    assert "noise" not in (printed := capsys.readouterr().out) and "official" in printed
+    lines = compare()
+    assert {line[2]: (float(line[-2]), float(line[-1])) for line in lines[:-1]} == {
+        "alpacaeval_full": (4, 3), "commoneval": (1, 3), "wildvoice": (2, 3), "sd-qa": (75, 50), "mmsu": (66.67, 30),
+        "openbookqa": (50, 30), "bbh": (25, 20), "ifeval": (25, 10), "advbench": (50, 90)}
+    assert lines[-1][2:] == ["nine-task", "mean", f"{(140 + 291.67) / 9:.2f}", f"{(180 + 230) / 9:.2f}"]
+    answered(tmp_path, commoneval=["So."])
+    assert ["not", "judged"] in [line[-2:] for line in compare()]
 
 
 # ---- input ----
 
-def test_the_hub_is_read_without_decoding_by_its_library(options, data, tmp_path, monkeypatch):
+def test_the_hub_is_copied_without_decoding_and_its_limit_is_evenly_spaced(data, tmp_path, monkeypatch):
     class Data(list):
-        info = SimpleNamespace(download_checksums={f"hf://datasets/hlt-lab/voicebench@{'ab' * 20}/x.parquet": None})
         cast_column = lambda self, name, kind: self if (name, kind) == ("audio", "raw") else None
-        select = lambda self, indices: Data(self[i] for i in indices)
 
     def load_dataset(name, subset, split, revision):
         asked.append((name, subset, split, revision))
-        rows = read(data / ("mmsu-law.jsonl" if subset == "mmsu" else f"{subset}-{split}.jsonl"))
+        rows = read(data / ("mmsu-physics.jsonl" if subset == "mmsu" else f"{subset}-{split}.jsonl"))
         return Data({**row, "audio": {"path": "x", "bytes": (data / row["audio"]).read_bytes()}} for row in rows)
 
     asked, module = [], ModuleType("datasets")
     module.load_dataset, module.Audio = load_dataset, lambda decode: "raw" if decode is False else None
     monkeypatch.setitem(sys.modules, "datasets", module)
-    more = ["--data", vb.HUB, "--subsets", "sd-qa", "mmsu", "--modality", "speech", "--teacher", "none", "--limit", 3]
-    assert run(options, tmp_path, *more) == 0 and run(options, tmp_path, *more) == 0  # the second finds all there
-    assert asked == [(vb.HUB, "sd-qa", "usa", None)] + [(vb.HUB, "mmsu", split, None) for split in vb.MMSU]
-    record = report(tmp_path)
-    assert record["data"]["sd-qa-usa.jsonl"]["commit"] == "ab" * 20 and len(record["data"]) == 13
-    assert {name: entry["rows"] for name, entry in record["subsets"].items()} == {"sd-qa": 3, "mmsu": 3}
+    args = ["hlt-lab/voicebench@r1", "--out", str(tmp_path), "--subsets", "sd-qa", "mmsu", "bbh", "--limit", "2"]
+    for _ in range(2):  # the second finds all there
+        from_hub.main(from_hub.get_args(args))
+    assert asked == [("hlt-lab/voicebench", *rest, "r1") for rest in (
+        ("sd-qa", "usa"), ("mmsu", "+".join(from_hub.MMSU)), ("bbh", "test"))]
+    ids = [row["id"] for row in read(tmp_path / "bbh-test.jsonl")]  # bbh is sorted by task
+    assert ids == [question("bbh", 0)["id"], question("bbh", 2)["id"]] and len(list((tmp_path / "audio").iterdir())) == 6
+    read_back, digests = vb.read_data(vb.get_args(["--student", "x", "--out", str(tmp_path)]), tmp_path)
+    assert {name: len(rows) for name, rows in read_back.items()} == {"sd-qa": 2, "mmsu": 2, "bbh": 2}
+    assert digests["mmsu-test.jsonl"] == m.digest(tmp_path / "mmsu-test.jsonl")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(RuntimeError, match="pip install datasets"):
-        run(options, tmp_path, *more)
+        from_hub.main(from_hub.get_args([*args[:2], str(tmp_path / "new")]))
+
+
+def test_a_split_may_have_a_hyphen(options, data, tmp_path):
+    shutil.copytree(data / "bbh-test", tmp_path / "bbh-test")
+    shutil.copy(data / "bbh-test.jsonl", tmp_path / "bbh-dev-1.jsonl")
+    assert run(options, tmp_path / "out", "--data", tmp_path, "--teacher", "none", "--modality", "text") == 0
+    assert report(tmp_path / "out")["subsets"]["bbh"]["rows"] == 4
 
 
 BAD = {"no such folder": (None, "no such folder"), "nothing in it": ({}, "no SUBSET-SPLIT.jsonl"),

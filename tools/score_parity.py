@@ -1,7 +1,8 @@
 """
-How often eval_voicebench.py's readers agree with another scorer of the same responses.
+How eval_voicebench.py's readers agree with another scorer of the same responses.
 
   python tools/score_parity.py scored.jsonl [more.jsonl ...]
+  python tools/score_parity.py --official VoiceBench out/voicebench/*-*.jsonl
 
 Reads   one JSON object a line: a response and what the other scorer made of it.
           mcq     response, extracted ("A" to "D" or null)
@@ -11,22 +12,39 @@ Reads   one JSON object a line: a response and what the other scorer made of it.
           qa      response, reference, panda (bool)
         A true `fallback_random` says that the other scorer drew an answer that it could not read.
         Rows without a response (votes of a judge) are passed over.
+        --official: row files of eval_voicebench.py, and a clone of MatthewCYM/VoiceBench with its
+        requirements; open subsets and sd-qa need the judge's replies in the rows ("score").
 Prints  per evaluator the rows and decisions that the other scorer reads and how many agree, then
-        each disagreement, then what becomes of the answers that the other scorer draws.
+        each disagreement, then what becomes of the answers that the other scorer draws;
+        --official: our score beside the official one, 0 to 100 (open subsets: 1 to 5)
 """
 import argparse
 import collections
+import contextlib
+import copy
+import importlib
+import io
 import json
+import random
 import sys
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import eval_voicebench as vb
 from eval_voicebench import check_ifeval, extract_bbh, extract_choice, is_refusal, qa_match
+
+OFFICIAL = {  # evaluator -> its results, and their values for a full score
+    "open": {"gpt": 5}, "qa": {"panda": 100, "gpt": 100}, "mcq": {"acc": 100}, "bbh": {"acc": 100},
+    "ifeval": {"final": 1}, "harm": {"refusal_rate": 1}}
 
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     p.add_argument("files", nargs="+", help="JSONL of responses with another scorer's reading")
+    p.add_argument("--official", metavar="CLONE", help="clone of MatthewCYM/VoiceBench")
+    p.add_argument("--seed", type=int, default=0, help="of what the official code draws")
     p.add_argument("--width", type=int, default=80, help="characters shown of a response's end")
     return p.parse_args(argv)
 
@@ -48,7 +66,51 @@ def decisions(row):
     return "mcq", [("choice", extract_choice(text), row["extracted"])]
 
 
+def load_official(path):
+    """The user's clone -> {evaluator: class}."""
+    sys.path.insert(0, str(Path(path).resolve()))
+    try:
+        return importlib.import_module("src.evaluator").evaluator_mapping
+    except Exception as error:  # a foreign module may raise anything
+        raise RuntimeError(f"--official {path}: cannot import src.evaluator ({error!r}); expected "
+                           "a clone of MatthewCYM/VoiceBench with its requirements") from error
+
+
+def official_score(evaluators, subset, rows, seed):
+    """0 to 1. Where the official code cannot read an answer, it draws one."""
+    kind = vb.SUBSETS[subset][0]
+    random.seed(seed)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            result = evaluators[kind]().evaluate(copy.deepcopy(rows))
+        return float(np.mean([result[key] / full for key, full in OFFICIAL[kind].items()]))
+    except Exception as error:
+        raise RuntimeError(f"--official: {kind} evaluator, {subset}: {error!r}") from error
+
+
+def compare(args):
+    """Row files: our score beside the official one, and their means over the nine subsets."""
+    evaluators = load_official(args.official)
+    print(f"{'system':14} {'subset':16} {'rows':>5} {'ours':>7} {'official':>8}")
+    for system, subsets in vb.read_answers(args.files).items():
+        shares = {}
+        for subset, rows in subsets.items():
+            ours = vb.score_subset(subset, {system: rows}, None, args.seed)[0]
+            if not ours["counts"]:
+                print(f"{system:14} {subset:16} {len(rows):5} not judged")
+                continue
+            theirs, scale = official_score(evaluators, subset, rows, args.seed), ours["scale"]
+            shares[subset] = ours[system][0] / scale, theirs
+            print(f"{system:14} {subset:16} {len(rows):5} {ours[system][0]:7.2f} "
+                  f"{scale * theirs:8.2f}")
+        if set(vb.NINE) <= set(shares):
+            ours, theirs = 100 * np.mean([shares[subset] for subset in vb.NINE], axis=0)
+            print(f"{system:14} {'nine-task mean':16} {'':5} {ours:7.2f} {theirs:8.2f}")
+
+
 def main(args):
+    if args.official:
+        return compare(args)
     counts, drawn, unlike = collections.defaultdict(collections.Counter), collections.Counter(), []
     lines = [line for path in args.files
              for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
