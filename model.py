@@ -422,7 +422,7 @@ class Whisper(nn.Module):
     else is in the batch changes nothing.
     """
 
-    def __init__(self, model, folder=None):
+    def __init__(self, model, folder):
         super().__init__()
         self.model, self.folder, self.processors = model, folder, None
 
@@ -833,7 +833,8 @@ class SpeechLLM(PreTrainedModel):
 
     def __init__(self, config, whisper=None, llm=None):
         super().__init__(config)
-        self.whisper = whisper or Whisper(WhisperModel(config.whisper))
+        self.whisper = whisper or Whisper(WhisperModel(config.whisper),
+                                          Path(self.name_or_path) / "whisper")
         self.llm = llm if llm is not None else AutoModelForCausalLM.from_config(
             config.llm, dtype=torch.get_default_dtype())
         self.adapter = Adapter(config.whisper.d_model,
@@ -862,7 +863,6 @@ class SpeechLLM(PreTrainedModel):
 
     def hear(self, waveforms, language=None):
         """List of B waveforms (S_i,) at 16 kHz -> list of B Heard, see Whisper.hear."""
-        self.whisper.folder = self.whisper.folder or Path(self.name_or_path) / "whisper"
         return self.whisper.hear(waveforms, language)
 
     def prompt(self, row, heard=None):
@@ -1192,7 +1192,6 @@ def save_student(model, folder, dtype=None, state=None):
             name: value for name, value in weights.items() if name not in tied})
         model.__class__ = original
         model.tokenizer.save_pretrained(temporary)
-        model.whisper.folder = model.whisper.folder or Path(model.name_or_path) / "whisper"
         for part in filter(None, model.whisper.load_processors()):
             part.save_pretrained(temporary / "whisper")
     if lora:

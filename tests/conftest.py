@@ -26,7 +26,6 @@ QUESTIONS = [f"{start} {middle}?" for middle, start in itertools.product(MIDDLES
 ANSWERS = ["It is not hard: begin with small steps, and practise every day.", "Paris, of course!", "Yes.",
            "Take two of them, wait for an hour, and then look again.", "I think that nobody knows for sure.",
            "Every morning the children walk along the river to school, where Mister Green opens the door."]
-TINY_SIZES = dict(adapter_dim=24, adapter_layers=1, adapter_heads=2)
 
 
 def sound(seconds, seed=0):
@@ -42,20 +41,12 @@ def whole_prompt(tokenizer, text, system=None):
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 
 
-def inputs(student, rows, answers):
-    """Rows as SpeechLLM.generate takes them, and a text each -> arguments of SpeechLLM.forward."""
-    import model as m
-    before, after, waveforms = zip(*(student.prompt(row) for row in rows))
-    clips = [b for b, waveform in enumerate(waveforms) if waveform is not None]
-    return dict(before=before, after=after, answers=[m.text_ids(student.tokenizer, a) for a in answers],
-                clips=clips, mels=[student.mel(waveforms[b]) for b in clips])
-
-
 @torch.inference_mode()
 def hidden_rows(student, rows, answers):
     """Hidden states that predict the answers, one (n_i, H) per row."""
-    arguments = inputs(student, rows, answers)
-    return student(**arguments)[0].split([len(ids) for ids in arguments["answers"]])
+    import model as m
+    ids = [m.text_ids(student.tokenizer, answer) for answer in answers]
+    return student([student.prompt(row) for row in rows], ids).split([len(i) for i in ids])
 
 
 def manifest(folder, n, *, name="train", seed=0, **options):
@@ -100,21 +91,39 @@ def save_tokenizer(folder):
     return tokenizer
 
 
-def build_student(name, size, **adapter):
-    """A student whose adapter also corrects what it hears: a fresh one adds zero, which hides mistakes."""
+def save_whisper(folder):
+    """A random Whisper, which hears random bytes of English, with its tokenizer and feature extractor."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|nospeech|>", "<|notimestamps|>"]
+    vocab = {token: k for k, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), *special])}
+    bpe = Tokenizer(models.BPE(vocab, []))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=special[0], eos_token=special[0], pad_token=special[0]).save_pretrained(folder)
+    WhisperForConditionalGeneration(WhisperConfig(
+        vocab_size=len(vocab), num_mel_bins=80, d_model=16, max_source_positions=1500, init_std=0.2, encoder_layers=2,
+        encoder_attention_heads=2, encoder_ffn_dim=32, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32,
+        max_target_positions=24, pad_token_id=256, bos_token_id=256, eos_token_id=256, decoder_start_token_id=257,
+        suppress_tokens=[], begin_suppress_tokens=[])).save_pretrained(folder)
+    (Path(folder) / "generation_config.json").unlink()
+    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
+
+
+def build_student(name, size):
+    """A student whose adapter says something: an untrained one adds nothing, which hides mistakes."""
     import model as m
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        student = m.build_student(name, **adapter)
-        torch.nn.init.normal_(student.adapter.correct.weight, std=size)
+        student = m.build_student(name)
+        torch.nn.init.normal_(student.adapter.words.weight, std=size)
+        torch.nn.init.normal_(student.adapter.sound.weight, std=size)
     return student
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Random models, 80,000 weights: .llm, .encoder, .student (ENCODER+LLM), .student_folder; .manifest()."""
-    from transformers import (LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperFeatureExtractor,
-                              WhisperForConditionalGeneration)
+    """Random models, 80,000 weights: .llm, .encoder, .student (WHISPER+LLM), .student_folder; .manifest()."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     import model as m
     root = tmp_path_factory.mktemp("tiny")
@@ -128,13 +137,8 @@ def tiny(tmp_path_factory):
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
             tie_word_embeddings=True, initializer_range=0.2, bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).save_pretrained(llm)
-        WhisperForConditionalGeneration(WhisperConfig(
-            vocab_size=64, num_mel_bins=80, d_model=16, max_source_positions=1500, init_std=0.2,
-            encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32, decoder_layers=1,
-            decoder_attention_heads=2, decoder_ffn_dim=32, pad_token_id=0, bos_token_id=0, eos_token_id=0,
-            decoder_start_token_id=1)).save_pretrained(encoder)
-        WhisperFeatureExtractor(feature_size=80).save_pretrained(encoder)
-        m.save_student(m.build_student(f"{encoder}+{llm}", **TINY_SIZES), folder)
+        save_whisper(encoder)
+    m.save_student(build_student(f"{encoder}+{llm}", 0.2), folder)
     return SimpleNamespace(llm=llm, encoder=encoder, student=f"{encoder}+{llm}", student_folder=folder,
                            manifest=manifest)
 
@@ -152,7 +156,7 @@ def real():
 
 @pytest.fixture(scope="module")
 def tiny_student(tiny):
-    return build_student(tiny.student, 0.2, **TINY_SIZES)
+    return build_student(tiny.student, 0.2)
 
 
 @pytest.fixture(scope="module")
