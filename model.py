@@ -1177,7 +1177,8 @@ def save_student(model, folder, dtype=None, state=None):
     lora = getattr(model.llm, "peft_config", {}).get("default")
     weights = merge_lora(state) if lora else dict(state)
     for name, value in weights.items():
-        if dtype and value.is_floating_point() and not name.startswith("adapter."):
+        kept = name.startswith(("adapter.", "whisper."))  # what is heard must stay the same
+        if dtype and value.is_floating_point() and not kept:
             weights[name] = value.to(dtype)
     if isinstance(model, HubStudent):
         weights = {name.removeprefix("model."): value for name, value in weights.items()

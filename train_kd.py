@@ -164,8 +164,10 @@ def get_args(argv=None):
 
 def read_manifest(path, seen=None, bad=None):
     """Manifest -> rows with absolute audio paths; raises ValueError that names the line, or
-    adds it to the list `bad`. seen: ids met before, and where."""
-    path, seen = Path(path), {} if seen is None else seen
+    adds it to the list `bad`. seen: ids met before, and where; in several manifests they count
+    with the name of the folder, FOLDER/ID."""
+    path, prefix = Path(path), "" if seen is None else f"{Path(path).resolve().parent.name}/"
+    seen = {} if seen is None else seen
     if not path.is_file():
         raise ValueError(f"{path}: no such manifest; synth_speech.py writes one")
 
@@ -178,10 +180,11 @@ def read_manifest(path, seen=None, bad=None):
         seconds = row["seconds"] = row.get("seconds") or 0
         if not isinstance(seconds, int | float) or not 0 <= seconds <= m.MAX_SECONDS:
             raise ValueError(f"{where}: seconds is {seconds!r}, expected 0 to {m.MAX_SECONDS}")
-        if not isinstance(row["id"], str | int) or seen.setdefault(str(row["id"]), where) != where:
+        name = f"{prefix}{row['id']}"
+        if not isinstance(row["id"], str | int) or seen.setdefault(name, where) != where:
             raise ValueError(f"{where}: id {row['id']!r} is no text, or also that of "
-                             f"{seen.get(str(row['id']))}; every row needs its own")
-        row["id"] = str(row["id"])
+                             f"{seen.get(name)}; every row needs its own")
+        row["id"] = name
         if m.AUDIO_MARK in f"{row.get('system')}{row.get('instruction')}":
             raise ValueError(f"{where}: {m.AUDIO_MARK} stands in system or instruction; it is the "
                              "place of the sound, take it out")
@@ -829,7 +832,7 @@ def main(args):
                          f"--batch-size {args.batch_size} x {world} processes; "
                          f"use {at_once * max(1, global_batch_size // at_once)}")
     train_rows = [row for path in args.data for row in read_manifest(path, seen, bad)]
-    eval_rows = [row for path in args.eval_data for row in read_manifest(path, bad=bad)]
+    eval_rows = [row for path in args.eval_data for row in read_manifest(path, {}, bad)]
     m.leave_out(bad, args.max_bad_rows, out, master)
     train_rows, counts = usable_rows(args, train_rows)
     measured = [row for row in eval_rows if channels_of(row, args) == args.channels]
