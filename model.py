@@ -10,6 +10,7 @@ training adds the rest. Speech LLMs of transformers are students too: HubStudent
 import argparse
 import codecs
 import copy
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -52,6 +53,7 @@ CONTEXT_S = (10, 15, 20, 25, 30)   # clip + a second of silence: less, and the d
 CUT_S = (24, 29)                   # a longer clip is cut where it is quietest between these
 TOKENS_PER_S, NO_SPEECH = 12, 0.6  # more tokens than anyone says; likelier than that: no words
 HEAR_BATCH = 32                    # clips
+RIDGE, GAIN = 0.1, 2.0             # of Adapter.align, see there
 PACKED_POSITIONS = 4096            # of one packed row at most: its mask is quadratic
 CPU_READ = 1024                    # positions of prompts that a CPU reads at a time
 AUDIO_MARK = "<|audio|>"           # stands for the speech in the rendered template
@@ -424,35 +426,43 @@ class Whisper(nn.Module):
 
     def __init__(self, model, folder):
         super().__init__()
-        self.model, self.folder, self.processors = model, folder, None
+        self.model, self.folder = model, folder
 
-    def load_processors(self):
-        """-> feature extractor, tokenizer, generation config. Idempotent."""
-        if self.processors is None:
-            generation = Path(self.folder) / "generation_config.json"
-            self.processors = (
-                from_folder(WhisperFeatureExtractor, self.folder),
-                from_folder(AutoTokenizer, self.folder),
-                from_folder(GenerationConfig, self.folder) if generation.exists() else None)
-        return self.processors
+    @functools.cached_property
+    def extractor(self):
+        return from_folder(WhisperFeatureExtractor, self.folder)
+
+    @functools.cached_property
+    def tokenizer(self):
+        return from_folder(AutoTokenizer, self.folder)
+
+    @functools.cached_property
+    def generation(self):
+        """What it must not write, and where not; empty for a folder that does not say."""
+        there = (Path(self.folder) / "generation_config.json").exists()
+        return from_folder(GenerationConfig, self.folder) if there else GenerationConfig()
+
+    @functools.cached_property
+    def vocab(self):
+        return self.tokenizer.get_vocab()
+
+    @functools.cached_property
+    def languages(self):
+        """{ISO code: token id}; empty if it knows English alone."""
+        config, last, found = self.model.config, self.vocab.get("<|translate|>", 0), {}
+        for token, i in self.vocab.items():
+            if config.decoder_start_token_id < i < last and config.vocab_size > 51864:
+                found[token[2:-2]] = i
+        return found
 
     def pieces(self, ids):
         """Token ids -> the bytes that each writes."""
-        tokens = self.load_processors()[1].convert_ids_to_tokens(ids.tolist())
+        tokens = self.tokenizer.convert_ids_to_tokens(ids.tolist())
         return [bytes(BYTES[character] for character in token) for token in tokens]
 
     def heard(self, ids, states, sound):
         text = b"".join(self.pieces(ids)).decode("utf-8", "ignore")
         return Heard(text.strip(), ids, states, sound)
-
-    def languages(self):
-        """{ISO code: token id}; empty if it knows English alone."""
-        vocab, start = self.load_processors()[1].get_vocab(), self.model.config.decoder_start_token_id
-        found = {}
-        for token, i in vocab.items():
-            if start < i < vocab.get("<|translate|>", 0) and self.model.config.vocab_size > 51864:
-                found[token[2:-2]] = i
-        return found
 
     @torch.inference_mode()
     def hear(self, waveforms, language=None):
@@ -467,10 +477,10 @@ class Whisper(nn.Module):
             ValueError: if this Whisper does not know the language.
         """
         spoken = language if isinstance(language, list) else [language] * len(waveforms)
-        unknown = set(spoken) - {None, "en", *self.languages()}
+        unknown = set(spoken) - {None, "en", *self.languages}
         if unknown:
             raise ValueError(f"language {unknown.pop()!r}: this Whisper knows "
-                             f"{', '.join(sorted(self.languages())) or 'en'}")
+                             f"{', '.join(sorted(self.languages)) or 'en'}")
         cut = []
         for row, waveform in enumerate(waveforms):
             cut += [(row, piece) for piece in quiet_cuts(waveform)]
@@ -493,10 +503,9 @@ class Whisper(nn.Module):
 
     def hear_batch(self, waveforms, context_s, spoken):
         """Waveforms of less than a context -> [(ids (n,), states (n, D), sound (A, D))]."""
-        extractor, weight = self.load_processors()[0], self.model.encoder.conv1.weight
-        silence = context_s * SAMPLE_RATE
-        mel = extractor([F.pad(w, (0, silence - len(w))).numpy() for w in waveforms],
-                        sampling_rate=SAMPLE_RATE, padding=False, return_tensors="pt")
+        weight, silence = self.model.encoder.conv1.weight, context_s * SAMPLE_RATE
+        mel = self.extractor([F.pad(w, (0, silence - len(w))).numpy() for w in waveforms],
+                             sampling_rate=SAMPLE_RATE, padding=False, return_tensors="pt")
         features = self.encode(mel.input_features.to(weight.device, weight.dtype))  # (B, S, D)
         seconds = [len(w) / SAMPLE_RATE for w in waveforms]
         limits = [min(self.model.config.max_target_positions - 8, 8 + int(TOKENS_PER_S * s))
@@ -522,8 +531,7 @@ class Whisper(nn.Module):
     def write(self, features, limits, spoken):
         """Features (B, S, D), B limits of tokens, B languages -> B (ids (n,), states (n, D)): greedy
         decoding; rows that have ended leave the batch."""
-        decoder, config, generation = self.model.decoder, self.model.config, self.processors[2]
-        vocab, languages = self.processors[1].get_vocab(), self.languages()
+        decoder, config, vocab = self.model.decoder, self.model.config, self.vocab
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         head, device = decoder.embed_tokens.weight, features.device
 
@@ -539,14 +547,14 @@ class Whisper(nn.Module):
         if silent is not None:
             done = (first.softmax(-1)[:, silent] > NO_SPEECH).tolist()
         prompts = [[vocab["<|notimestamps|>"]]] * len(features)
-        if languages:
-            known = torch.tensor(list(languages.values()), device=device)
+        if self.languages:
+            known = torch.tensor(list(self.languages.values()), device=device)
             likely = known[first[:, known].argmax(-1)].tolist()
-            prompts = [[languages.get(given, guess), vocab["<|transcribe|>"], *prompts[0]]
+            prompts = [[self.languages.get(given, guess), vocab["<|transcribe|>"], *prompts[0]]
                        for given, guess in zip(spoken, likely)]
         banned = torch.arange(len(head), device=device) > config.eos_token_id  # special tokens
-        banned[torch.tensor(getattr(generation, "suppress_tokens", None) or [], dtype=int)] = True
-        begin = torch.tensor(getattr(generation, "begin_suppress_tokens", None) or [], dtype=int)
+        banned[torch.tensor(self.generation.suppress_tokens or [], dtype=int)] = True
+        begin = torch.tensor(self.generation.begin_suppress_tokens or [], dtype=int)
 
         state, alive = read(prompts), list(range(len(features)))
         ids, states = [[] for _ in alive], [[] for _ in alive]
@@ -744,12 +752,13 @@ def merge_lora(state):
     return merged
 
 
-def save_lora(config, state, folder):
-    """LoRA's weights in a state dict -> peft's own format, under the names of the base model."""
+def save_lora(config, state, folder, prefix):
+    """LoRA's weights in a state dict -> peft's own format, under the names of the base model, which
+    are those of the student without `prefix`."""
     weights = {}
     for key, value in state.items():
         if ".lora_" in key:
-            weights[key.removeprefix("llm.").replace(".default.", ".")] = value
+            weights[key.removeprefix(prefix).replace(".default.", ".")] = value
     config = copy.copy(config)
     config.target_modules = sorted({key.rpartition(".lora_")[0] for key in weights})
     config.save_pretrained(folder)
@@ -769,7 +778,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(heard_dim)
         self.words, self.sound = nn.Linear(heard_dim, llm_dim), nn.Linear(heard_dim, llm_dim)
-        self.register_buffer("mean", torch.zeros(heard_dim))  # of the training clips' sounds
+        self.register_buffer("mean", torch.zeros(heard_dim))  # of the sounds that it aligned to
         self.register_buffer("std", torch.ones(heard_dim))
         for parameter in (self.words.weight, self.words.bias, self.sound.weight, self.sound.bias):
             nn.init.zeros_(parameter)
@@ -778,10 +787,22 @@ class Adapter(nn.Module):
     def untrained(self):
         return not bool(self.sound.weight.any())
 
-    def standardise(self, sounds):
-        """Sounds of the training clips (N, D) -> mean and deviation of each feature."""
-        self.mean.copy_(sounds.float().mean(0))
-        self.std.copy_(sounds.float().std(0) + 1e-3)
+    @torch.no_grad()
+    def align(self, sounds, targets):
+        """Begin to listen, in closed form: ridge regression from how a clip sounds on average to
+        what is said about it. Gradients alone would need a thousand rows to find that direction.
+
+        Args:
+            sounds: C clips, (A_i, D) each.
+            targets: (C, H) in the LLM's embedding space, differences from the filler.
+        """
+        vectors = torch.cat(sounds).double()                                      # (sum A, D)
+        self.mean.copy_(vectors.mean(0))
+        self.std.copy_(vectors.std(0) + 1e-3)
+        means = torch.stack([sound.double().mean(0) for sound in sounds])         # (C, D)
+        x = (means - self.mean) / self.std
+        gram = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        self.sound.weight.copy_(GAIN * torch.linalg.solve(gram, x.T @ targets.double()).T)
 
     def forward(self, states, sounds):
         """Decoder states (W, D) of W words, sounds (A, D) -> corrections (W, H), embeddings (A, H),
@@ -890,10 +911,14 @@ class SpeechLLM(PreTrainedModel):
     def states_of(self, heard, offsets):
         """Offsets in heard.text, (first, end) characters of W tokens -> (W, D): the mean of the
         decoder states whose bytes overlap each of them."""
-        pieces = self.whisper.pieces(heard.ids)
-        raw = b"".join(pieces)
-        lead = len(raw) - len(raw.lstrip())
+        pieces, letters = self.whisper.pieces(heard.ids), [0]
+        for letter in b"".join(pieces).decode("utf-8", "surrogateescape"):
+            stray = "\udc80" <= letter <= "\udcff"  # a byte of no letter: heard.text lacks it
+            letters += [0] if stray else [1] * len(letter.encode())
         ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)           # (n,)
+        ends = torch.tensor(letters).cumsum(0)[ends]
+        text = b"".join(pieces).decode("utf-8", "ignore")
+        lead = len(text.encode()) - len(text.lstrip().encode())
         states = []
         for first, end in offsets:
             start = lead + len(heard.text[:first].encode())
@@ -912,7 +937,7 @@ class SpeechLLM(PreTrainedModel):
             lengths += [len(part) for part in parts]
         embeds = table(torch.tensor(ids, dtype=torch.long, device=self.device)).split(lengths)
         states = torch.cat([prompt.states for prompt in prompts])                 # (sum W, D)
-        sounds = torch.cat([prompt.sound for prompt in prompts])                  # (sum A, D)
+        sounds = torch.cat([prompt.sound.float() for prompt in prompts])          # (sum A, D)
         corrections, sounds = self.adapter(states.to(self.device), sounds.to(self.device))
         corrections = corrections.split([len(prompt.states) for prompt in prompts])
         sounds = sounds.split([len(prompt.sound) for prompt in prompts])
@@ -1091,13 +1116,15 @@ class HubStudent(nn.Module):
         was_training = self.training
         self.eval()
         prompts, answers = [self.prompt(row) for row in rows], [None] * len(rows)
-        end = end_token(self.tokenizer)
+        end, dtypes = end_token(self.tokenizer), {p.dtype for p in self.parameters()}
         check_context(self.llm, max(len(prompt["ids"]) for prompt in prompts), max_new_tokens)
         for batch in self.batches(prompts):
             some = [prompts[b] for b in batch]
             inputs = self.join(some, [prompt["ids"] for prompt in some], "left")
-            ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
-                                      eos_token_id=end, pad_token_id=end)
+            with torch.autocast(self.device.type, min(dtypes, key=lambda dtype: dtype.itemsize),
+                                enabled=len(dtypes) > 1):  # in training, what is frozen is rounded
+                ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
+                                          eos_token_id=end, pad_token_id=end)
             texts = self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:],
                                                 skip_special_tokens=True)
             for b, text in zip(batch, texts):
@@ -1193,10 +1220,11 @@ def save_student(model, folder, dtype=None, state=None):
             name: value for name, value in weights.items() if name not in tied})
         model.__class__ = original
         model.tokenizer.save_pretrained(temporary)
-        for part in filter(None, model.whisper.load_processors()):
+        for part in (model.whisper.extractor, model.whisper.tokenizer, model.whisper.generation):
             part.save_pretrained(temporary / "whisper")
     if lora:
-        save_lora(lora, state, temporary / "adapter")
+        save_lora(lora, state, temporary / "adapter",
+                  "model." if isinstance(model, HubStudent) else "llm.")
     config = json.loads((temporary / "config.json").read_text())
     config["dtype"] = str(dtype or torch.float32).removeprefix("torch.")  # not the live model's
     (temporary / "config.json").write_text(json.dumps(config, indent=2))

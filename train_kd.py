@@ -12,6 +12,7 @@ s2t: the student hears it.            the same, from the same teacher, who reads
 sound: rows whose prompt is null.     CE(answer) alone: no text stands for what is heard
 """
 import argparse
+import collections
 import contextlib
 import functools
 import hashlib
@@ -49,6 +50,7 @@ MAX_GRAD_NORM = 1.0   # of each part by itself: the LLM's gradient would drown t
 WEIGHT_DECAY = 0.01   # of matrices; what nearly everyone takes for fine-tuning
 KEEP = 2              # newest checkpoints that stay: one may be damaged
 EVAL_ROWS = 16        # measured together
+SAMPLE_TOKENS = 40    # of an answer in samples.jsonl
 LOADED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
@@ -96,9 +98,6 @@ def get_args(argv=None):
                    help="tau of both models; the loss is scaled by tau^2")
     g.add_argument("--beta", type=m.number(float, 1e-6, 1 - 1e-6), default=0.5,
                    help="of jsd and skew_kl, between 0 and 1")
-    g.add_argument("--word-dropout", type=rate, default=0.0,
-                   help="share of the rows without a teacher that lose their words: they must be "
-                        "answered from the sound; 0.5 to 1 while the adapter learns alone")
     g = p.add_argument_group("what trains")
     g.add_argument("--train", nargs="+", choices=["encoder", "adapter", "llm"],
                    default=["adapter", "llm"], help="parts that train; Whisper never does")
@@ -335,7 +334,7 @@ def hear_all(args, student, rows, bad, ranks):
     for row in sorted(rows, key=lambda row: (row["seconds"], row["id"])):  # such end together
         if row.get("audio"):
             digest = hashlib.sha256(f"{m.digest(row['audio'])} {row.get('language')}".encode())
-            names[row["id"]] = name = digest.hexdigest()
+            names[row["audio"], row.get("language")] = name = digest.hexdigest()
             clips.setdefault(name, row)
 
     def compute(batch):
@@ -359,16 +358,40 @@ def hear_all(args, student, rows, bad, ranks):
 
     fill_cache(folder, clips, compute, "hearing" if built_here else "reading", ranks)
     for row in rows:
-        error = folder / f"{names.get(row['id'])}.error"
-        if row["id"] in names and error.exists():
+        error = folder / f"{names.get((row.get('audio'), row.get('language')))}.error"
+        if error.exists():
             bad.append({"id": row["id"], "reason": error.read_text()})
 
     def heard_of(row):
         if not built_here or not row.get("audio"):
             return None
-        return student.whisper.heard(**load_file(folder / f"{names[row['id']]}.safetensors"))
+        name = names[row["audio"], row.get("language")]
+        return student.whisper.heard(**load_file(folder / f"{name}.safetensors"))
 
     return heard_of
+
+
+def align_sounds(student, rows, heard_of):
+    """Let an untrained sound layer begin with what rows without a teacher say about their clips ->
+    number of clips. An answer counts by its mean embedding, less the mean over its question's
+    answers; one that is given once (a transcript) tells words, not sound."""
+    table, answers = student.llm.get_input_embeddings().weight.detach().float(), {}
+    for row in rows:
+        if row["prompt"] is None:
+            ids = m.text_ids(student.tokenizer, row["response"])
+            answers.setdefault(row.get("instruction"), []).append((row, tuple(ids)))
+    sounds, targets = {}, {}
+    for found in answers.values():
+        counts = collections.Counter(ids for _, ids in found)
+        kept = [(row, ids) for row, ids in found if counts[ids] > 1]
+        vectors = [table[list(ids)].mean(0) for _, ids in kept]                   # (H,) each
+        for (row, _), vector in zip(kept, vectors):
+            clip, offset = row["audio"], vector - torch.stack(vectors).mean(0)
+            targets[clip] = targets.get(clip, 0) + offset
+            sounds[clip] = heard_of(row).sound.to(student.device)
+    if sounds:
+        student.adapter.align(list(sounds.values()), torch.stack([targets[c] for c in sounds]))
+    return len(sounds)
 
 
 def teach_all(args, teacher, parts, ranks):
@@ -441,7 +464,8 @@ def channel_loss(args, channel, llms, hidden, items, taught):
     teacher_llm, teacher_hidden = llms[0], hidden.detach()
     if kd_weight:
         teacher_llm = llms[-1]
-        teacher_hidden = torch.cat([taught[item["id"]] for item in items]).to(hidden.device)
+        rows = [taught[item["id"]][:len(item["answer"])] for item in items]
+        teacher_hidden = torch.cat(rows).to(hidden.device)
     heads = [llm.get_output_embeddings().weight for llm in (llms[0], teacher_llm)]
     targets = [token for item in items for token in item["answer"]]
     return losses.fused_ce_kd(
@@ -452,19 +476,18 @@ def channel_loss(args, channel, llms, hidden, items, taught):
         teacher_logit_scale=m.logit_scale(teacher_llm), chunk_rows=chunk_rows_of(heads[0]))
 
 
-def passes_of(items, channels):
+def passes_of(items, channels, awaited):
     """What a micro-batch asks of the student: [(channel, its items)], speech first: it keeps more,
-    and there are no gradients yet."""
-    found = [(channel, [item for item in items if channel in item]) for channel in channels]
-    return [(channel, chosen) for channel, chosen in found if chosen]
-
-
-def drop_words(args, step, items):
-    """A share of the rows without a teacher lose their words, others every step."""
-    for item in items:
-        unlucky = random.Random(f"{args.seed} {step} {item['id']}").random() < args.word_dropout
-        if "sound" in item and unlucky:
-            item["sound"] = item["sound"]._replace(words=[], states=item["sound"].states[:0])
+    and there are no gradients yet. A channel that others wait for is passed through in any case:
+    a row that is read, with an answer of no token, stands in."""
+    found = []
+    for channel in channels:
+        chosen = [item for item in items if channel in item]
+        if not chosen and channel in awaited:
+            chosen = [{**item, channel: item["t2t"], "answer": []}
+                      for item in items if "t2t" in item][:1]
+        found += [(channel, chosen)] if chosen else []
+    return found
 
 
 # ---- evaluation ----
@@ -521,7 +544,7 @@ def evaluate(args, student, teacher, rows, ranks, autocast):
 def write_samples(student, rows, path, step):
     """The student's answers by speech to a few rows, for whoever would rather read than count."""
     rows = sorted(rows, key=lambda row: len(row["prompt"]))[:3]
-    answers = student.generate(rows, max_new_tokens=40)
+    answers = student.generate(rows, max_new_tokens=SAMPLE_TOKENS)
     with open(path, "a") as file:
         for row, text in zip(rows, answers):
             file.write(json.dumps({"step": step, "prompt": row["prompt"], "by_speech": text,
@@ -573,6 +596,7 @@ def choose_what_trains(args, student, dtype):
             part.requires_grad_(True)
     if args.lora_rank:
         student.llm.name_or_path = args.student.partition("+")[2] or args.student
+        torch.manual_seed(args.seed)  # it starts at random
         m.add_lora(student.llm, args.lora_rank)
     for name, parameter in student.named_parameters():
         if "embed_positions" in name:  # sinusoids
@@ -662,6 +686,9 @@ def save_checkpoint(args, student, optimizer, scaler, progress, identity):
     weights, moments = get_state_dict(student, optimizer, options=LOADED)
     if int(os.environ.get("RANK", 0)):
         return
+    for name, parameter in student.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:  # torch leaves out one of two names of a tied head
+            weights.pop(name, None)
     out = Path(args.out)
     temporary = out / "ckpt.tmp"
     try:
@@ -796,8 +823,9 @@ def usable_rows(args, rows):
     return used, counts
 
 
-def render_all(rows, llms, bad):
-    """Make every item once, before anything trains; what fails is added to `bad`."""
+def render_all(rows, llms, bad, new_tokens=0):
+    """Make every item once, before anything trains; what fails, or leaves no room for so many new
+    tokens, is added to `bad`."""
     context = min(getattr(llm.config, "max_position_embeddings", None) or math.inf for llm in llms)
     for k, row in enumerate(rows.rows):
         try:
@@ -807,7 +835,7 @@ def render_all(rows, llms, bad):
             continue
         sizes = [len(item["teacher"] or [])]
         sizes += [m.positions(item[channel]) for channel in set(item) & set(CHANNELS)]
-        size = max(sizes) + len(item["answer"])
+        size = max(sizes) + max(len(item["answer"]), new_tokens)
         if size > context:
             bad.append({"id": row["id"], "reason":
                         f"row {row['id']!r}: {size} tokens of prompt, speech and answer, the "
@@ -855,19 +883,21 @@ def main(args):
 
     # ---- what is heard, taught and read ----
     heard_of = hear_all(args, student, train_rows + measured, bad, ranks)
+    lost = {row["id"] for row in bad}
+    train_rows, measured = ([row for row in part if row["id"] not in lost]
+                            for part in (train_rows, measured))
     rows = Rows(train_rows, student, teacher_tokenizer, args, heard_of)
     eval_set = Rows(measured, student, teacher_tokenizer, args, heard_of)
     llms = [llm for llm in (student.llm, getattr(teacher, "llm", teacher)) if llm is not None]
-    for part in (rows, eval_set):
-        render_all(part, llms, bad)
+    for part, new_tokens in ((rows, 0), (eval_set, SAMPLE_TOKENS)):
+        render_all(part, llms, bad, new_tokens)
         lost = {row["id"] for row in bad}
         part.rows = [row for row in part.rows if row["id"] not in lost]
     said = m.leave_out(bad, args.max_bad_rows, out, master)
     train_rows, counts = usable_rows(args, rows.rows)
+    aligned = 0
     if isinstance(student, m.SpeechLLM) and student.adapter.untrained:
-        sounds = [heard_of(row).sound for row in train_rows if row.get("audio")]
-        if sounds:
-            student.adapter.standardise(torch.cat(sounds).to(device))
+        aligned = align_sounds(student, train_rows, heard_of)
     if teacher is not None and teacher is not student and (args.teacher_cache or not args.shard):
         teacher.to(device)
     if args.teacher_cache and teacher is not None:
@@ -897,6 +927,7 @@ def main(args):
         for name in ("log.jsonl", "samples.jsonl"):
             cut_back(out / name, step)
         print("\n".join([said] * bool(said) + [
+            f"sound layer: begins with {aligned} clips, in closed form"] * bool(aligned) + [
             f"rows: {counts['t2t']} by text, {counts['s2t']} by speech, {counts['sound']} without "
             f"a teacher, {len(eval_set)} to measure on; {steps} steps; "
             f"{sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6:.1f} M "
@@ -914,6 +945,7 @@ def main(args):
                              worker_init_fn=outlive_sigterm,
                              multiprocessing_context="fork" if args.workers else None))
     trained = [c for c in CHANNELS[::-1] if c != "t2t" or "llm" in args.train]
+    awaited = ["s2t"] * (counts["s2t"] and (world > 1 or "llm" not in args.train))
     weights = {"t2t": args.t2t_weight, "s2t": 1.0, "sound": args.sound_weight}
     student.train()
     begun = time.perf_counter()
@@ -944,8 +976,7 @@ def main(args):
         # weight a 3-token answer like a 300-token one. DDP averages over ranks, hence `world` below.
         counts = torch.zeros(len(CHANNELS) + 1, dtype=torch.float64)
         for items in micro_batches:
-            drop_words(args, step, items)
-            for channel, chosen in passes_of(items, trained):
+            for channel, chosen in passes_of(items, trained, awaited):
                 counts[CHANNELS.index(channel)] += sum(len(item["answer"]) for item in chosen)
         counts[-1] = len(stopped)
         counts = counts.to(device)
@@ -963,7 +994,7 @@ def main(args):
             if by_teacher:
                 ids = [item["id"] for item in by_teacher]
                 rows_of = dict(zip(ids, teacher_rows(teacher, by_teacher)))
-            passes = passes_of(items, trained)
+            passes = passes_of(items, trained, awaited)
             for turn, (channel, chosen) in enumerate(passes):
                 final = micro_step == len(micro_batches) - 1 and turn == len(passes) - 1
                 # no_sync must cover forward AND backward:

@@ -9,21 +9,49 @@ sys.path.insert(0, str(ROOT / "tools"))
 import compare
 
 
-def test_the_report_shows_every_condition_on_every_set_and_what_training_changed(tiny, tmp_path, capsys):
-    sets = [tiny.manifest(tmp_path / name, 4, seed=seed) for seed, name in enumerate(("heard", "human"))]
+@pytest.fixture(scope="module")
+def report(tiny, tmp_path_factory):
+    """One report on two sets of questions and one about the sound, by the untrained and by a spoilt student."""
+    root = tmp_path_factory.mktemp("compare")
+    sets = [tiny.manifest(root / name, 6, seed=seed) for seed, name in enumerate(("heard", "human"))]
+    sounds = tiny.manifest(root / "voices", 4, prompt=None, response="Fast.", kind=lambda i: ("rate", "sex")[i % 2])
     compare.main(compare.get_args([
-        "--teacher", tiny.llm, "--before", tiny.student, "--after", tiny.student_folder, "--max-new-tokens", "3",
-        "--data", *map(str, sets), "--device", "cpu", "--out", str(tmp_path / "out")]))
-    lines = (tmp_path / "out/report.md").read_text().splitlines()
-    record = json.loads((tmp_path / "out/report.json").read_text())
-    assert lines[0] == ("|  | KL8, heard | KL8, human | topic recall, heard | topic recall, human | words misheard, heard "
-                        "| words misheard, human |")
-    table = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in lines[2:9]}
-    assert list(table) == list(record["results"]["heard"]) and len(table) == 7
-    after = record["results"]["human"]["student by speech, after"]
-    assert table["student by speech, after"][1] == f"{after['kl8']:.2f}" and after["kl8"] > 0
-    mean, low, high = record["differences"]["human: control: audio left out"]["kl8"]
-    control = record["results"]["human"]["control: audio left out"]
-    assert mean == pytest.approx(sum(after["kl8_rows"]) / 4 - sum(control["kl8_rows"]) / 4) and low <= mean <= high
-    assert f"| control: audio left out | {mean:+.2f} [{low:+.2f}, {high:+.2f}] |" in capsys.readouterr().out
-    assert (tmp_path / "out/report.png").stat().st_size > 5000
+        "--teacher", tiny.llm, "--start", tiny.student, "--base", tiny.student_folder, "--distilled", tiny.student_folder,
+        "--max-new-tokens", "3", "--device", "cpu", "--data", *map(str, sets), "--sounds", str(sounds), "--out", str(root / "out")]))
+    return root / "out", json.loads((root / "out/report.json").read_text())
+
+
+def test_the_table_has_every_condition_and_the_records_means(report):
+    out, record = report
+    lines = (out / "report.md").read_text().splitlines()
+    assert lines[0] == "|  | KL8, heard | KL8, human | topic recall, human | sounds right, voices |"
+    table = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in lines[2:10]}
+    assert list(table) == list(record["results"]["heard"]) and len(table) == 8
+    for label, cells in table.items():
+        rows = record["results"]["human"][label]["kl8_rows"]
+        assert cells[1] == f"{sum(rows) / 6:.2f}"
+    assert table["teacher by text"][0] == "0.00" and float(table["base by speech"][0]) > 0
+    assert (out / "report.png").stat().st_size > 5000
+
+
+def test_damage_by_speech_is_paired_with_the_cascade(report):
+    _, record = report
+    of = record["results"]["heard"]
+    mean, low, high = record["damage"]["heard"]["base: damage by speech"]
+    differences = [a - b for a, b in zip(of["base by speech"]["kl8_rows"], of["cascade"]["kl8_rows"])]
+    assert mean == pytest.approx(sum(differences) / 6) and low <= mean <= high
+    text = record["damage"]["heard"]["base: damage by text"][0]
+    assert text == pytest.approx(0, abs=1e-6)  # its LLM is the teacher, nothing was forgotten
+
+
+def test_the_controls_hear_nothing_or_another_clip(report):
+    _, record = report
+    of = record["results"]["heard"]
+    by_speech, silent, other = (of[label]["kl8_rows"] for label in ("distilled by speech", compare.SILENT, compare.OTHER))
+    assert all(a != b and a != c and b != c for a, b, c in zip(by_speech, silent, other))
+
+
+def test_sounds_are_right_where_the_answer_is_word_for_word(report):
+    _, record = report
+    answers = record["sounds"]["voices"]["base by speech"]
+    assert len(answers) == 4 and all(right == (answer.strip() == "Fast.") for _, right, answer in answers)

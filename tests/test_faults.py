@@ -50,7 +50,7 @@ def kill_worker():
 
 
 def run(script, argv, output, rank=None, port=0, at=None, limits=()):
-    """The script, in a process of its own; `at` = (function of model.py or SpeechLLM, number of its call, what happens then)."""
+    """The script, in a process of its own; `at` = (function of model.py, Whisper or SpeechLLM, number of its call, what happens then)."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # as it is outside of a server of forks
     multiprocessing.get_context = lambda *_: multiprocessing.context._concrete_contexts["fork"]  # a spawned one imports torch
@@ -64,7 +64,7 @@ def run(script, argv, output, rank=None, port=0, at=None, limits=()):
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if at:
         name, number, happens = at
-        owner, calls = m.SpeechLLM if hasattr(m.SpeechLLM, name) else m, []
+        owner, calls = next(x for x in (m, m.Whisper, m.SpeechLLM) if name in vars(x)), []
         original = getattr(owner, name)
 
         def counted(*args, **kwargs):
@@ -108,13 +108,13 @@ def finish(processes, seconds=60):
 
 # ---- training ----
 
-OPTIONS = ["--warm-start-steps", "2", "--warm-start-batch-size", "2", "--max-steps", "2", "--batch-size", "2", "--dtype", "float32",
-           "--eval-every", "1", "--log-every", "1", "--save-every", "1", "--lr-warmup-steps", "1", "--workers", "1", "--device", "cpu"]
+OPTIONS = ["--max-steps", "3", "--batch-size", "2", "--dtype", "float32", "--eval-every", "1", "--save-every", "1", "--lr-warmup-steps", "1",
+           "--workers", "1", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def options(tiny, tmp_path_factory):
-    """Every option but --out; 24 rows to measure on are two batches."""
+    """Every option but --out; 48 rows to measure on are three batches."""
     folder = tmp_path_factory.mktemp("faults")
     return ["--teacher", tiny.llm, "--student", tiny.student_folder, "--data", tiny.manifest(folder, 16),
             "--eval-data", tiny.manifest(folder, 48, name="heldout", seed=1), *OPTIONS]
@@ -163,35 +163,31 @@ def assert_stops(options, folder, message, **how):
     assert 2 in codes and 0 not in codes, (codes, output)
     last = output.strip().splitlines()[-1]
     assert last.startswith("train_kd.py: ") and re.search(message, last), output
-    assert all(path.stem.endswith(train_kd.sha256(path)) for path in folder.glob("ckpt-*"))
+    assert all(path.stem.endswith(m.digest(path)[:16]) for path in folder.glob("ckpt-*"))
     return codes
 
 
-# calls of SpeechLLM.forward: 2 steps of warm start; 3 batches x 2 channels of evaluation, of 2 ranks 2 x 2; 2 channels of a step
+# calls of SpeechLLM.forward: 3 batches x 2 channels of evaluation, of 2 ranks 2 x 2; 2 channels of a step
 @pytest.mark.parametrize("ranks, at, step", [
-    (0, ("features", 1, sigterm_to_all), None), (2, ("features", 1, sigterm_to_all), None),
-    (2, ("forward", 2, sigterm_to_all), 2), (0, ("forward", 3, sigterm), 2), (2, ("forward", 3, sigterm), 2),
-    (0, ("forward", 9, sigterm_to_all), None)],
-    ids=["caching", "caching-2", "warm start-2", "evaluation", "evaluation-2, one of them", "distilling"])
+    (0, ("hear", 1, sigterm_to_all), None), (2, ("forward", 3, sigterm), 0), (0, ("forward", 7, sigterm_to_all), 1)],
+    ids=["hearing", "evaluation-2, one of them", "distilling"])
 def test_sigterm_stops_soon_says_how_to_go_on_and_exits_143(options, alone, tmp_path, ranks, at, step):
-    cache = ["--feature-cache", tmp_path / "features"]
+    cache = ["--cache", tmp_path / "cache"]
     codes, output = train([*options, *cache], tmp_path / "run", ranks=ranks, at=at)
     assert set(codes) == {143} and "stopped by SIGTERM" in output and "goes on" in output, (codes, output)
-    if step:
+    if step is not None:
         assert newest(tmp_path / "run").name.startswith(f"ckpt-{step:06d}")
-        assert not any("eval_gap" in record for record in read_log(tmp_path / "run"))
     assert_goes_on([*options, *cache], tmp_path / "run", alone(ranks), ranks)
 
 
 def test_a_dead_rank_ends_the_other_with_a_message_and_the_run_goes_on(options, alone, tmp_path):
-    codes = assert_stops(options, tmp_path / "run", "Connection", ranks=2, at=("forward", 4, sigkill))
+    codes = assert_stops(options, tmp_path / "run", "Connection", ranks=2, at=("forward", 7, sigkill))
     assert sorted(codes) == [-signal.SIGKILL, 2]
     assert_goes_on(options, tmp_path / "run", alone(2), 2)
 
 
 def test_a_dead_worker_stops_the_run_with_advice(options, tmp_path):
-    assert_stops([*options, "--max-steps", "40"], tmp_path / "run", r"exited unexpectedly; memory full\?.*--workers",
-                 at=("forward", 12, kill_worker))
+    assert_stops([*options, "--max-steps", "40"], tmp_path / "run", r"exited unexpectedly", at=("forward", 12, kill_worker))
 
 
 @contextlib.contextmanager
@@ -209,8 +205,8 @@ def small_disk(folder, kilobytes):
 
 
 @pytest.mark.parametrize("kilobytes, message", [
-    (100, r"ckpt.tmp cannot be written .*0\.00 GiB are free"), (1000, "No space left"), (2020, "No space left")],
-    ids=["checkpoint", "best student", "last student"])
+    (60, "No space left"), (700, r"ckpt.tmp cannot be written .*0\.00 GiB are free")],
+    ids=["best student", "checkpoint"])
 def test_a_full_disk_stops_with_one_line_and_with_room_the_run_goes_on(options, alone, tmp_path, kilobytes, message):
     with small_disk(tmp_path / "disk", kilobytes) as again:
         run = tmp_path / "disk/run"
@@ -231,12 +227,12 @@ def test_a_limit_of_the_system_stops_with_one_line(options, alone, tmp_path, lim
 @pytest.mark.parametrize("damage", ["cut", "edited"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(options, alone, tmp_path, damage):
     run = shutil.copytree(alone(0), tmp_path / "run")
-    old, new = sorted(run.glob("ckpt-*.pt"))
+    new = newest(run)
     data = bytearray(new.read_bytes())
     data[len(data) // 2] ^= 1
     new.write_bytes(data if damage == "edited" else data[:-1])
     output = assert_goes_on(options, run, alone(0))
-    assert f"going on from step 3; {new.name} is damaged and left out" in output
+    assert f"going on from step 2\n{new.name} is damaged" in output
     for path in run.glob("ckpt-*.pt"):
         path.write_bytes(b"")
     codes, output = train(options, run, "--resume")
@@ -248,15 +244,15 @@ def test_any_changed_byte_changes_the_sum_in_the_name(alone, tmp_path):
     data, copy = path.read_bytes(), tmp_path / path.name
     for at in range(0, len(data), len(data) // 50):
         copy.write_bytes(data[:at] + bytes([data[at] ^ 128]) + data[at + 1:])
-        assert not copy.stem.endswith(train_kd.sha256(copy))
+        assert not copy.stem.endswith(m.digest(copy)[:16])
     copy.write_bytes(data)
-    assert copy.stem.endswith(train_kd.sha256(copy))
+    assert copy.stem.endswith(m.digest(copy)[:16])
 
 
 def test_log_and_samples_are_cut_back_to_the_checkpoint(tmp_path):
     lines = [{"step": 0, "eval_gap": 1}, *({"step": step, key: 1} for step, key in ((1, "loss"), (2, "loss"), (2, "eval_gap"), (3, "loss")))]
     path = tmp_path / "log.jsonl"
-    for step, kept in ((0, 0), (1, 2), (2, 3), (3, 5)):
+    for step, kept in ((0, 0), (1, 2), (2, 3), (3, 5)):  # the evaluation of a checkpoint's step is repeated
         path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "eval')
         train_kd.cut_back(path, step)
         assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:kept]
@@ -303,7 +299,7 @@ def test_data_and_evaluation_survive_a_full_and_a_read_only_disk(commands, tmp_p
 
 @pytest.mark.parametrize("name", ["synth_speech.py", "eval_mmau.py"])
 def test_sigterm_of_data_and_evaluation_exits_143(commands, tmp_path, name):
-    code, output = script(name, commands[name], tmp_path / "run", tmp_path / "output", at=("suit_attention", 2, sigterm_to_all))
+    code, output = script(name, commands[name], tmp_path / "run", tmp_path / "output", at=("generate", 2, sigterm_to_all))
     assert code == 143 and "stopped by SIGTERM; the same command goes on" in output, output
     assert script(name, commands[name], tmp_path / "run", tmp_path / "output")[0] == 0
 
@@ -320,13 +316,12 @@ def test_killed_at_any_moment_every_script_goes_on_to_the_same_files(tiny, tmp_p
 # ---- long runs ----
 
 def test_in_some_hundred_steps_neither_open_files_nor_memory_grow(options, tmp_path):
-    long = ["--warm-start-steps", "0", "--max-steps", "240", "--eval-every", "300", "--save-every", "100", "--log-every", "4"]
+    long = ["--max-steps", "240", "--eval-every", "300", "--save-every", "100"]
     codes, output = train([*options, *long], tmp_path / "run")
     assert codes == [0], output
     starts = soak.read(tmp_path / "run/log.jsonl")
-    assert len(starts) == 1 and len(starts[0]) > 30
-    assert {r["workers"] for r in starts[0][:-5]} == {1}
-    assert not soak.verdict(starts, "open_files")[1] and not soak.verdict(starts, "workers")[1]
+    assert len(starts) == 1 and len(starts[0]) > 200
+    assert not soak.verdict(starts, "open_files")[1]
     assert starts[0][-1]["resident"] - starts[0][0]["resident"] < 0.03  # GiB
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import hidden_rows
+from conftest import hidden_rows, sound
 from test_fused import error, exact, pair
 
 import model as m
@@ -83,22 +83,31 @@ def train(tiny, folder, *options):
     heldout = tiny.manifest(folder, 4, name="heldout", seed=1)
     train_kd.main(train_kd.get_args([
         "--teacher", tiny.llm, "--student", tiny.student_folder, "--data", str(path), "--eval-data", str(heldout),
-        "--batch-size", "4", "--max-steps", "4", "--warm-start-steps", "2", "--warm-start-batch-size", "4",
-        "--log-every", "1", "--lr-warmup-steps", "0", *options, "--out", str(folder / "out")]))
+        "--batch-size", "4", "--max-steps", "4", "--lr-warmup-steps", "0", *options, "--out", str(folder / "out")]))
     return [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("options, most", [(["--dtype", "float32"], 2e-3), (["--dtype", "bfloat16"], 5e-2),
                                            (["--dtype", "float16"], 5e-2),
-                                           (["--dtype", "bfloat16", "--compile"], 5e-2),
                                            (["--dtype", "bfloat16", "--gradient-checkpointing"], 5e-2)])
 def test_training_has_the_losses_of_the_cpu(options, most, tiny, tmp_path):
     reference = train(tiny, tmp_path / "cpu", "--device", "cpu", "--dtype", "float32")
     log = train(tiny, tmp_path / "gpu", "--device", "cuda", *options)
-    # later losses by speech hang on which tokens are heard: a rounding may change one
-    first_ctc, first_text = [[(log[at][key], reference[at][key])] for at, key in ((0, "ctc"), (3, "ce_t2t"))]
-    assert len(log) == len(reference) and all(abs(a - b) < most * b for a, b in first_ctc + first_text)
-    assert log[-1]["step"] == 6 and all(math.isfinite(r["loss"]) for r in log if "loss" in r)
+    # by speech a rounding may change which words are heard
+    assert len(log) == len(reference) == 6 and log[0]["eval_kl_t2t"] == pytest.approx(reference[0]["eval_kl_t2t"], rel=most, abs=1e-2)
+    assert all(a["ce_t2t"] == pytest.approx(b["ce_t2t"], rel=most) for a, b in zip(log[1:5], reference[1:5]))
+    assert all(math.isfinite(r["loss"]) for r in log if "loss" in r)
+
+
+def test_a_clip_is_heard_as_on_the_cpu(real_student):
+    clips = [sound(2.0, 1), sound(3.0, 2)]
+    on_cpu = real_student.hear(clips)
+    try:
+        for a, b in zip(real_student.cuda().hear(clips), on_cpu):
+            assert a.text == b.text
+            torch.testing.assert_close(a.sound, b.sound, rtol=1e-2, atol=1e-2)
+    finally:
+        real_student.cpu()
 
 
 def test_under_autocast_a_float32_head_gets_half_precision_products_and_a_float32_gradient():

@@ -73,6 +73,7 @@ def test_the_converted_models_are_ordinary_folders(real, capsys):
     assert "quantization_config" not in json.loads((llm / "config.json").read_text())
     speech = AutoModelForSpeechSeq2Seq.from_pretrained(whisper)
     assert len(AutoProcessor.from_pretrained(whisper).tokenizer) == speech.config.vocab_size == 51865
+    assert {"<|nospeech|>", "<|nocaptions|>"} & set(AutoTokenizer.from_pretrained(whisper).get_vocab())
     assert all(torch.isfinite(p).all() for p in [*model.parameters(), *speech.parameters()])
     offline.main(offline.get_args(["--out", str(ROOT / "models")]))  # makes nothing twice
     assert "are there already" in capsys.readouterr().out

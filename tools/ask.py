@@ -3,37 +3,53 @@ Ask a student, by speech or by text.
 
   python tools/ask.py --student out/quick/last question.wav "What is the capital of France?"
 
-An argument that names a file is played to it, anything else is read to it.
+What names a file, or ends like an audio file, is played to it; anything else is read to it.
 """
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
+
+import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as m
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[1],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--student", required=True, help="as of train_kd.py")
+    p.add_argument("--trust-remote-code", action="store_true",
+                   help="run the code that comes in the student's folder; read it first")
     p.add_argument("--system", help="system message")
-    p.add_argument("--max-new-tokens", type=int, default=128, help="longest answer in tokens")
+    p.add_argument("--language", help="of the speech, ISO code; default: Whisper's guess")
+    p.add_argument("--max-new-tokens", type=m.number(int, 1), default=128,
+                   help="longest answer in tokens")
     p.add_argument("questions", nargs="+", help="audio files or texts")
     args = p.parse_args(argv)
-    m.check_options(p, args, max_new_tokens=1)
+    suffixes = {f".{name.lower()}" for name in soundfile.available_formats()} - {".raw"}
+    for question in args.questions:
+        if not os.path.isfile(question) and Path(question).suffix.lower() in suffixes:
+            p.error(f"{question}: no such file; give the path of a clip, or a question in words")
     return args
 
 
 def main(args):
-    student = m.load_student(args.student)
+    student = m.load_student(args.student, args.trust_remote_code)
     for question in args.questions:
-        start, row = time.perf_counter(), {"system": args.system, "prompt": question}
-        if Path(question).is_file():
+        row = {"system": args.system, "language": args.language}
+        if os.path.isfile(question):
             row["audio"] = m.load_audio(question)
-            if isinstance(student, m.SpeechLLM):  # which spells what it hears
-                print(f"heard:  {student.hear([row['audio']])[1][0]}")
-        print(f"answer: {student.generate([row], args.max_new_tokens)[0]}\n        ({time.perf_counter() - start:.1f} s)")
+            [heard] = student.hear([row["audio"]], args.language)
+            if heard is not None:  # speech LLMs of transformers do not tell
+                print(f"heard:  {heard.text}")
+        else:
+            row["prompt"] = question
+        start = time.perf_counter()
+        print(f"answer: {student.generate([row], args.max_new_tokens)[0]}")
+        print(f"        ({time.perf_counter() - start:.1f} s, hearing included)", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """
 All that is said about speed and memory, measured: against named rivals, same inputs, same machine, same run.
 
-  python tools/bench.py --out results/bench                    # two cores: under 15 minutes
+  python tools/bench.py --out results/bench                    # CPU
   python tools/bench.py --out results/gpu --device cuda        # one GPU: larger sizes
-  python tools/bench.py --out results/bench --parts loss step  # some of it
+  python tools/bench.py --out out/bench --parts hearing --data data/quick/heldout.jsonl
 
-Writes  OUT/PART.json, OUT/PART.md, OUT/PART.png for each part, OUT/PART.log (what the libraries print), and
-        OUT/README.md, all parts that are there
+Writes  OUT/PART.json, OUT/bench_SCRIPT.log (what the libraries print), and OUT/README.md, the tables of all parts that are there
 
-Times: medians of interleaved repetitions. Memory: of a fresh process, resident (CPU) or the allocator's (GPU).
+Times: medians of interleaved repetitions. Memory: of a process of its own, resident (CPU) or the allocator's (GPU).
 """
 import argparse
 import json
@@ -20,52 +19,66 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import bench_generate
-import bench_growth
 import bench_lib as lib
 import bench_loss
 import bench_step
 import model as m
+import synth_speech
 
-PARTS = {"loss": bench_loss, "step": bench_step, "answers": bench_generate, "growth": bench_growth}
+PARTS = {"loss": bench_loss.measure, "step": bench_step.measure, "answers": bench_generate.measure_answers,
+         "hearing": bench_generate.measure_hearing}  # -> results, title, table
+WHISPER, _, LLM = m.DEFAULT_STUDENT.partition("+")
 SIZES = {  # of each device, where no flag says otherwise
-    "cpu": dict(repeats=2, rows=[1024], vocab=151_936, width=896, cases=["frozen head, fp32", "trainable head, bf16"],
-                llm=m.DEFAULT_LLM, encoder=m.DEFAULT_STUDENT.partition("+")[0], batch_size=8, answer_tokens=40,
-                steps=5, prompts=384, spoken=96),
-    "cuda": dict(repeats=3, rows=[4096, 8192], vocab=152_064, width=3584, cases=["frozen head, bf16", "trainable head, bf16"],
-                 llm="random:1.5B", encoder="random:large", batch_size=16, answer_tokens=128,
-                 steps=8, prompts=384, spoken=384)}
+    "cpu": dict(repeats=2, rows=1024, vocab=151_936, width=896, cases=["frozen head, fp32", "trainable head, bf16"],
+                batch_size=8, answer_tokens=40, steps=5, clips=24),
+    "cuda": dict(repeats=3, rows=4096, vocab=152_064, width=3584, cases=["frozen head, bf16", "trainable head, bf16"],
+                 batch_size=16, answer_tokens=128, steps=8, clips=32)}
 
 
 def get_args(argv=None):
     device = argparse.ArgumentParser(add_help=False)  # first, since the sizes depend on it
-    device.add_argument("--device", choices=list(SIZES), default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="where; the sizes below are its own")
+    device.add_argument("--device", type=m.device, default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu or cuda; the sizes below are its own")
     p = argparse.ArgumentParser(parents=[device], description=__doc__.splitlines()[1],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    one = m.number(int, 1)
     p.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what is measured")
-    p.add_argument("--out", required=True, help="folder of the results")
-    p.add_argument("--repeats", type=int, help="interleaved repetitions of loss and answers")
-    for name, part in PARTS.items():
-        part.add_arguments(p.add_argument_group(name))
+    p.add_argument("--out", type=m.out_folder, required=True, help="folder of the results")
+    p.add_argument("--repeats", type=one, help="interleaved repetitions of loss, answers and hearing")
+    p.add_argument("--data", help="manifest of the step's rows and of the clips; default: questions that espeak-ng speaks")
+    p.add_argument("--llm", default=LLM, help="of teacher and student; random weights take as long")
+    p.add_argument("--whisper", default=WHISPER, help="of the student, and who hears")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+                   help="of step, answers and hearing; auto: in which matrices multiply faster")
+    p.add_argument("--rows", type=one, help="loss: answer tokens N")
+    p.add_argument("--vocab", type=one, help="loss: V")
+    p.add_argument("--width", type=one, help="loss: H of student and teacher")
+    p.add_argument("--cases", nargs="+", choices=list(bench_loss.CASES), help="loss: what is compared")
+    p.add_argument("--batch-size", type=one, help="step: rows")
+    p.add_argument("--answer-tokens", type=one, help="step: longer answers are cut there")
+    p.add_argument("--steps", type=one, help="step: how many are timed")
+    p.add_argument("--prompts", type=one, nargs="+", default=[48, 384], help="answers: prompts that are answered together")
+    p.add_argument("--clips", type=one, help="hearing: how many")
     p.set_defaults(**SIZES[device.parse_known_args(argv)[0].device])
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.dtype = synth_speech.measured_dtype(args.device) if args.dtype == "auto" else args.dtype
+    return args
 
 
 def main(args):
-    out = Path(args.out)
+    out, about = Path(args.out), lib.environment(args.device)
     out.mkdir(parents=True, exist_ok=True)
-    about = lib.environment(args.device)
     for name in args.parts:
-        start, part = time.perf_counter(), PARTS[name]
-        results = part.measure(args)
-        record = {"environment": about, "minutes": (time.perf_counter() - start) / 60, **results}
-        (out / f"{name}.json").write_text(json.dumps(record, indent=1))
-        (out / f"{name}.md").write_text(text := part.report(results) + "\n")
-        part.draw(results, out / f"{name}.png")
-        print(f"{text}\n{name}: {record['minutes']:.1f} minutes\n", flush=True)
-    head = ", ".join(f"{key} {value}" if key != "device" else value for key, value in about.items() if value)
-    texts = [path.read_text() for name in PARTS if (path := out / f"{name}.md").exists()]
-    (out / "README.md").write_text(f"{head}\n\n" + "\n".join(texts))
+        start = time.perf_counter()
+        results, title, table = PARTS[name](args)
+        record = {"environment": about, "minutes": (time.perf_counter() - start) / 60, "args": vars(args), "results": results,
+                  "table": f"{title}\n\n{table}"}
+        (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        print(f"{record['table']}\n{name}: {record['minutes']:.1f} minutes\n", flush=True)
+    texts = [", ".join(about["device"] if key == "device" else f"{key} {value}" for key, value in about.items())]
+    for path in (out / f"{name}.json" for name in PARTS):
+        texts += [json.loads(path.read_text())["table"]] if path.exists() else []
+    (out / "README.md").write_text("\n\n".join(texts) + "\n")
 
 
 if __name__ == "__main__":

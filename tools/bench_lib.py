@@ -1,118 +1,121 @@
 """
-What the benchmarks share: processes of their own, clocks, memory, the machine's matmul peak, tables.
+What the benchmarks share: processes of their own, clocks, memory, rows, tables. See bench.py.
 
 A rival is measured in a process of its own, a Worker, so that no other's memory or warm caches count for it.
-Memory is the resident set (CPU, Linux) or the allocator's (CUDA). Not run by itself; see bench.py.
+Memory is the resident set (CPU, Linux) or the allocator's (CUDA).
 """
+import argparse
 import ctypes
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
+import random
 import re
-import statistics
-import subprocess
+import shutil
 import sys
 import time
+import traceback
 from pathlib import Path
+from statistics import median  # noqa: F401
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import model as m
+import synth_speech
+import train_kd
 
 
 # ---- processes ----
 
+CONTEXT = "spawn"
+
+
 class Worker:
-    """`python SCRIPT` in a process of its own: answers a line of JSON with a line of JSON (see serve)."""
+    """A process of its own that answers jobs, the arguments of a function."""
 
-    def __init__(self, script, log, **environment):
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", **environment}
-        self.log, self.started = Path(log), time.time()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=open(log, "a"), text=True, env=environment)
-
-    def send(self, **job):
-        self.job = job
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-
-    def receive(self):
-        """The answer to what was sent. Raises: RuntimeError with the end of the log if the process died."""
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.process.args[1]} {self.job} died with exit code {self.process.wait()}; "
-                               f"{self.log} ends:\n{self.log.read_text()[-2000:]}")
-        return json.loads(line)
+    def __init__(self, function, out):
+        self.pipe, end = multiprocessing.Pipe()
+        log = Path(out) / f"{function.__module__}.log"
+        self.process = multiprocessing.get_context(CONTEXT).Process(target=serve, args=(function, end, log))
+        self.process.start()
+        end.close()
 
     def ask(self, **job):
-        self.send(**job)
-        return self.receive()
+        """The answer to a job. Raises: RuntimeError with the job's own traceback."""
+        self.pipe.send(job)
+        answer = self.pipe.recv()
+        if isinstance(answer, str):
+            raise RuntimeError(f"{job}: {answer}")
+        return answer
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def close(self, patience_s=20):
-        self.process.stdin.close()
-        try:
-            self.process.wait(timeout=patience_s)
-        except subprocess.TimeoutExpired:  # a loader's process that does not end
-            self.process.kill()
-            self.process.wait()
+    def close(self):
+        self.process.kill()
+        self.process.join()
 
 
 def take_turn():
-    """Within a job: answer null, and wait for another line. Given by `serve`."""
+    """Within a job: answer None, and wait for another. Given by `serve`."""
     raise RuntimeError("no worker's process")
 
 
-def serve(function):
-    """The other side of Worker.ask: jobs from stdin, answers to stdout; all that is printed goes to stderr.
-    A GPU that is full is an answer, too: {"error": "out of memory"}."""
+def serve(function, pipe, log):
+    """The other side of a Worker; all that is printed goes to the log. A GPU that is full is an answer, too."""
     global take_turn
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    torch.set_num_threads(m.cores())
 
     def take_turn():
-        print("null", file=answers, flush=True)
-        sys.stdin.readline()
+        pipe.send(None)
+        pipe.recv()
 
-    for line in sys.stdin:
+    while True:  # until it is killed
+        job = pipe.recv()
         try:
-            answer = function(**json.loads(line))
+            answer = function(**job)
         except torch.OutOfMemoryError:
             answer = {"error": "out of memory"}
-        print(json.dumps(answer), file=answers, flush=True)
-    answers.close()
-    os._exit(0)  # libraries leave threads behind
+        except Exception:
+            answer = traceback.format_exc()
+        pipe.send(answer)
 
 
 def installed(rivals):
     """{rival: packages it needs} -> rivals that can run here; says aloud which cannot."""
-    runs = []
-    for rival, packages in rivals.items():
-        missing = [p for p in packages if not importlib.util.find_spec(p)]
-        if missing:
-            print(f"{rival} is left out: pip install {' '.join(missing)}", flush=True)
-        else:
-            runs.append(rival)
-    return runs
+    there = [rival for rival, packages in rivals.items() if all(map(importlib.util.find_spec, packages))]
+    for rival in set(rivals) - set(there):
+        print(f"{rival} is left out: pip install {' '.join(rivals[rival])}", flush=True)
+    return there
+
+
+def compare(function, rivals, sizes, args, **job):
+    """Rivals take turns on each size, each in a process that has warmed up -> {rival: {size: list of answers}}"""
+    workers = {rival: Worker(function, args.out) for rival in rivals}
+    answers = {rival: {size: [] for size in sizes} for rival in rivals}
+    for rival, worker in workers.items():
+        worker.ask(rival=rival, size=sizes[0], device=args.device, **job)
+    for size in sizes:
+        for _ in range(args.repeats):
+            for rival, worker in workers.items():
+                answers[rival][size].append(worker.ask(rival=rival, size=size, device=args.device, **job))
+                shown = {k: v for k, v in answers[rival][size][-1].items() if not isinstance(v, list)}
+                print(f"{size}: {rival} {shown}", flush=True)
+    for worker in workers.values():
+        worker.close()
+    return answers
 
 
 # ---- clocks and memory ----
 
-def wait(device):
+def now(device):
+    """Seconds, when all that was asked for is done."""
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def resident_bytes(key):
-    """VmRSS (now) or VmHWM (peak) of this process, Linux."""
-    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    return time.perf_counter()
 
 
 def rest_bytes(device):
@@ -122,84 +125,50 @@ def rest_bytes(device):
         return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
     Path("/proc/self/clear_refs").write_text("5")
-    return resident_bytes("VmRSS")
+    return peak_bytes(device)
 
 
 def peak_bytes(device):
     """Highest memory since rest_bytes."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM")
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def matmul_peak(device, dtype, seconds=0.7):
-    """FLOP/s of a large square matrix product: the best of those that fit into the time."""
-    size = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    best, stop = 0.0, time.perf_counter() + seconds
-    while not best or time.perf_counter() < stop:
-        wait(device)
-        start = time.perf_counter()
-        a @ b
-        wait(device)
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
+def questions():
+    return [json.loads(line)["prompt"] for line in (ROOT / "tools/questions.jsonl").read_text().splitlines()]
+
+
+def manifest_of(args, folder, count):
+    """FOLDER/train.jsonl, `count` rows with answers and clips: of --data, or questions that espeak-ng speaks -> its path."""
+    (folder / "wav").mkdir(parents=True)
+    rows, lines = [], []
+    if args.data:
+        rows = [r for r in train_kd.read_manifest(args.data) if r["response"] and r.get("audio") and r["prompt"]]
+        for row in rows[:count]:
+            row["audio"] = f"wav/{Path(shutil.copy(row['audio'], folder / 'wav')).name}"
+    else:
+        options = argparse.Namespace(seed=0, takes=1, noise=0, engine="espeak", voices=synth_speech.VOICES["espeak"], out=folder)
+        for k, prompt in enumerate(questions()[:count]):
+            [clip] = synth_speech.clips_of(options, {"id": f"q{k}", "prompt": prompt})
+            answer = " ".join(random.Random(k).choices(questions(), k=40))
+            rows.append({"prompt": prompt, "response": answer, "finish": "length", **synth_speech.synthesise(options, clip)})
+    for k in range(count):  # few are repeated
+        lines.append(json.dumps({**rows[k % min(len(rows), count)], "id": f"row-{k}"}) + "\n")
+    (folder / "train.jsonl").write_text("".join(lines))
+    return folder / "train.jsonl"
 
 
 # ---- reports ----
 
 def environment(device):
-    return {"device": torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, {cores()} cores",
-            "torch": torch.__version__, **{name: version(name) for name in ("transformers", "liger_kernel", "trl")}}
-
-
-def cores():
-    return len(os.sched_getaffinity(0))
-
-
-def processor():
     found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else "CPU"
-
-
-def version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def median(values):
-    return statistics.median(values)
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{found[1] if found else 'CPU'}, {m.cores()} cores"
+    packages = [name for name in ("torch", "transformers", "liger_kernel", "trl") if importlib.util.find_spec(name)]
+    return {"device": where, **{name: importlib.metadata.version(name) for name in packages}}
 
 
 def table(header, rows):
     """Markdown; None is an empty cell."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
-
-
-def gib(size):
-    return None if size is None else f"{size / 2**30:.2f}"
-
-
-def figure(panels):
-    """Empty axes side by side -> (figure, list of axes)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    drawn, axes = plt.subplots(1, panels, figsize=(3.7 * panels, 3.4), constrained_layout=True, squeeze=False)
-    for axis in axes[0]:
-        axis.spines[["top", "right"]].set_visible(False)
-    return drawn, list(axes[0])
-
-
-def scatter(axis, places, **labels):
-    """{name: (x, y)} from zero on, each with its name."""
-    for name, place in places.items():
-        axis.scatter(*place, color=colour(name))
-        axis.annotate(name, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axis.margins(0.25)
-    axis.set(xlim=(0, None), ylim=(0, None), **labels)
-
-
-def colour(name):
-    return "#e07b27" if name.startswith("ours") else "#3b6fb6"

@@ -1,12 +1,14 @@
 """
-What distillation changed: one table and one picture, from students before and after and from controls.
+The illness and the cure in one table and one picture: teacher, cascade, and students before and after distillation.
 
-  python tools/compare.py --before STUDENT --after out/run/last --data heldout.jsonl unheard.jsonl questions.jsonl --out out/run
+  python tools/compare.py --base out/quick/base/last --distilled out/quick/distilled/last --data heard/heldout.jsonl human/train.jsonl \
+      --sounds heard/sounds-heldout.jsonl --out out/quick
 
-KL, KL8, agree8: divergence from the teacher by text on the teacher's answers, in nats a token, all tokens and the first 8,
-and the share of the first 8 on which both prefer the same token. Topic recall: the share of generated answers that name
-the rarest word of the question. Controls hear nothing, or another question. Intervals: paired bootstrap over questions.
-Writes  OUT/report.md, OUT/report.json (every answer), OUT/report.png
+KL8: KL(teacher by text || student), nats a token over the first 8 tokens of the teacher's answers, mean over questions. The cascade is the
+untrained student without its sound: Whisper's words, typed into the LLM. Damage by text = KL8(by text); damage by speech = KL8(by speech) -
+KL8(cascade), paired. Topic recall (--topics sets): share of generated answers that name the rarest word of the question. Sounds: share of
+questions about the sound that are answered right, word for word. Intervals: 95%, bootstrap over questions.
+Writes  OUT/report.md, OUT/report.json (every number and answer), OUT/report.png
 """
 import argparse
 import collections
@@ -22,41 +24,50 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_voicebench as vb
+import losses
 import model as m
 import train_kd
 
-CONDITIONS = [("before", "t2t", "student by text, before"), ("before", "s2t", "student by speech, before"),
-              ("after", "t2t", "student by text, after"), ("after", "s2t", "student by speech, after"),
-              ("after", "silent", "control: audio left out"), ("after", "other", "control: another question's audio")]
+BATCH = 20
 COMMON = set("""a about after all also am an and any are as at be because been being best between both but by can could did do does
 each explain for from get give had has have having help how i if in into is it its just know like list make many me more most much
 my need new of on one or other our out over please provide should so some such tell than that the their them then there these they
 this those through to use used using want was way we were what when where which while who why will with would write you your""".split())
+TEACHER, CASCADE, SILENT, OTHER = "teacher by text", "cascade", "distilled: audio left out", "distilled: another clip's audio"
 
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--teacher", default=m.DEFAULT_LLM, help="text LLM, folder or hub id")
-    p.add_argument("--before", default=m.DEFAULT_STUDENT, help="student before training: ENCODER+LLM or a folder")
-    p.add_argument("--after", required=True, help="folder that train_kd.py wrote")
-    p.add_argument("--data", nargs="+", required=True, help="manifests; the name of a file's folder names the set")
-    p.add_argument("--limit", type=int, default=64, help="rows of each manifest")
-    p.add_argument("--max-new-tokens", type=int, default=40, help="of the answers for topic recall")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    p.add_argument("--seed", type=int, default=0, help="of the untrained adapter (as in train_kd.py) and of the bootstrap")
-    p.add_argument("--out", required=True, help="folder of the report")
+    p.add_argument("--start", default=m.DEFAULT_STUDENT, help="the untrained student, WHISPER+LLM")
+    p.add_argument("--base", required=True, help="student before distillation, a folder that train_kd.py wrote")
+    p.add_argument("--distilled", required=True, help="student after it")
+    p.add_argument("--data", nargs="+", required=True, help="manifests of spoken questions; a file's folder names the set")
+    p.add_argument("--sounds", nargs="+", default=[], help="manifests of questions about the sound")
+    p.add_argument("--topics", nargs="+", default=["human"], help="sets on which topic recall is measured")
+    p.add_argument("--cache", help="what Whisper heard, as of train_kd.py; default: .cache beside the first manifest")
+    p.add_argument("--limit", type=m.number(int, 1), default=64, help="rows of each manifest")
+    p.add_argument("--max-new-tokens", type=m.number(int, 1), default=24, help="of the answers for topic recall")
+    p.add_argument("--device", type=m.device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    p.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    p.add_argument("--out", type=m.out_folder, required=True, help="folder of the report")
     args = p.parse_args(argv)
-    m.check_options(p, args, limit=1, max_new_tokens=1, seed=(0, 2**32))
+    args.cache = args.cache or str(Path(args.data[0]).parent / ".cache")
+    args.labels, args.max_answer_tokens, args.channels = "response", train_kd.EARLY, ["t2t", "s2t"]
     return args
 
+
+# ---- topic recall ----
 
 def stem(word):
     return word if len(word) < 5 else word[:max(4, len(word) - 3)]
 
 
 def topics(rows):
-    """The rarest word of each question, over all questions; the longest if several are as rare. None if all are common."""
-    words = [[w for w in re.findall(r"[a-z']+", r["prompt"].lower()) if len(w) > 2 and w not in COMMON] for r in rows]
+    """The rarest word of each question; the longest if several are as rare. None if all are common."""
+    words = []
+    for row in rows:
+        words.append([w for w in re.findall(r"[a-z']+", row["prompt"].lower()) if len(w) > 2 and w not in COMMON])
     counts = collections.Counter(stem(w) for ws in words for w in set(ws))
     return [max(ws, key=lambda w: (-counts[stem(w)], len(w))) if ws else None for ws in words]
 
@@ -65,140 +76,192 @@ def names(answer, topic):
     return any(word.startswith(stem(topic)) for word in re.findall(r"[a-z']+", answer.lower()))
 
 
-def asked_rows(rows, channel):
-    """What the student is asked under one condition."""
-    others = [{**r, "audio": other["audio"]} for r, other in zip(rows, rows[1:] + rows[:1])]
-    return {"t2t": [{**r, "audio": None} for r in rows], "s2t": rows, "other": others,
-            "silent": [{**r, "audio": None, "prompt": ""} for r in rows]}[channel]
+# ---- measuring ----
+
+class Question:
+    """A row with everything that is asked of it: prompts by condition, answer ids, the teacher's prompt."""
+
+    def __init__(self, item, other=None):
+        self.answer, self.teacher = item["answer"], item["teacher"]
+        self.by_text, self.by_speech = item.get("t2t"), item.get("s2t", item.get("sound"))
+        self.words = self.by_speech._replace(sound=self.by_speech.sound[:0])
+        self.silent = self.words._replace(words=[], states=self.words.states[:0])
+        self.other = other and self.by_speech._replace(words=other.words, states=other.states, sound=other.sound)
 
 
-def answers_to(student, asked, max_new_tokens, batch_size=160):
-    """Generated answers, in large batches of like length; what is asked twice is answered once."""
-    keys = [json.dumps([r.get(k) for k in ("system", "instruction", "prompt", "audio")]) for r in asked]
-    distinct = sorted(dict(zip(keys, asked)).items(), key=lambda x: (bool(x[1]["audio"]), len(x[1]["prompt"])))
-    answers = {}
-    for start in tqdm(range(0, len(distinct), batch_size), desc="answering", unit="batch"):
-        batch = distinct[start:start + batch_size]
-        answers.update(zip([key for key, _ in batch], student.generate([r for _, r in batch], max_new_tokens)))
-    return [answers[key] for key in keys]
+def questions_of(args, student, tokenizer, paths, heard_of, rows_of):
+    """{set: Questions}: prompts are the same for all students, which share Whisper, tokenizer and template."""
+    found = {}
+    for path in paths:
+        items = list(train_kd.Rows(rows_of[path], student, tokenizer, args, heard_of))
+        prompts = [item.get("s2t", item.get("sound")) for item in items]
+        found[set_name(path)] = [Question(item, other) for item, other in zip(items, prompts[1:] + prompts[:1])]
+    return found
 
 
+def set_name(path):
+    return Path(path).resolve().parent.name
+
+
+@torch.inference_mode()
+def kl8(student, teacher, prompts, questions):
+    """-> (B,) mean KL8 of each question."""
+    values = []
+    for start in range(0, len(questions), BATCH):
+        some, answers = questions[start:start + BATCH], [q.answer for q in questions[start:start + BATCH]]
+        hidden = student(prompts[start:start + BATCH], answers)
+        taught = train_kd.teacher_rows(teacher, [{"teacher": q.teacher, "answer": q.answer} for q in some])
+        kl, _ = losses.token_kl(
+            student_hidden=hidden, student_weight=student.llm.get_output_embeddings().weight, teacher_hidden=torch.cat(taught),
+            teacher_weight=teacher.get_output_embeddings().weight, student_logit_scale=m.logit_scale(student.llm),
+            teacher_logit_scale=m.logit_scale(teacher))
+        values += [float(row.mean()) for row in kl.split([len(a) for a in answers])]
+    return values
+
+
+def answers_to(student, prompts, max_new_tokens):
+    texts = []
+    for start in range(0, len(prompts), 2 * BATCH):
+        embeds = student.embed(prompts[start:start + 2 * BATCH], [[]] * len(prompts[start:start + 2 * BATCH]))
+        ids = m.generate(student.llm, embeds, max_new_tokens=max_new_tokens, eos_ids=[m.end_token(student.tokenizer)])
+        texts += student.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return texts
+
+
+@torch.inference_mode()
 def measure(args):
-    """-> {set: {condition: {metrics, per-row lists, answers}}} and the names of the sets."""
-    teacher, tokenizer = m.load_llm(args.teacher, torch.bfloat16)
+    """-> {set: {condition: {kl8_rows, topic_rows, answers}}}, {set: {condition: {kind: right or wrong}}}, the rows of each."""
+    start, (teacher, tokenizer) = m.load_student(args.start).to(args.device), m.load_llm(args.teacher)
     teacher.to(args.device)
-    sets = {Path(path).parent.name if Path(path).stem in ("train", "heldout") else Path(path).stem:
-            [r for r in train_kd.read_manifest(path) if r["response"] and r.get("audio")][:args.limit] for path in args.data}
-    sets = {name: sorted(rows, key=lambda r: len(r["prompt"])) for name, rows in sets.items()}  # little padding
-    asked = dict(zip(sets, np.split(np.array(topics([r for rows in sets.values() for r in rows]), object),
-                                    np.cumsum([len(rows) for rows in sets.values()])[:-1])))
-    results = {name: {"teacher by text": {"kl": 0.0, "kl8": 0.0, "agree8": 1.0, "answers": [r["response"] for r in rows]}}
-               for name, rows in sets.items()}
-    for which in ("before", "after"):
-        torch.manual_seed(args.seed)
-        student = m.load_student(getattr(args, which)).to(args.device, torch.bfloat16)
-        if isinstance(student, m.SpeechLLM):
-            student.adapter.float()
-        channels = {channel: label for when, channel, label in CONDITIONS if when == which}
-        asked_all = [r for rows in sets.values() for channel in channels for r in asked_rows(rows, channel)]
-        answers = iter(answers_to(student, asked_all, args.max_new_tokens))
-        options = argparse.Namespace(train=[], feature_cache=None, workers=1, labels="response", max_answer_tokens=256)
-        cache, _ = train_kd.feature_cache(options, student, [r for rows in sets.values() for r in rows], 0, 1, torch.bfloat16)
-        for name, rows in sets.items():
-            dataset = train_kd.Rows(rows, student, tokenizer, options, cache)
-            sums = train_kd.evaluate(student, teacher, dataset, range(len(rows)), list(channels), progress=True)
-            for channel, label in channels.items():
-                kl, agree, n, kl8, agree8, n8 = sums[channel].T.numpy()
-                results[name][label] = {"kl": kl.sum() / n.sum(), "kl8": kl8.sum() / n8.sum(), "agree8": agree8.sum() / n8.sum(),
-                                        "kl8_rows": (kl8 / n8).tolist(), "answers": [next(answers) for _ in rows]}
-            if not isinstance(student, m.SpeechLLM):  # others do not spell what they hear
-                continue
-            features = [dataset[i]["features"] for i in range(len(rows))]
-            with torch.no_grad():
-                heard = [t for i in range(0, len(rows), 16) for t in student.read(*student.spell(features[i:i + 16]))[1]]
-            pairs = [[re.findall(r"[\w']+", t.lower()) for t in (r["prompt"], h)] for r, h in zip(rows, heard)]
-            results[name][f"student by speech, {which}"] |= {
-                "wer": sum(m.edit_distance(*p) for p in pairs) / sum(len(p[0]) for p in pairs), "heard": heard}
-    for name, rows in sets.items():
-        for condition in results[name].values():
-            hits = [names(a, t) if t else None for a, t in zip(condition["answers"], asked[name])]
-            condition["topic_rows"] = hits
-            condition["topic"] = float(np.mean([h for h in hits if h is not None]))
-    return results, sets
+    rows_of, bad = {}, []
+    for path in args.data + args.sounds:
+        rows_of[path] = [row for row in train_kd.read_manifest(path, {}) if row.get("audio") and row["response"]][:args.limit]
+    heard_of = train_kd.hear_all(args, start, [row for rows in rows_of.values() for row in rows], bad, (0, 1))
+    if bad:
+        raise ValueError(bad[0]["reason"])
+    dialogue, sounds = (questions_of(args, start, tokenizer, paths, heard_of, rows_of) for paths in (args.data, args.sounds))
+    plan = [(CASCADE, start, "words")]
+    for name in ("base", "distilled"):
+        student = m.load_student(getattr(args, name)).to(args.device)
+        plan += [(f"{name} by text", student, "by_text"), (f"{name} by speech", student, "by_speech")]
+    plan += [(SILENT, student, "silent"), (OTHER, student, "other")]
+    results, heard = {name: {TEACHER: {"kl8_rows": [0.0] * len(qs)}} for name, qs in dialogue.items()}, {}
+    rows = {set_name(path): rows_of[path] for path in args.data}
+    for label, student, way in tqdm(plan, desc="measuring", unit="condition"):
+        for name, questions in dialogue.items():
+            prompts = [getattr(q, way) for q in questions]
+            results[name][label] = {"kl8_rows": kl8(student, teacher, prompts, questions)}
+            if name in args.topics:
+                results[name][label]["answers"] = answers_to(student, prompts, args.max_new_tokens)
+        if way == "by_speech" or label == CASCADE:
+            for path in args.sounds:
+                answers = answers_to(student, [getattr(q, way) for q in sounds[set_name(path)]], 6)
+                right = [a.strip() == r["response"] for a, r in zip(answers, rows_of[path])]
+                heard.setdefault(set_name(path), {})[label] = list(zip([r["kind"] for r in rows_of[path]], right, answers))
+    for name in set(args.topics) & set(results):
+        results[name][TEACHER]["answers"] = [row["response"] for row in rows[name]]
+        asked = topics(rows[name])
+        for entry in results[name].values():
+            entry["topic_rows"] = [names(a, t) if t else None for a, t in zip(entry["answers"], asked)]
+    return results, heard, rows
 
 
-def compare(results, seed):
-    """Paired differences of the trained student by speech to both controls and to itself before."""
-    differences = {}
-    for name, conditions in results.items():
-        mine = conditions["student by speech, after"]
-        for label in ("control: audio left out", "control: another question's audio", "student by speech, before"):
-            other = conditions[label]
-            differences[name, label] = {
-                "kl8": vb.interval(np.subtract(mine["kl8_rows"], other["kl8_rows"]), seed),
-                "topic": vb.interval([float(a) - float(b) for a, b in zip(mine["topic_rows"], other["topic_rows"]) if a is not None], seed)}
-    return differences
+# ---- the report ----
+
+def mean_of(values):
+    return float(np.mean([v for v in values if v is not None]))
 
 
-def summary(results):
-    """All conditions on all sets -> lines of one table."""
-    keys = {"kl8": "KL8", "topic": "topic recall", "wer": "words misheard"}
-    header = [f"{title}, {name}" for title in keys.values() for name in results]
-    lines = [f"| {' | '.join(['', *header])} |", "|---" * (1 + len(header)) + "|"]
+def table(results, heard):
+    """All conditions -> lines of one table."""
+    topic_sets = [name for name, of in results.items() if "topic_rows" in of[TEACHER]]
+    heads = [*(f"KL8, {name}" for name in results), *(f"topic recall, {name}" for name in topic_sets),
+             *(f"sounds right, {name}" for name in heard)]
+    lines = [f"| {' | '.join(['', *heads])} |", "|---" * (1 + len(heads)) + "|"]
     for label in next(iter(results.values())):
-        cells = [f"{of[label][key]:.2f}" if key in of[label] else "" for key in keys for of in results.values()]
+        cells = [f"{mean_of(of[label]['kl8_rows']):.2f}" for of in results.values()]
+        cells += [f"{mean_of(results[name][label]['topic_rows']):.2f}" for name in topic_sets]
+        for of in heard.values():
+            cells.append(f"{mean_of([right for _, right, _ in of[label]]):.2f}" if label in of else "")
         lines.append(f"| {' | '.join([label, *cells])} |")
     return lines
 
 
-def write_report(args, results, sets, differences):
-    lines = [*summary(results), ""]
-    for name, conditions in results.items():
-        lines += [f"**{name}** ({len(sets[name])} questions)", "", "| | KL | KL8 | agree8 | topic recall | words misheard |", "|---|---|---|---|---|---|"]
-        for label, c in conditions.items():
-            lines.append(f"| {label} | {c['kl']:.3f} | {c['kl8']:.3f} | {c['agree8']:.2f} | {c['topic']:.2f} | "
-                         + (f"{c['wer']:.2f} |" if "wer" in c else "|"))
-        lines += ["", "| by speech, after, minus | KL8 | topic recall |", "|---|---|---|"]
-        for (of, label), d in differences.items():
-            if of == name:
-                cells = [f"{d[k][0]:+.2f} [{d[k][1]:+.2f}, {d[k][2]:+.2f}]" for k in ("kl8", "topic")]
-                lines.append(f"| {label} | {' | '.join(cells)} |")
-        lines.append("")
-    text = "\n".join(lines)
+def damages(results, seed):
+    """{set: {what: (mean, low, high)}}: what training by speech broke, and what distillation left of it."""
+    found = {}
+    for name, of in results.items():
+        cascade = np.array(of[CASCADE]["kl8_rows"])
+        found[name] = {}
+        for student in ("base", "distilled"):
+            by_text, by_speech = (np.array(of[f"{student} by {way}"]["kl8_rows"]) for way in ("text", "speech"))
+            found[name][f"{student}: damage by text"] = vb.interval(by_text, seed)
+            found[name][f"{student}: damage by speech"] = vb.interval(by_speech - cascade, seed)
+        for way in ("text", "speech"):
+            before, after = found[name][f"base: damage by {way}"][0], found[name][f"distilled: damage by {way}"][0]
+            found[name][f"repaired by {way}"] = 1 - after / before
+    return found
+
+
+def write_report(args, results, heard, rows, found):
+    lines = [*table(results, heard), "", "| damage, nats a token | " + " | ".join(results) + " |", "|---" * (1 + len(results)) + "|"]
+    for what in next(iter(found.values())):
+        cells = []
+        for of in found.values():
+            value = of[what]
+            cells.append(f"{value:.0%}" if isinstance(value, float) else f"{value[0]:+.2f} [{value[1]:+.2f}, {value[2]:+.2f}]")
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    kinds = sorted({kind for of in heard.values() for kind, *_ in next(iter(of.values()))})
+    if kinds:
+        lines += ["", f"| sounds right (chance 0.50) | {' | '.join(kinds)} | all | n |", "|---" * (3 + len(kinds)) + "|"]
+    for name, of in heard.items():
+        for label, answers in of.items():
+            cells = []
+            for kind in kinds:
+                some = [right for k, right, _ in answers if k == kind]
+                cells.append(f"{np.mean(some):.2f}" if some else "")
+            every = vb.interval([float(right) for _, right, _ in answers], args.seed)
+            lines.append(f"| {label}, {name} | {' | '.join(cells)} | {every[0]:.2f} [{every[1]:.2f}, {every[2]:.2f}] | {len(answers)} |")
+    text = "\n".join(lines) + "\n"
+    record = {"args": vars(args), "damage": found, "results": results, "sounds": heard,
+              "questions": {name: [{"id": r["id"], "prompt": r["prompt"], "voice": r.get("voice")} for r in rs] for name, rs in rows.items()}}
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    (Path(args.out) / "report.md").write_text(text)
-    record = {"args": vars(args), "differences": {f"{a}: {b}": d for (a, b), d in differences.items()}, "results": results,
-              "questions": {name: [{k: r[k] for k in ("id", "prompt", "voice")} for r in rows] for name, rows in sets.items()}}
-    (Path(args.out) / "report.json").write_text(json.dumps(record, indent=1))
+    m.write_atomically(Path(args.out) / "report.md", text)
+    m.write_atomically(Path(args.out) / "report.json", json.dumps(record, indent=1))
     return text
 
 
-def draw(results, path):
+def draw(results, heard, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    labels = list(next(iter(results.values())))
-    colours = ["#444444", "#b7c9e2", "#f3c9a5", "#3b6fb6", "#e07b27", "#bbbbbb", "#dddddd"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    for axis, key, title in zip(axes, ("kl8", "topic"), ("KL to the teacher, first 8 answer tokens (nats, lower is better)",
-                                                         "answers that name the topic (share, higher is better)")):
-        for k, label in enumerate(labels):
-            positions = np.arange(len(results)) + (k - len(labels) / 2) * 0.12
-            axis.bar(positions, [c[label][key] for c in results.values()], 0.12, label=label, color=colours[k])
-        axis.set_xticks(np.arange(len(results)), list(results))
-        axis.set_title(title, fontsize=10)
+    shown = {"base by text": "#f3c9a5", "distilled by text": "#b7c9e2", CASCADE: "#555555", "base by speech": "#e07b27",
+             "distilled by speech": "#3b6fb6"}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), width_ratios=[3, 2], constrained_layout=True)
+    for k, (label, colour) in enumerate(shown.items()):
+        at = np.arange(len(results)) + (k - 2) * 0.16
+        axes[0].bar(at, [mean_of(of[label]["kl8_rows"]) for of in results.values()], 0.15, label=label, color=colour)
+        spoken = [mean_of([right for _, right, _ in of[label]]) for of in heard.values() if label in of]
+        if spoken:
+            axes[1].bar(np.arange(len(heard)) + (k - 3) * 0.25, spoken, 0.24, color=colour)
+    axes[0].set_xticks(np.arange(len(results)), list(results))
+    axes[1].set_xticks(np.arange(len(heard)), list(heard))
+    axes[0].set_title("KL to the teacher, first 8 tokens (nats a token, lower is better)", fontsize=10)
+    axes[1].set_title("questions about the sound answered right", fontsize=10)
+    axes[1].axhline(0.5, color="#999999", lw=0.8, ls="--")
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
 
 
 def main(args):
-    start = time.perf_counter()
-    results, sets = measure(args)
-    differences = compare(results, args.seed)
-    print(write_report(args, results, sets, differences))
-    draw(results, Path(args.out) / "report.png")
-    print(f"{args.out}/report.md, report.json, report.png in {time.perf_counter() - start:.0f} s")
+    begun = time.perf_counter()
+    results, heard, rows = measure(args)
+    found = damages(results, args.seed)
+    print(write_report(args, results, heard, rows, found))
+    draw(results, heard, Path(args.out) / "report.png")
+    print(f"{args.out}/report.md, report.json, report.png in {time.perf_counter() - begun:.0f} s")
 
 
 if __name__ == "__main__":

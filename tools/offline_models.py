@@ -194,6 +194,8 @@ def convert_whisper(model_bytes, tokenizer_json, out):
     if unexpected or missing != ["proj_out.weight"]:  # proj_out is tied to the embeddings
         raise RuntimeError(f"Whisper weights do not fit: missing {missing}, unexpected {unexpected}")
     tokens = {t["content"]: t["id"] for t in json.loads(tokenizer_json)["added_tokens"]}
+    if not {"<|nospeech|>", "<|nocaptions|>"} & set(tokens):  # where these are likely, nothing was said
+        raise RuntimeError("tokenizer.json has neither <|nospeech|> nor <|nocaptions|>; expected Whisper's")
     languages = list(tokens)[list(tokens).index("<|startoftranscript|>") + 1:list(tokens).index("<|translate|>")]
     model.generation_config = GenerationConfig(
         bos_token_id=50257, eos_token_id=50257, pad_token_id=50257, decoder_start_token_id=50258, max_length=448,

