@@ -48,7 +48,7 @@ DEFAULT_STUDENT = f"openai/whisper-base+{DEFAULT_LLM}"
 SAMPLE_RATE = 16_000
 MAX_SECONDS = 600                  # of a clip
 FEATURE_HZ = 50                    # Whisper's encoder positions a second
-SOUND_HZ = 2                       # of these, averaged, so many a second tell how it sounded
+SOUND_HZ = 2                       # so often a second the mean of these, so far, tells how it sounded
 CONTEXT_S = (10, 15, 20, 25, 30)   # clip + a second of silence: less, and the decoder repeats itself
 CUT_S = (24, 29)                   # a longer clip is cut where it is quietest between these
 TOKENS_PER_S, NO_SPEECH = 12, 0.6  # more tokens than anyone says; likelier than that: no words
@@ -402,7 +402,7 @@ class Heard(NamedTuple):
     text: str
     ids: Tensor     # (n,)
     states: Tensor  # (n, D) of the decoder, which chose the tokens
-    sound: Tensor   # (A, D) of the encoder, SOUND_HZ a second
+    sound: Tensor   # (A, D) of the encoder, its mean so far, SOUND_HZ a second
 
 
 def quiet_cuts(waveform):
@@ -513,9 +513,11 @@ class Whisper(nn.Module):
         results = []
         for (ids, states), row, length in zip(self.write(features, limits, spoken), features,
                                               seconds):
-            row = row[:max(1, round(length * FEATURE_HZ))]
-            parts = row.tensor_split(max(1, round(length * SOUND_HZ)))
-            results.append((ids, states, torch.stack([part.mean(0) for part in parts]).cpu()))
+            count = max(1, round(length * FEATURE_HZ))  # encoder positions of the clip
+            ends = torch.linspace(0, count, max(1, round(length * SOUND_HZ)) + 1)[1:].long()
+            so_far = row[:count].float().cumsum(0)[ends - 1]                      # (A, D)
+            sound = so_far / ends[:, None].to(so_far.device)
+            results.append((ids, states, sound.to(row.dtype).cpu()))
         return results
 
     def encode(self, mel):

@@ -4,7 +4,6 @@ What each loss in losses.py promises, one behaviour per test; read it beside los
   python -m pytest -q test_losses.py                             <- CPU, no download, about 10 s
 """
 import inspect
-import itertools
 import math
 import os
 import re
@@ -16,13 +15,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import losses
-from losses import (DIVERGENCES, IGNORE_INDEX, fused_ce_kd, cross_entropy, ctc, jsd, response_rows,
-                    skew_kl)
+from losses import (DIVERGENCES, IGNORE_INDEX, cross_entropy, fused_ce_kd, jsd, response_rows,
+                    skew_kl, token_kl)
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
 LOSSES = ["cross_entropy", *DIVERGENCES, "fused_ce_kd"]
 every_loss = pytest.mark.parametrize("name", LOSSES)
-every_loss_and_ctc = pytest.mark.parametrize("name", [*LOSSES, "ctc"])
 every_kind = pytest.mark.parametrize("kind", DIVERGENCES)
 every_temperature = pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
 ROUNDING = dict(rtol=1e-5, atol=1e-5)  # float32: 1e-7 for each of < 100 terms of size 1
@@ -52,8 +50,6 @@ def row_loss(name, student_logits, teacher_logits, targets=None, beta=None, **op
                                  **options)
     if name == "cross_entropy":
         return cross_entropy(student_logits=student_logits, targets=targets)
-    if name == "ctc":  # one clip of N frames
-        return ctc(student_logits=student_logits[None], lengths=torch.tensor([5]), targets=[[1, 2]])
     head = torch.eye(student_logits.shape[-1], dtype=student_logits.dtype)
     return fused_ce_kd(student_hidden=student_logits, student_weight=head, teacher_weight=head,
                  teacher_hidden=teacher_logits, targets=targets, chunk_rows=2)[0]
@@ -63,8 +59,6 @@ def row_loss(name, student_logits, teacher_logits, targets=None, beta=None, **op
 ROWS = (randn(5, 7, seed=0) * 2).requires_grad_(), randn(5, 7, seed=1) * 2
 PAIR = dict(student_logits=ROWS[0], teacher_logits=ROWS[1])
 TARGETS = torch.arange(5)
-CLIPS = dict(student_logits=randn(5, 4, 3, seed=15).requires_grad_(),
-             lengths=torch.tensor([4, 3, 4, 2, 2]), targets=[[1, 2], [2], [1, 1], [], [1, 1]])
 
 
 # ---- 1. by hand: which way round, ln and not log2, sum and not mean ----
@@ -120,7 +114,7 @@ def test_a_divergence_is_zero_for_equal_inputs_and_positive_otherwise(kind):
     assert all(row_loss(kind, *pair) > 0.01 for pair in zip(*ROWS))
 
 
-@every_loss_and_ctc
+@every_loss
 def test_adding_a_constant_to_a_row_of_logits_changes_nothing(name):
     shift = torch.tensor([[-9.0], [-1.0], [0.0], [3.0], [11.0]])
     value = row_loss(name, ROWS[0] + shift, ROWS[1] - shift, TARGETS)
@@ -180,7 +174,7 @@ def test_without_supervised_tokens_the_loss_is_zero_and_backward_works(name):
 
 # ---- 8. precision ----
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@every_loss_and_ctc
+@every_loss
 def test_at_logits_of_200_all_is_finite_and_bfloat16_input_loses_nothing(name, dtype):
     logits = [(randn(5, 7, seed=seed).sign() * 200).to(dtype).requires_grad_() for seed in (4, 5)]
     loss = row_loss(name, *logits, TARGETS)  # e^-400 is 0 in float32
@@ -189,7 +183,7 @@ def test_at_logits_of_200_all_is_finite_and_bfloat16_input_loses_nothing(name, d
     assert torch.equal(loss, row_loss(name, *(x.float() for x in logits), TARGETS))
 
 
-@every_loss_and_ctc
+@every_loss
 def test_autocast_to_bfloat16_changes_neither_loss_nor_gradient(name):
     with torch.autocast("cpu", torch.bfloat16):
         loss = row_loss(name, *ROWS, TARGETS)
@@ -288,20 +282,34 @@ def test_fused_ce_kd_keeps_no_logits_for_the_backward_pass():
     assert not [shape for shape in shapes if shape[-1:] == (7,)]
 
 
-# ---- ctc ----
-def test_ctc_equals_the_enumeration_of_all_alignments_and_too_short_a_clip_adds_nothing():
-    student_logits, lengths, targets = CLIPS.values()
-    expected = torch.zeros(())
-    for frames, length, target in zip(student_logits.log_softmax(-1), lengths, targets):
-        # an alignment spells its classes without repeats, then without blanks (0)
-        scores = [frames[range(length), path].sum()
-                  for path in itertools.product(range(3), repeat=int(length))
-                  if [c for c, _ in itertools.groupby(path) if c] == target]
-        if scores:  # none for the last clip: 1, blank, 1 needs three frames
-            expected = expected - torch.stack(scores).logsumexp(0)
-    torch.testing.assert_close(ctc(**CLIPS), expected, **ROUNDING)
-    grads = (gradient(x, student_logits) for x in (ctc(**CLIPS), expected))
-    torch.testing.assert_close(*grads, **ROUNDING)  # 0 beyond a clip's length
+# ---- what evaluation reports ----
+@pytest.mark.parametrize("chunk_rows", [1, 4, 64])
+@pytest.mark.parametrize("vocabs", [(7, 9), (9, 7)])  # padded differently, 7 tokens in common
+def test_token_kl_is_the_divergence_of_each_row_on_full_logits(vocabs, chunk_rows, monkeypatch):
+    inputs = {name: x for name, x in head_inputs(*vocabs).items() if name != "targets"}
+    made, log_softmax = [], torch.Tensor.log_softmax
+    monkeypatch.setattr(torch.Tensor, "log_softmax",
+                        lambda x, dim: made.append(x.shape) or log_softmax(x, dim))
+    kl, agree = token_kl(**inputs, student_logit_scale=0.5, teacher_logit_scale=2.0,
+                         chunk_rows=chunk_rows)
+    monkeypatch.undo()
+    assert max(made) == (min(chunk_rows, 11), 7)  # never more logits at a time
+    student, teacher = ((scale * inputs[f"{name}_hidden"] @ inputs[f"{name}_weight"].T)[:, :7]
+                        for name, scale in (("student", 0.5), ("teacher", 2.0)))
+    log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
+    torch.testing.assert_close(kl, (log_t.exp() * (log_t - log_s)).sum(-1), **ROUNDING)
+    assert agree.tolist() == (student.argmax(-1) == teacher.argmax(-1)).tolist()
+    assert kl.dtype == torch.float32 and 0 < agree.sum() < 11
+
+
+def test_token_kl_of_half_precision_is_computed_in_float32_and_of_no_rows_is_empty():
+    inputs = {name: x.detach().bfloat16() for name, x in head_inputs().items() if name != "targets"}
+    kl, _ = token_kl(**inputs)
+    exact, _ = token_kl(**{name: x.float() for name, x in inputs.items()})
+    assert torch.equal(kl, exact) and (kl > 0).all()
+    kl, agree = token_kl(**inputs | {name: inputs[name][:0] for name in ("student_hidden",
+                                                                         "teacher_hidden")})
+    assert kl.shape == agree.shape == (0,)
 
 
 # ---- 10. wrong input ----
@@ -329,15 +337,8 @@ def test_large_half_precision_states_do_not_overflow_before_the_loss():
     assert torch.isfinite(torch.stack([loss.detach(), ce_sum, kd_sum])).all()
 
 
-def test_ctc_takes_only_classes_that_exist_and_one_list_a_clip():
-    logits, lengths = torch.zeros(1, 5, 3), torch.tensor([5])
-    for targets in ([[3]], [[0]], [[1], [2]]):  # beyond C, the blank, a clip too many
-        with pytest.raises(ValueError, match=r"logits \(1, 5, 3\)"):
-            ctc(student_logits=logits, lengths=lengths, targets=targets)
-
-
 # ---- copying ----
-@pytest.mark.parametrize("name", ["response_rows", "cross_entropy", *DIVERGENCES, "ctc"])
+@pytest.mark.parametrize("name", ["response_rows", "cross_entropy", *DIVERGENCES, "token_kl"])
 def test_a_function_works_when_it_is_pasted_into_an_empty_file(name):
     function, pasted = getattr(losses, name), {}
     exec("import torch\nimport torch.nn.functional as F\nfrom torch import Tensor\n"
@@ -346,6 +347,6 @@ def test_a_function_works_when_it_is_pasted_into_an_empty_file(name):
         if part is function or part.__name__ in inspect.getsource(function):  # what it calls
             exec(inspect.getsource(part), pasted)
     values = PAIR | dict(targets=TARGETS, logits=SEQUENCES[0], labels=LABELS)
-    values.update(CLIPS if name == "ctc" else {})
+    values.update(head_inputs() if name == "token_kl" else {})
     arguments = {x: values[x] for x in inspect.signature(function).parameters if x in values}
     torch.testing.assert_close(pasted[name](**arguments), function(**arguments), rtol=0, atol=0)

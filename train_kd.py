@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -105,8 +106,8 @@ def get_args(argv=None):
                    help="LoRA on the LLM's linear layers, embeddings and head frozen, at --lr-llm "
                         "(1e-4 to 5e-4); needs peft; 0 = off")
     g.add_argument("--lr-encoder", type=rate, default=1e-5, help="peak learning rate")
-    g.add_argument("--lr-adapter", type=rate, default=1e-3,
-                   help="peak learning rate; 2e-4 to 3e-3")
+    g.add_argument("--lr-adapter", type=rate, default=2e-5,
+                   help="peak learning rate; 1e-5 to 1e-4: more spoils what a sound layer began with")
     g.add_argument("--lr-llm", type=rate, default=2e-5,
                    help="peak learning rate; the paper: 5e-6 for 7 B")
     g = p.add_argument_group("optimisation")
@@ -329,7 +330,7 @@ def hear_all(args, student, rows, bad, ranks):
     cannot be used are added to `bad`. A file's name is the digest of the clip's bytes, of Whisper
     and of the language, so that none of them can change unnoticed."""
     built_here = isinstance(student, m.SpeechLLM)
-    listener = fingerprint(student.whisper, "float16") if built_here else "read"
+    listener = fingerprint(student.whisper, "mean so far") if built_here else "read"
     folder, names, clips = Path(args.cache) / listener, {}, {}
     for row in sorted(rows, key=lambda row: (row["seconds"], row["id"])):  # such end together
         if row.get("audio"):
@@ -1034,9 +1035,9 @@ def main(args):
                             identity)
 
     # ---- the student ----
-    if step < steps:
+    if 0 < step < steps:  # before the first step, saving would count one in the optimizer
         save_checkpoint(args, student, optimizer, scaler, {"step": step, "best": best}, identity)
-    else:
+    elif step == steps:
         save_folder(student, out / "last", dtype)
     if master:
         print(f"wrote {out / 'last'}" if step == steps else
@@ -1052,4 +1053,7 @@ if __name__ == "__main__":
         sys.exit(main(get_args()))
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         print("train_kd.py:", *str(error).split(), file=sys.stderr)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()  # of the loader: Python would wait for what outlives SIGTERM
         sys.exit(2)

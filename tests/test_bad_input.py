@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 
 import eval_mmau
 import eval_voicebench
-import model as m
 import synth_speech
 import train_kd
 

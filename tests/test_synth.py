@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -169,6 +170,7 @@ def fork(*argv, **environment):
         try:
             os.environ.update(environment)
             torch.set_num_threads(1)
+            synth.tqdm.set_lock(threading.RLock())  # its own lock is shared, and one that was killed may hold it
             code = run(*argv)
         finally:
             os._exit(code)

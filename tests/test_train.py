@@ -258,6 +258,24 @@ def test_rows_without_a_teacher_have_a_mean_of_their_own_and_weight_whatever_sta
     assert torch.allclose(gradient_of(sounds, *options, "--ce-weight", "0", "--sound-weight", "3"), 3 * expected, atol=1e-5)
 
 
+def test_an_untrained_sound_layer_begins_with_what_is_said_about_clips_and_not_with_their_words(tiny):
+    student = m.build_student(tiny.student)
+    answers = {"Yes.": 1.0, "No.": -1.0}
+    rows = [{"prompt": None, "audio": f"{answer}{k}", "instruction": "Loud?", "response": answer} for answer in answers for k in range(20)]
+    words = [{"prompt": None, "audio": f"word{k}", "instruction": "What is said?", "response": f"Word {k}."} for k in range(20)]
+    noise, direction = torch.manual_seed(0), torch.ones(16)
+
+    def heard_of(row):
+        loud = answers.get(row["response"], 0)
+        return m.Heard("", torch.arange(0), torch.zeros(0, 16), loud * direction + torch.randn(5, 16, generator=noise))
+    assert train_kd.align_sounds(student, words, heard_of) == 0 and student.adapter.untrained
+    assert train_kd.align_sounds(student, rows + words, heard_of) == 40 and not student.adapter.untrained
+    table = student.llm.get_input_embeddings().weight
+    yes, no = (table[m.text_ids(student.tokenizer, answer)].mean(0) for answer in answers)
+    loud, quiet = student.adapter(torch.zeros(0, 16), torch.stack([direction, -direction]))[1]
+    assert torch.cosine_similarity(loud - quiet, yes - no, 0) > 0.9
+
+
 # ---- what Whisper heard, what the teacher gave ----
 
 def test_what_is_heard_is_kept_under_the_digest_of_the_clip(tiny, tmp_path, monkeypatch):

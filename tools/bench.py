@@ -6,7 +6,6 @@ All that is said about speed and memory, measured: against named rivals, same in
   python tools/bench.py --out out/bench --parts hearing --data data/quick/heldout.jsonl
 
 Writes  OUT/PART.json, OUT/bench_SCRIPT.log (what the libraries print), and OUT/README.md, the tables of all parts that are there
-
 Times: medians of interleaved repetitions. Memory: of a process of its own, resident (CPU) or the allocator's (GPU).
 """
 import argparse
@@ -39,9 +38,8 @@ def get_args(argv=None):
     device = argparse.ArgumentParser(add_help=False)  # first, since the sizes depend on it
     device.add_argument("--device", type=m.device, default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu or cuda; the sizes below are its own")
-    p = argparse.ArgumentParser(parents=[device], description=__doc__.splitlines()[1],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    one = m.number(int, 1)
+    one, shown = m.number(int, 1), argparse.ArgumentDefaultsHelpFormatter
+    p = argparse.ArgumentParser(parents=[device], description=__doc__.splitlines()[1], formatter_class=shown)
     p.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what is measured")
     p.add_argument("--out", type=m.out_folder, required=True, help="folder of the results")
     p.add_argument("--repeats", type=one, help="interleaved repetitions of loss, answers and hearing")

@@ -5,6 +5,7 @@ A rival is measured in a process of its own, a Worker, so that no other's memory
 Memory is the resident set (CPU, Linux) or the allocator's (CUDA).
 """
 import argparse
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -57,9 +58,7 @@ class Worker:
         self.process.join()
 
 
-def take_turn():
-    """Within a job: answer None, and wait for another. Given by `serve`."""
-    raise RuntimeError("no worker's process")
+take_turn = None  # within a job: answer None, and wait for another; given by `serve`
 
 
 def serve(function, pipe, log):
@@ -94,18 +93,16 @@ def installed(rivals):
 
 def compare(function, rivals, sizes, args, **job):
     """Rivals take turns on each size, each in a process that has warmed up -> {rival: {size: list of answers}}"""
-    workers = {rival: Worker(function, args.out) for rival in rivals}
     answers = {rival: {size: [] for size in sizes} for rival in rivals}
-    for rival, worker in workers.items():
-        worker.ask(rival=rival, size=sizes[0], device=args.device, **job)
-    for size in sizes:
-        for _ in range(args.repeats):
+    with contextlib.ExitStack() as stack:
+        workers = {rival: stack.enter_context(contextlib.closing(Worker(function, args.out))) for rival in rivals}
+        for rival, worker in workers.items():
+            worker.ask(rival=rival, size=sizes[0], device=args.device, **job)
+        for size in sizes * args.repeats:
             for rival, worker in workers.items():
                 answers[rival][size].append(worker.ask(rival=rival, size=size, device=args.device, **job))
                 shown = {k: v for k, v in answers[rival][size][-1].items() if not isinstance(v, list)}
                 print(f"{size}: {rival} {shown}", flush=True)
-    for worker in workers.values():
-        worker.close()
     return answers
 
 

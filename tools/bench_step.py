@@ -9,6 +9,7 @@ loop. Rivals:
 Each runs in a process of its own. After WARM_UP steps they are timed, in turns on a CPU: a step of each, then the next
 of each. Memory: the highest of a step above what stays between steps (weights, optimizer). Called by bench.py.
 """
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +25,6 @@ import train_kd
 WARM_UP = 2  # steps until the allocator is at rest
 CHECKPOINTING = "ours, --gradient-checkpointing"
 SETTINGS = {"text and speech": ["plain loop", "ours", CHECKPOINTING], "text": ["plain loop", "TRL GKD", "ours"]}
-NEEDS = {"TRL GKD": ["trl", "datasets", "accelerate"]}
 
 
 class Stop(Exception):
@@ -84,7 +84,6 @@ def prepare(args):
     teacher.to(device).requires_grad_(False)
     rows = train_kd.read_manifest(args.data[0], {})
     heard_of = train_kd.hear_all(args, student, rows, [], (0, 1))
-    student.adapter.standardise(torch.cat([heard_of(row).sound for row in rows]))
     items = train_kd.Rows(rows, student, tokenizer, args, heard_of)
     plan = train_kd.plan_steps(list(range(len(rows))), [], args, args.batch_size)
     return student.train(), teacher, tokenizer, ([items[k] for k in step[0]] for step in plan)
@@ -159,13 +158,11 @@ def run(in_turns=False, **job):
 
 def run_in_turns(jobs, out):
     """{rival: job} -> {rival: answer of `run`}; all take their first step, then all their second, ..."""
-    workers = {rival: lib.Worker(run, out) for rival in jobs}
-    answers = {rival: workers[rival].ask(**job, in_turns=True) for rival, job in jobs.items()}  # None: it has taken a step
-    while waiting := [rival for rival, answer in answers.items() if answer is None]:
-        for rival in waiting:
-            answers[rival] = workers[rival].ask(go=True)
-    for worker in workers.values():
-        worker.close()
+    with contextlib.ExitStack() as stack:  # None: it has taken a step
+        workers = {rival: stack.enter_context(contextlib.closing(lib.Worker(run, out))) for rival in jobs}
+        answers = {rival: workers[rival].ask(**job, in_turns=True) for rival, job in jobs.items()}
+        while waiting := [rival for rival, answer in answers.items() if answer is None]:
+            answers |= {rival: workers[rival].ask(go=True) for rival in waiting}
     return answers
 
 
@@ -175,7 +172,7 @@ def measure(args):
     with tempfile.TemporaryDirectory() as folder:
         data = lib.manifest_of(args, Path(folder) / "data", args.batch_size * (WARM_UP + args.steps + 1))
         common = dict(vars(args), data=str(data), cache=f"{folder}/cache")
-        there = [*lib.installed(NEEDS), "plain loop", "ours", CHECKPOINTING]
+        there = [*lib.installed({"TRL GKD": ["trl", "datasets", "accelerate"]}), "plain loop", "ours", CHECKPOINTING]
         for setting, rivals in SETTINGS.items():
             jobs = {rival: {**common, "setting": setting, "rival": rival, "out": f"{folder}/{setting} {rival}"}
                     for rival in rivals if rival in there}

@@ -3,15 +3,15 @@
 #   models -> prompts, answers, speech -> a student that hears -> base: taught to listen, forgets -> distilled -> one table.
 #
 #   bash tools/quickstart.sh            minutes: see README.md; downloads aside
-#   SEED=1 bash tools/quickstart.sh     another seed, in data/quick-1 and out/quick-1
+#   SEED=2 bash tools/quickstart.sh     another seed, in data/quick-2 and out/quick-2
 #
 # Stopped anywhere, the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=passive
 
-seed=${SEED:-0} name=quick
-[ "$seed" = 0 ] || name=quick-$seed
+seed=${SEED:-1} name=quick
+[ "$seed" = 1 ] || name=quick-$seed
 data=data/$name out=out/$name
 say() { printf '\n== %4d s  %s\n' $((SECONDS - started)) "$*"; }
 started=$SECONDS
@@ -37,20 +37,21 @@ train() { python train_kd.py --cache "$data/.cache" --seed "$seed" --dtype $dtyp
 say "40 questions that people wrote: answers and speech"
 synth --input tools/questions.jsonl --limit 40 --engine piper --max-new-tokens 24 --out "$data/human"
 
-say "120 prompts that the teacher invents, its answers, and each prompt spoken twice by a neural voice"
-synth --sample-prompts 120 --heldout 20 --exclude tools/questions.jsonl --max-words 16 --max-new-tokens 16 \
+say "100 prompts that the teacher invents, its answers, and each prompt spoken twice by a neural voice"
+synth --sample-prompts 100 --heldout 20 --exclude tools/questions.jsonl --max-words 18 --max-new-tokens 16 \
     --engine piper --takes 2 --sounds --preview 40 --out "$data/heard"
 
-say "some of them again in espeak's voices, men and women"
-synth --input "$data/heard/train.jsonl" --limit 80 --takes 2 --sounds --out "$data/variety"
+say "half of them again in espeak's voices, men and women"
+synth --input "$data/heard/train.jsonl" --limit 80 --takes 2 --sounds --out "$data/variety" \
+    --voices en-us+m1 en-us+m3 en-us+m6 en-us+m7 en-us+m8 en-us+f1 en-us+f2 en-us+f5
 
 say "the held-out prompts in espeak voices that are never trained on"
 synth --input "$data/heard/heldout.jsonl" --takes 2 --sounds --out "$data/unheard" \
     --voices en-us+klatt2 en-us+klatt4 en-us+klatt6 en-us+m4 en-us+m5 en-us+f3 en-us+f4
 
 say "base: the ordinary first stage of a speech LLM, cross-entropy on transcripts and sounds; its dialogue suffers"
-train --data "$data"/{heard,variety}/{transcripts,sounds}.jsonl --channels s2t --lr-llm 5e-5 \
-    --sound-batch-size 12 --max-steps 24 --out "$out/base"
+train --data "$data"/{heard,variety}/sounds.jsonl "$data/variety/transcripts.jsonl" --channels s2t \
+    --lr-llm 5e-5 --sound-batch-size 16 --max-steps 24 --out "$out/base"
 
 say "distilled: by text and by speech to the text teacher, sounds beside them"
 train --student "$out/base/last" --data "$data"/{heard,variety}/{train,sounds}.jsonl --ce-weight 0 --kd-weight 1 --temperature 1 \
