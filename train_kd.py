@@ -373,7 +373,7 @@ def hear_all(args, student, rows, bad, ranks):
 
 
 def align_sounds(student, rows, heard_of):
-    """Let an untrained sound layer begin with what rows without a teacher say about their clips ->
+    """Let a sound layer begin with what rows without a teacher say about their clips ->
     number of clips. An answer counts by its mean embedding, less the mean over its question's
     answers; one that is given once (a transcript) tells words, not sound."""
     table, answers = student.llm.get_input_embeddings().weight.detach().float(), {}
@@ -897,8 +897,9 @@ def main(args):
     said = m.leave_out(bad, args.max_bad_rows, out, master)
     train_rows, counts = usable_rows(args, rows.rows)
     aligned = 0
-    if isinstance(student, m.SpeechLLM) and student.adapter.untrained:
+    if isinstance(student, m.SpeechLLM) and not student.adapter.listens:
         aligned = align_sounds(student, train_rows, heard_of)
+        student.adapter.listens.fill_(True)
     if teacher is not None and teacher is not student and (args.teacher_cache or not args.shard):
         teacher.to(device)
     if args.teacher_cache and teacher is not None:

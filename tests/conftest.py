@@ -117,6 +117,7 @@ def build_student(name, size):
         student = m.build_student(name)
         torch.nn.init.normal_(student.adapter.words.weight, std=size)
         torch.nn.init.normal_(student.adapter.sound.weight, std=size)
+        student.adapter.listens.fill_(True)
     return student
 
 

@@ -268,8 +268,8 @@ def test_an_untrained_sound_layer_begins_with_what_is_said_about_clips_and_not_w
     def heard_of(row):
         loud = answers.get(row["response"], 0)
         return m.Heard("", torch.arange(0), torch.zeros(0, 16), loud * direction + torch.randn(5, 16, generator=noise))
-    assert train_kd.align_sounds(student, words, heard_of) == 0 and student.adapter.untrained
-    assert train_kd.align_sounds(student, rows + words, heard_of) == 40 and not student.adapter.untrained
+    assert train_kd.align_sounds(student, words, heard_of) == 0 and not student.adapter.sound.weight.any()
+    assert train_kd.align_sounds(student, rows + words, heard_of) == 40 and student.adapter.sound.weight.any()
     table = student.llm.get_input_embeddings().weight
     yes, no = (table[m.text_ids(student.tokenizer, answer)].mean(0) for answer in answers)
     loud, quiet = student.adapter(torch.zeros(0, 16), torch.stack([direction, -direction]))[1]
