@@ -937,6 +937,8 @@ class SpeechLLM(PreTrainedModel):
             lengths += [len(part) for part in parts]
         embeds = table(torch.tensor(ids, dtype=torch.long, device=self.device)).split(lengths)
         states = torch.cat([prompt.states for prompt in prompts])                 # (sum W, D)
+        if not self.adapter.listens:
+            prompts = [prompt._replace(sound=prompt.sound[:0]) for prompt in prompts]
         sounds = torch.cat([prompt.sound.float() for prompt in prompts])          # (sum A, D)
         corrections, sounds = self.adapter(states.to(self.device), sounds.to(self.device))
         corrections = corrections.split([len(prompt.states) for prompt in prompts])
@@ -1160,7 +1162,9 @@ def load_student(name, trust_remote_code=False):
     folder = resolve(name)
     config = PretrainedConfig.get_config_dict(folder)[0]
     if config.get("model_type") == SpeechLLMConfig.model_type:
-        return from_folder(SpeechLLM, folder, dtype=torch.float32).eval()
+        student = from_folder(SpeechLLM, folder, dtype=torch.float32).eval()
+        _ = student.whisper.extractor, student.whisper.tokenizer  # or they fail when it first hears
+        return student
     remote = "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING
     if remote and not trust_remote_code:
         raise RuntimeError(f"{name}: a model of type {config.get('model_type')!r} that runs code "
