@@ -896,6 +896,9 @@ def main(args):
         part.rows = [row for row in part.rows if row["id"] not in lost]
     said = m.leave_out(bad, args.max_bad_rows, out, master)
     train_rows, counts = usable_rows(args, rows.rows)
+    if args.eval_data and not eval_set.rows:
+        raise ValueError(f"--eval-data {' '.join(args.eval_data)}: no row is left to measure on, "
+                         f"see {out / 'bad_rows.jsonl'}")
     aligned = 0
     if isinstance(student, m.SpeechLLM) and not student.adapter.listens:
         aligned = align_sounds(student, train_rows, heard_of)
@@ -941,7 +944,7 @@ def main(args):
     model = student
     if world > 1 and not args.shard:
         model = DistributedDataParallel(student, gradient_as_bucket_view=True,
-                                        device_ids=[device.index] if device.index else None)
+                                        device_ids=None if device.index is None else [device.index])
     todo = [micro_batch for rows_of_step in plan[step:] for micro_batch in rows_of_step[rank::world]]
     stream = iter(DataLoader(rows, batch_sampler=todo, num_workers=args.workers, collate_fn=list,
                              worker_init_fn=outlive_sigterm,
