@@ -228,9 +228,9 @@ def load(args, role):
     if role == "teacher":
         llm, tokenizer = m.load_llm(args.teacher, dtype)
         return llm.to(args.device), tokenizer
-    student = m.load_student(args.student, args.trust_remote_code).to(args.device, dtype)
-    if isinstance(student, m.SpeechLLM):
-        student.adapter.float()
+    student = m.load_student(args.student, args.trust_remote_code).to(args.device)
+    # what our own student hears stays as exact as it was in training
+    (student.llm if isinstance(student, m.SpeechLLM) else student).to(dtype)
     return student
 
 
@@ -241,14 +241,17 @@ def divergences(teacher, tokenizer, student, rows):
     Returns: a row each, [[tokens, F, M] over its response, the same over its first 8 tokens];
     sums in nats at tau 1, no M without "audio". The response is cut at ANSWER_TOKENS.
     """
-    answers, whole, by_text, by_speech = [], [], [], []
+    answers, whole, by_text = [], [], []
+    spoken = [row for row in rows if row.get("audio") is not None]  # heard together
+    heard = student.hear([m.waveform_of(row) for row in spoken],
+                         [row.get("language") for row in spoken])
+    by_speech = [student.prompt(row, clip) for row, clip in zip(spoken, heard)]
     for row in rows:
         answers.append(train_kd.answer_ids(tokenizer, row, "response", ANSWER_TOKENS))
         before, after = m.chat_parts(tokenizer, row.get("system"), row.get("instruction"))
         ids = before + m.text_ids(tokenizer, row["prompt"]) + after + answers[-1]
         whole.append(torch.tensor(ids, device=teacher.device))
         by_text.append(student.prompt({**row, "audio": None}))
-        by_speech += [student.prompt(row)] if row.get("audio") else []
     lengths = [len(ids) for ids in answers]
     hidden, llm, kls = m.answer_states(teacher, whole, lengths), teacher, []       # (N, H)
     for prompts in filter(None, (by_text, by_speech)):

@@ -358,6 +358,11 @@ def load_audio(path):
     return waveform
 
 
+def waveform_of(row):
+    """The audio of a row, a path or a waveform (S,) already -> waveform."""
+    return row["audio"] if isinstance(row["audio"], Tensor) else load_audio(row["audio"])
+
+
 def chat_parts(tokenizer, system=None, instruction=None):
     """Token ids of the chat template before and after what the user says.
 
@@ -893,9 +898,7 @@ class SpeechLLM(PreTrainedModel):
         if row.get("audio") is None:
             return self.unheard(before + text_ids(self.tokenizer, row["prompt"]) + after)
         if heard is None:
-            audio = row["audio"]
-            waveform = audio if isinstance(audio, Tensor) else load_audio(audio)
-            heard = self.hear([waveform], row.get("language"))[0]
+            heard = self.hear([waveform_of(row)], row.get("language"))[0]
         words = self.tokenizer(heard.text, add_special_tokens=False, split_special_tokens=True,
                                return_offsets_mapping=True)
         states = heard.states[:0]
@@ -969,8 +972,7 @@ class SpeechLLM(PreTrainedModel):
         was_training = self.training
         self.eval()  # in training mode, gradient checkpointing turns the cache off
         spoken = [row for row in rows if row.get("audio") is not None]  # heard together
-        audio = [row["audio"] for row in spoken]
-        heard = iter(self.hear([x if isinstance(x, Tensor) else load_audio(x) for x in audio],
+        heard = iter(self.hear([waveform_of(row) for row in spoken],
                                [row.get("language") for row in spoken]))
         prompts = [self.prompt(row, next(heard) if row.get("audio") is not None else None)
                    for row in rows]
@@ -1025,7 +1027,7 @@ class HubStudent(nn.Module):
             before, after = chat_parts(self.tokenizer, row.get("system"), row.get("instruction"))
             said = text_ids(self.tokenizer, row["prompt"])
             return {"ids": torch.tensor(before + said + after)}
-        audio = row["audio"] if isinstance(row["audio"], Tensor) else load_audio(row["audio"])
+        audio = waveform_of(row)
         audio = F.pad(audio, (0, max(0, SAMPLE_RATE // 10 - len(audio)))).numpy()
         chat = [{"role": "system", "content": row["system"]}] if row.get("system") else []
         question = row.get("instruction") or ""
