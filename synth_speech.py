@@ -481,7 +481,7 @@ def about(row, kind, question, reply):
     """A row of the manifest -> a row about its sound: no text stands for what it asks."""
     return {"id": f"{row['id']}-{kind}", "prompt": None, "instruction": question,
             "response": reply, "finish": "stop", "kind": kind, "source": "sounds",
-            **{key: row[key] for key in ("audio", "voice", "seconds")}}
+            **{key: row[key] for key in ("audio", "voice", "seconds", "language")}}
 
 
 def sound_rows(rows):
