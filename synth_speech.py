@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,7 +35,6 @@ import numpy as np
 import soundfile
 import torch
 import torch.distributed as dist
-from torch.utils.benchmark import Timer
 from torchaudio.functional import edit_distance, resample
 from tqdm import tqdm
 from transformers.models.whisper import english_normalizer
@@ -253,8 +253,12 @@ def staged(args, name, rows, size, work):
 def measured_dtype(device):
     """The one that multiplies matrices faster."""
     def seconds(dtype):
-        a = torch.ones(576, 576, dtype=getattr(torch, dtype), device=device)
-        return Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads()).timeit(20).mean
+        a, times = torch.ones(576, 576, dtype=getattr(torch, dtype), device=device), []
+        for _ in range(20):
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()  # waits for a GPU
+            times.append(time.perf_counter() - start)
+        return sorted(times)[10]
     return min("float32", "bfloat16", key=seconds)
 
 

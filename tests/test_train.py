@@ -486,7 +486,7 @@ def test_options_that_contradict_each_other_are_refused_before_anything_is_loade
 def test_half_precision_trains_and_what_trains_stays_float32(tiny, both, tmp_path, dtype, reference_run):
     assert train(*arguments(tiny, both, tmp_path / "run", *FULL, "--eval-data", both[0], "--dtype", dtype)) == 0
     weights = newest(tmp_path / "run")["model"]
-    assert weights and all(v.dtype == torch.float32 for v in weights.values())
+    assert weights and {v.dtype for k, v in weights.items() if k != "adapter.listens"} == {torch.float32}
     half, exact = ([r["eval_kl_s2t"] for r in read_log(out) if "eval_kl_s2t" in r] for out in (tmp_path / "run", reference_run))
     assert half == pytest.approx(exact, rel=0.1)
 

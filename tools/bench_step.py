@@ -78,6 +78,8 @@ def prepare(args):
     """-> student, teacher, tokenizer, and the items of each step in train_kd's order."""
     dtype, device = getattr(torch, args.dtype), args.device
     student = m.load_student(args.student)
+    if isinstance(student, m.SpeechLLM):
+        student.adapter.listens.fill_(True)  # as train_kd.main does
     teacher, tokenizer = m.load_llm(args.teacher, dtype)
     train_kd.choose_what_trains(args, student, dtype)
     student.to(device)

@@ -199,7 +199,7 @@ def damages(results, seed):
             found[name][f"{student}: damage by speech"] = vb.interval(by_speech - cascade, seed)
         for way in ("text", "speech"):
             before, after = found[name][f"base: damage by {way}"][0], found[name][f"distilled: damage by {way}"][0]
-            found[name][f"repaired by {way}"] = 1 - after / before
+            found[name][f"repaired by {way}"] = 1 - after / before if before else 0.0
     return found
 
 
