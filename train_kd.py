@@ -16,6 +16,7 @@ import collections
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -52,97 +53,88 @@ WEIGHT_DECAY = 0.01   # of matrices; what nearly everyone takes for fine-tuning
 KEEP = 2              # newest checkpoints that stay: one may be damaged
 EVAL_ROWS = 16        # measured together
 SAMPLE_TOKENS = 40    # of an answer in samples.jsonl
+KEYS = ("id", "prompt", "audio", "response", "reference", "finish", "instruction", "system",
+        "language")   # of a row; others are not read
+FREE_OPTIONS = ("resume", "device", "workers", "out", "save_every", "cache", "shard")  # of --resume
 LOADED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    natural, rate = m.number(int, 0), m.number(float, 0, 1)
-    weight, positive = m.number(float, 0), m.number(int, 1)
-    g = p.add_argument_group("models and data")
-    g.add_argument("--teacher", default=m.DEFAULT_LLM,
-                   help="text LLM, folder or hub id (NAME@REVISION); frozen")
-    g.add_argument("--student", default=m.DEFAULT_STUDENT,
-                   help="WHISPER+LLM, a speech LLM of transformers (folder or hub id), "
-                        "or a folder that this script wrote")
-    g.add_argument("--trust-remote-code", action="store_true",
-                   help="run the code that comes in the student's folder; read it first")
-    g.add_argument("--data", nargs="+", required=True, help="manifests to train on")
-    g.add_argument("--eval-data", nargs="+", default=[], help="manifests to measure on")
-    g.add_argument("--max-bad-rows", type=natural, default=0,
-                   help="leave out so many unusable rows; OUT/bad_rows.jsonl lists them")
-    g.add_argument("--labels", choices=["response", "reference"], default="response",
-                   help="the teacher's answer, or the data set's")
-    g.add_argument("--max-answer-tokens", type=positive, default=256,
-                   help="longer answers are cut there")
-    g.add_argument("--out", type=m.out_folder, required=True, help="output folder")
-    g.add_argument("--cache", help="folder for what Whisper heard, kilobytes a clip; "
-                                   "default: .cache beside the first manifest")
-    g.add_argument("--teacher-cache",
-                   help="folder for the teacher's hidden rows of every answer: its body runs once "
-                        "a row and leaves memory; 2 bytes x width a token; default: no cache")
-    g = p.add_argument_group("method")
-    g.add_argument("--channels", nargs="+", choices=["t2t", "s2t"], default=["t2t", "s2t"],
-                   help="text to text, speech to text")
-    g.add_argument("--t2t-weight", type=weight, default=1.0,
-                   help="weight of the text channel; the speech channel has 1")
-    g.add_argument("--sound-weight", type=weight, default=1.0,
-                   help="weight of the rows without a teacher (prompt: null), a mean of their own")
-    g.add_argument("--loss", choices=list(losses.DIVERGENCES), default="forward_kl",
-                   help="divergence from the teacher")
-    g.add_argument("--kd-weight", type=weight, default=0.5,
-                   help="lambda of the divergence; the paper has 0.5")
-    g.add_argument("--ce-weight", type=weight, default=1.0,
-                   help="weight of the cross-entropy; 0 = pure distillation")
-    g.add_argument("--temperature", type=m.number(float, 0.01), default=2.0,
-                   help="tau of both models; the loss is scaled by tau^2")
-    g.add_argument("--beta", type=m.number(float, 1e-6, 1 - 1e-6), default=0.5,
-                   help="of jsd and skew_kl, between 0 and 1")
-    g = p.add_argument_group("what trains")
-    g.add_argument("--train", nargs="+", choices=["encoder", "adapter", "llm"],
-                   default=["adapter", "llm"], help="parts that train; Whisper never does")
-    g.add_argument("--lora-rank", type=natural, default=0,
-                   help="LoRA on the LLM's linear layers, embeddings and head frozen, at --lr-llm "
-                        "(1e-4 to 5e-4); needs peft; 0 = off")
-    g.add_argument("--lr-encoder", type=rate, default=1e-5, help="peak learning rate")
-    g.add_argument("--lr-adapter", type=rate, default=2e-5,
-                   help="peak learning rate; 1e-5 to 1e-4: more spoils what a sound layer began with")
-    g.add_argument("--lr-llm", type=rate, default=2e-5,
-                   help="peak learning rate; the paper: 5e-6 for 7 B")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--max-steps", type=natural, default=0,
-                   help="optimizer steps; 0 = --epochs")
-    g.add_argument("--epochs", type=m.number(float, 0.001), default=2,
-                   help="passes over the rows with a teacher, if --max-steps is 0")
-    g.add_argument("--batch-size", type=positive, default=8,
-                   help="rows with a teacher per GPU per forward")
-    g.add_argument("--sound-batch-size", type=positive, default=8,
-                   help="rows without one beside them, if there are any")
-    g.add_argument("--global-batch-size", type=natural, default=0,
-                   help="rows with a teacher per optimizer step over all GPUs; 0: no accumulation")
-    g.add_argument("--lr-warmup-steps", type=natural, default=10,
-                   help="linear; a cosine to zero follows")
-    g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                   default="bfloat16" if torch.cuda.is_available() else "float32",
-                   help="of the computation (on a CPU bfloat16 pays with AMX); what trains is "
-                        "float32")
-    g.add_argument("--gradient-checkpointing", action="store_true",
-                   help="recompute activations: less memory, about 30%% slower")
-    g.add_argument("--shard", action="store_true",
-                   help="FSDP2 in place of DDP: teacher, student and optimizer split over the GPUs")
-    g.add_argument("--device", type=m.device,
-                   default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    g.add_argument("--workers", type=natural, default=1,
-                   help="processes per GPU that load data; 0 = none")
-    g.add_argument("--seed", type=m.number(int, 0, 2**32), default=0, help="of the order of rows")
-    g = p.add_argument_group("evaluation, checkpoints")
-    g.add_argument("--eval-every", type=natural, default=0,
-                   help="optimizer steps; 0 = before the first and after the last")
-    g.add_argument("--save-every", type=positive, default=50,
-                   help="optimizer steps between checkpoints")
-    g.add_argument("--resume", action="store_true",
-                   help="go on from the newest whole checkpoint of OUT, if there is one")
+    natural, positive = m.number(int, 0), m.number(int, 1)
+    rate, weight = m.number(float, 0, 1), m.number(float, 0)
+    add = p.add_argument_group("models and data").add_argument
+    add("--teacher", default=m.DEFAULT_LLM,
+        help="text LLM, folder or hub id (NAME@REVISION); frozen")
+    add("--student", default=m.DEFAULT_STUDENT,
+        help="WHISPER+LLM, a speech LLM of transformers, or a folder that this script wrote")
+    add("--trust-remote-code", action="store_true",
+        help="run the code that comes in the student's folder; read it first")
+    add("--data", nargs="+", required=True, help="manifests to train on")
+    add("--eval-data", nargs="+", default=[], help="manifests to measure on")
+    add("--max-bad-rows", type=natural, default=0,
+        help="leave out so many unusable rows; OUT/bad_rows.jsonl lists them")
+    add("--labels", choices=["response", "reference"], default="response",
+        help="the teacher's answer, or the data set's")
+    add("--max-answer-tokens", type=positive, default=256, help="longer answers are cut there")
+    add("--out", required=True, help="output folder")
+    add("--cache", help="folder for what Whisper heard, kilobytes a clip; default: .cache beside "
+                        "the first manifest")
+    add("--teacher-cache", help="folder for the teacher's hidden rows of every answer: its body "
+                                "runs once a row and leaves memory; 2 bytes x width a token; "
+                                "default: no cache")
+    add = p.add_argument_group("method").add_argument
+    add("--channels", nargs="+", choices=["t2t", "s2t"], default=["t2t", "s2t"],
+        help="text to text, speech to text")
+    add("--t2t-weight", type=weight, default=1.0, help="of the text channel; speech has 1")
+    add("--sound-weight", type=weight, default=1.0,
+        help="of the rows without a teacher (prompt: null), a mean of their own")
+    add("--loss", choices=list(losses.DIVERGENCES), default="forward_kl",
+        help="divergence from the teacher")
+    add("--kd-weight", type=weight, default=0.5, help="lambda of the divergence; the paper has 0.5")
+    add("--ce-weight", type=weight, default=1.0,
+        help="of the cross-entropy; 0 = pure distillation")
+    add("--temperature", type=m.number(float, 0.01), default=2.0,
+        help="tau of both models; the loss is scaled by tau^2")
+    add("--beta", type=m.number(float, 1e-6, 1 - 1e-6), default=0.5, help="of jsd and skew_kl")
+    add = p.add_argument_group("what trains").add_argument
+    add("--train", nargs="+", choices=["encoder", "adapter", "llm"], default=["adapter", "llm"],
+        help="parts that train; Whisper never does")
+    add("--lora-rank", type=natural, default=0,
+        help="LoRA on the LLM's linear layers, embeddings and head frozen, at --lr-llm (1e-4 to "
+             "5e-4); needs peft; 0 = off")
+    add("--lr-encoder", type=rate, default=1e-5, help="peak learning rate")
+    add("--lr-adapter", type=rate, default=2e-5,
+        help="peak learning rate, 1e-5 to 1e-4: more spoils what a sound layer began with")
+    add("--lr-llm", type=rate, default=2e-5, help="peak learning rate; the paper: 5e-6 for 7 B")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--max-steps", type=natural, default=0, help="optimizer steps; 0 = --epochs")
+    add("--epochs", type=m.number(float, 0.001), default=2,
+        help="passes over the rows with a teacher, if --max-steps is 0")
+    add("--batch-size", type=positive, default=8, help="rows with a teacher per GPU per forward")
+    add("--sound-batch-size", type=positive, default=8,
+        help="rows without one beside them, if there are any")
+    add("--global-batch-size", type=natural, default=0,
+        help="rows with a teacher per optimizer step over all GPUs; 0: no accumulation")
+    add("--lr-warmup-steps", type=natural, default=10, help="linear; a cosine to zero follows")
+    add("--dtype", choices=["float32", "bfloat16", "float16"],
+        default="bfloat16" if torch.cuda.is_available() else "float32",
+        help="of the computation (on a CPU bfloat16 pays with AMX); what trains is float32")
+    add("--gradient-checkpointing", action="store_true",
+        help="recompute activations: less memory, about 30%% slower")
+    add("--shard", action="store_true",
+        help="FSDP2 in place of DDP: teacher, student and optimizer split over the GPUs")
+    add("--device", choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
+    add("--workers", type=natural, default=1, help="processes per GPU that load data; 0 = none")
+    add("--seed", type=m.number(int, 0, 2**32), default=0, help="of the order of rows")
+    add = p.add_argument_group("evaluation, checkpoints").add_argument
+    add("--eval-every", type=natural, default=0,
+        help="optimizer steps; 0 = before the first and after the last")
+    add("--save-every", type=positive, default=50, help="optimizer steps between checkpoints")
+    add("--resume", action="store_true",
+        help="go on from the newest whole checkpoint of OUT, if there is one")
     args = p.parse_args(argv)
     for name in ("data", "eval_data", "channels", "train"):
         values = getattr(args, name)
@@ -157,37 +149,37 @@ def get_args(argv=None):
     if not args.kd_weight + args.ce_weight:
         p.error("--kd-weight 0 and --ce-weight 0 leave nothing to learn; set one of them")
     args.cache = args.cache or str(Path(args.data[0]).parent / ".cache")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    at_once = args.batch_size * world
+    args.global_batch_size = args.global_batch_size or at_once
+    if args.global_batch_size % at_once:
+        p.error(f"--global-batch-size {args.global_batch_size} is not a multiple of --batch-size "
+                f"{args.batch_size} x {world} processes; use "
+                f"{at_once * max(1, args.global_batch_size // at_once)}")
     return args
 
 
 # ---- rows ----
 
 def read_manifest(path, seen=None, bad=None):
-    """Manifest -> rows with absolute audio paths; raises ValueError that names the line, or
-    adds it to the list `bad`. seen: ids met before, and where; in several manifests they count
-    with the name of the folder, FOLDER/ID."""
-    path, prefix = Path(path), "" if seen is None else f"{Path(path).resolve().parent.name}/"
-    seen = {} if seen is None else seen
+    """Manifest -> rows, ids with the folder's name in front of them, absolute audio paths.
+
+    What is wrong with a row raises ValueError that names the line, or is added to the list `bad`.
+    seen: {id: where it was met}, of the manifests before.
+    """
+    path, seen = Path(path), {} if seen is None else seen
     if not path.is_file():
         raise ValueError(f"{path}: no such manifest; synth_speech.py writes one")
 
     def parse(row, where):
         lost = [key for key in ("id", "prompt", "response") if key not in row]
         if lost:
-            raise ValueError(f"{where}: no {', '.join(lost)}; expected id, prompt, audio, response")
-        m.check_texts(row, where, "prompt", "response", "reference", "audio", "finish",
-                      "instruction", "system", "language")
-        seconds = row["seconds"] = row.get("seconds") or 0
-        if not isinstance(seconds, int | float) or not 0 <= seconds <= m.MAX_SECONDS:
-            raise ValueError(f"{where}: seconds is {seconds!r}, expected 0 to {m.MAX_SECONDS}")
-        name = f"{prefix}{row['id']}"
-        if not isinstance(row["id"], str | int) or seen.setdefault(name, where) != where:
-            raise ValueError(f"{where}: id {row['id']!r} is no text, or also that of "
-                             f"{seen.get(name)}; every row needs its own")
-        row["id"] = name
-        if m.AUDIO_MARK in f"{row.get('system')}{row.get('instruction')}":
-            raise ValueError(f"{where}: {m.AUDIO_MARK} stands in system or instruction; it is the "
-                             "place of the sound, take it out")
+            raise ValueError(f"{where}: no {', '.join(lost)}; expected {', '.join(KEYS[:4])}")
+        m.check_texts(row, where, *KEYS[1:])
+        row["id"] = f"{path.resolve().parent.name}/{row['id']}"
+        if seen.setdefault(row["id"], where) != where:
+            raise ValueError(f"{where}: id {row['id']!r} is also that of {seen[row['id']]}; "
+                             "every row needs its own")
         if not (row.get("audio") if row["prompt"] is None else row["prompt"].strip()):
             raise ValueError(f"{where}: neither prompt nor audio, or a blank prompt; expected text,"
                              " or null where none stands for the sound")
@@ -199,7 +191,7 @@ def read_manifest(path, seen=None, bad=None):
 
 
 def channels_of(row, args):
-    """The channels that a row can be used in: those of --channels, or "sound"."""
+    """The channels that a row serves: those of --channels, or "sound"."""
     if not row.get(args.labels):
         return []
     if row["prompt"] is None:
@@ -207,32 +199,65 @@ def channels_of(row, args):
     return [c for c in args.channels if c == "t2t" or row.get("audio")]
 
 
+def usable_rows(args, rows):
+    """Rows that some channel can use, and how many each channel has.
+
+    Raises: ValueError if a channel that was asked for has none.
+    """
+    counts, used, strange = dict.fromkeys(CHANNELS, 0), [], set()
+    for row in rows:
+        channels = channels_of(row, args)
+        used += [row] if channels else []
+        strange |= row.keys() - set(KEYS)
+        for channel in channels:
+            counts[channel] += 1
+    spoken_only = counts["sound"] == len(used) > 0
+    for channel in () if spoken_only else args.channels:
+        if not counts[channel]:
+            needs = f"{'prompt' if channel == 't2t' else 'audio'} and {args.labels}"
+            raise ValueError(
+                f"{' '.join(args.data)}: none of {len(rows)} rows has {needs}, which channel "
+                f"{channel} needs; unknown keys: {', '.join(sorted(strange)) or 'none'}; rename "
+                f"one, or leave {channel} out of --channels")
+    return used, counts
+
+
+def read_data(args):
+    """-> rows to train on, rows to measure on (which serve all channels), bad rows."""
+    seen, bad, train_rows, eval_rows = {}, [], [], []
+    for path in args.data:
+        train_rows += read_manifest(path, seen, bad)
+    for path in args.eval_data:
+        eval_rows += read_manifest(path, {}, bad)
+    return train_rows, [r for r in eval_rows if channels_of(r, args) == args.channels], bad
+
+
 def answer_ids(tokenizer, row, labels, max_tokens):
-    """The answer, tokenised once for teacher and both channels;
-    a cut answer teaches no stopping."""
-    ids = tokenizer(row[labels], add_special_tokens=False, split_special_tokens=True).input_ids
+    """The answer, tokenised once for teacher and both channels; a cut one teaches no stopping."""
+    ids = m.text_ids(tokenizer, row[labels])
     cut = (row.get("finish") == "length" and labels == "response") or len(ids) > max_tokens
     return ids[:max_tokens] + ([] if cut else [m.end_token(tokenizer)])
 
 
 class Rows(Dataset):
-    """Rows of the manifest -> items: everything that a pass needs and no model makes.
+    """Rows of the manifest -> items: what a step needs of a row, and no model has to make.
 
-    An item: id, answer (token ids), teacher (ids of its whole prompt, or None), and for each of
-    its channels the student's prompt. heard_of, taught_of: functions that find what caches hold.
+    An item: id, answer (token ids), teacher (token ids of its whole prompt; None for a sound), and
+    for each channel that the row serves the student's prompt.
     """
 
-    def __init__(self, rows, student, teacher_tokenizer, args, heard_of, taught_of=None):
+    def __init__(self, rows, student, teacher_tokenizer, args, heard_of):
         self.rows, self.student, self.teacher_tokenizer = rows, student, teacher_tokenizer
-        self.args, self.heard_of, self.taught_of = args, heard_of, taught_of
+        self.args, self.heard_of, self.taught_of = args, heard_of, None
+        self.context, self.new_tokens = math.inf, 0  # of the models; room for a sample
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
-        row, tokenizer = self.rows[i], self.student.tokenizer
+        row = self.rows[i]
         item = {"id": row["id"], "teacher": None,
-                "answer": answer_ids(tokenizer, row, self.args.labels,
+                "answer": answer_ids(self.student.tokenizer, row, self.args.labels,
                                      self.args.max_answer_tokens)}
         for channel in channels_of(row, self.args):
             if channel == "t2t":
@@ -245,42 +270,65 @@ class Rows(Dataset):
             item["teacher"] = before + m.text_ids(self.teacher_tokenizer, row["prompt"]) + after
             if self.taught_of:
                 item["taught"] = self.taught_of(item)
+        sizes = [len(item["teacher"] or [])]
+        sizes += [m.positions(item[channel]) for channel in CHANNELS if channel in item]
+        size = max(sizes) + max(len(item["answer"]), self.new_tokens)
+        if size > self.context:
+            raise ValueError(f"{size} tokens of prompt, speech and answer, the models have room for"
+                             f" {self.context}; shorten it or lower --max-answer-tokens")
         return item
 
+    def leave_out_bad(self, bad, ranks):
+        """Make every item once, before anything trains; rows that fail leave and are added to
+        `bad`."""
+        (rank, world), found = ranks, {}
+        for k in range(rank, len(self), world):
+            try:
+                self[k]
+            except ValueError as error:
+                found[k] = str(error)
+        if world > 1:
+            parts = [None] * world
+            dist.all_gather_object(parts, found)
+            for part in parts:
+                found |= part
+        for k in sorted(found):
+            name = self.rows[k]["id"]
+            bad.append({"id": name, "reason": f"row {name!r}: {found[k]}"})
+        self.rows = [row for k, row in enumerate(self.rows) if k not in found]
 
-def check_sizes(args, taught, sounds, world, global_batch_size):
-    """ValueError if there are fewer rows than one step needs."""
-    for what, found, size in (
-            ("with a teacher", taught, global_batch_size),
-            ("without a teacher", sounds,
-             global_batch_size // args.batch_size * args.sound_batch_size)):
-        if 0 < len(found) < size:
-            raise ValueError(f"{len(found)} rows {what} with --labels {args.labels} in "
-                             f"{', '.join(args.data)}, fewer than the {size} of one step; "
-                             "give more rows or a smaller batch")
 
-
-def plan_steps(taught, sounds, args, global_batch_size):
+def plan_steps(rows, args):
     """Which rows each step reads: a list of steps, each a list of micro-batches, one for each
     process and accumulation, each a list of row numbers.
 
     A function of its arguments alone: no restart changes it, and no number of processes changes
     which rows a step has.
-    """
-    def drawn(numbers, kind):  # without end, each epoch in an order of its own
-        epoch = 0
-        while numbers:
-            yield from random.Random(f"{args.seed} {kind} {epoch}").sample(numbers, len(numbers))
-            epoch += 1
 
-    parts = global_batch_size // args.batch_size
-    sizes = (global_batch_size if taught else 0, parts * args.sound_batch_size if sounds else 0)
-    epoch = len(taught) / sizes[0] if taught else len(sounds) / sizes[1]
-    streams, plan = (drawn(taught, "taught"), drawn(sounds, "sound")), []
-    for _ in range(args.max_steps or max(1, round(args.epochs * epoch))):
+    Raises: ValueError if there are fewer rows than one step needs.
+    """
+    def drawn(numbers):  # without end, each epoch in an order of its own
+        for epoch in itertools.count():
+            yield from random.Random(f"{args.seed} {epoch}").sample(numbers, len(numbers))
+
+    kinds = {"with": [], "without": []}
+    for k, row in enumerate(rows):
+        kinds["without" if row["prompt"] is None else "with"].append(k)
+    parts = args.global_batch_size // args.batch_size
+    sizes = {"with": parts * args.batch_size, "without": parts * args.sound_batch_size}
+    kinds = {kind: numbers for kind, numbers in kinds.items() if numbers}
+    for kind, numbers in kinds.items():
+        if len(numbers) < sizes[kind]:
+            raise ValueError(f"{len(numbers)} rows {kind} a teacher and with {args.labels} in "
+                             f"{', '.join(args.data)}, fewer than the {sizes[kind]} of one step; "
+                             "give more rows or a smaller batch")
+    first = next(iter(kinds))  # whose epochs count
+    steps = args.max_steps or max(1, round(args.epochs * len(kinds[first]) / sizes[first]))
+    streams, plan = {kind: drawn(numbers) for kind, numbers in kinds.items()}, []
+    for _ in range(steps):
         step = [[] for _ in range(parts)]
-        for stream, size in zip(streams, sizes):
-            for k in range(size):
+        for kind, stream in streams.items():
+            for k in range(sizes[kind]):
                 step[k % parts].append(next(stream))
         plan.append(step)
     return plan
@@ -298,77 +346,65 @@ def fingerprint(model, *more):
 
 
 def fill_cache(folder, things, compute, what, ranks):
-    """{name: thing} -> FOLDER/NAME.safetensors for each, or NAME.error, which says why not.
+    """{name: thing} -> FOLDER/NAME.safetensors for each.
 
-    compute: list of things -> list of {key: tensor}, or of str. 32 go together in the order
+    compute: list of things -> list of {key: tensor}, or of None. 32 go together in the order
     given; what meets depends on `things` alone, so that a restart gives the same bits.
     """
     (rank, world), names = ranks, list(things)
     folder.mkdir(parents=True, exist_ok=True)
-    batches = [names[i:i + 32] for i in range(0, len(names), 32)][rank::world]
-
-    def there(name):
-        return any((folder / f"{name}{end}").exists() for end in (".safetensors", ".error"))
-
-    todo = [batch for batch in batches if not all(there(name) for name in batch)]
-    with tqdm(total=sum(map(len, todo)), desc=what, disable=rank > 0 or not todo) as bar:
-        for batch in todo:
-            for name, value in zip(batch, compute([things[name] for name in batch])):
+    there, todo = set(os.listdir(folder)), []
+    for start in range(32 * rank, len(names), 32 * world):
+        batch = names[start:start + 32]
+        if any(f"{name}.safetensors" not in there for name in batch):
+            todo.append(batch)
+    for batch in tqdm(todo, desc=f"{what}, 32 a step", disable=rank > 0 or not todo):
+        for name, value in zip(batch, compute([things[name] for name in batch])):
+            if value and f"{name}.safetensors" not in there:
                 temporary = folder / f"{name}.{os.getpid()}"
-                if isinstance(value, str):
-                    m.write_atomically(folder / f"{name}.error", value)
-                elif not there(name):
-                    save_file({k: v.contiguous().cpu() for k, v in value.items()}, temporary)
-                    os.replace(temporary, folder / f"{name}.safetensors")
-            bar.update(len(batch))
+                save_file({k: v.contiguous().cpu() for k, v in value.items()}, temporary)
+                os.replace(temporary, folder / f"{name}.safetensors")
     if world > 1:
         dist.barrier()
 
 
-def hear_all(args, student, rows, bad, ranks):
-    """Let Whisper hear every clip once -> function from a row to what was heard; rows whose clip
-    cannot be used are added to `bad`. A file's name is the digest of the clip's bytes, of Whisper
-    and of the language, so that none of them can change unnoticed."""
-    built_here = isinstance(student, m.SpeechLLM)
-    listener = fingerprint(student.whisper, "mean so far") if built_here else "read"
-    folder, names, clips = Path(args.cache) / listener, {}, {}
-    for row in sorted(rows, key=lambda row: (row["seconds"], row["id"])):  # such end together
-        if row.get("audio"):
-            digest = hashlib.sha256(f"{m.digest(row['audio'])} {row.get('language')}".encode())
-            names[row["audio"], row.get("language")] = name = digest.hexdigest()
-            clips.setdefault(name, row)
+def hear_all(args, student, rows, ranks):
+    """Let Whisper hear every clip once -> function from a row to what was heard of it.
+
+    A file's name is the digest of the clip's bytes and the language, its folder's that of Whisper:
+    none of them can change unnoticed. Students of transformers hear at each step.
+    """
+    if not isinstance(student, m.SpeechLLM):
+        return lambda row: None
+    folder, names, clips = Path(args.cache) / fingerprint(student.whisper, "mean so far"), {}, {}
+    spoken = [row for row in rows if row.get("audio")]
+    for row in sorted(spoken, key=lambda row: (os.path.getsize(row["audio"]), row["id"])):
+        key = row["audio"], row.get("language")
+        if key not in names:
+            content = f"{m.digest(row['audio'])} {row.get('language')}"
+            names[key] = hashlib.sha256(content.encode()).hexdigest()
+            clips.setdefault(names[key], row)
 
     def compute(batch):
-        results, readable = [], []
-        for row in batch:
-            try:
-                readable.append((row.get("language"), m.load_audio(row["audio"])))
-                results.append(None)
-            except (ValueError, OSError) as error:
-                results.append(str(error))
-        languages, waveforms = map(list, zip(*readable)) if readable else ([], [])
-        found = zip(student.hear(waveforms, languages), waveforms)
-        for k, failed in enumerate(results):
-            if failed is None:
-                heard, waveform = next(found)
-                results[k] = {"samples": torch.tensor(len(waveform))}
-                if heard is not None:
-                    results[k] = {"ids": heard.ids, "states": heard.states.half(),
-                                  "sound": heard.sound.half()}
-        return results
-
-    fill_cache(folder, clips, compute, "hearing" if built_here else "reading", ranks)
-    for row in rows:
-        error = folder / f"{names.get((row.get('audio'), row.get('language')))}.error"
-        if error.exists():
-            bad.append({"id": row["id"], "reason": error.read_text()})
+        found, waveforms, spoken = [None] * len(batch), {}, []
+        for k, row in enumerate(batch):
+            with contextlib.suppress(ValueError):  # a bad row: heard_of says why
+                waveforms[k] = m.load_audio(row["audio"])
+                spoken.append(row.get("language"))
+        for k, heard in zip(waveforms, student.hear(list(waveforms.values()), spoken)):
+            found[k] = {"ids": heard.ids, "states": heard.states.half(),
+                        "sound": heard.sound.half()}
+        return found
 
     def heard_of(row):
-        if not built_here or not row.get("audio"):
+        if not row.get("audio"):
             return None
-        name = names[row["audio"], row.get("language")]
-        return student.whisper.heard(**load_file(folder / f"{name}.safetensors"))
+        path = folder / f"{names[row['audio'], row.get('language')]}.safetensors"
+        if not path.exists():
+            m.load_audio(row["audio"])  # raises ValueError
+        return student.whisper.heard(**load_file(path))
 
+    fill_cache(folder, clips, compute, "hearing", ranks)
     return heard_of
 
 
@@ -398,12 +434,11 @@ def align_sounds(student, rows, heard_of):
 def teach_all(args, teacher, parts, ranks):
     """Let the teacher's body read each row once -> function from item to its hidden rows (n, H'),
     which give the exact divergence, whatever the loss; a few of the largest logits would not."""
-    folder = Path(args.teacher_cache) / fingerprint(teacher, teacher.dtype)
+    folder, items = Path(args.teacher_cache) / fingerprint(teacher, teacher.dtype), {}
 
     def name_of(item):
         return hashlib.sha256(json.dumps([item["teacher"], item["answer"]]).encode()).hexdigest()
 
-    items = {}
     for part in parts:
         for k in range(len(part)):
             item = part[k]
@@ -417,8 +452,8 @@ def teach_all(args, teacher, parts, ranks):
 # ---- one pass through teacher and student ----
 
 @contextlib.contextmanager
-def teaching(llm):
-    """The student's own LLM as the teacher: adapters off, no dropout."""
+def lora_off(llm):
+    """The student's own LLM as its teacher: no adapters, no dropout."""
     training = llm.training
     llm.eval()
     llm.disable_adapters()
@@ -431,17 +466,28 @@ def teaching(llm):
 def teacher_rows(teacher, items):
     """One teacher forward for both channels -> the hidden rows that predict the answers,
     list of (n_i, H'); from the cache if the items carry them."""
-    lengths = [len(item["answer"]) for item in items]
     if "taught" in items[0]:
         return [item["taught"] for item in items]
-    if hasattr(teacher, "llm"):  # a student with LoRA on the teacher's own weights
-        with teaching(teacher.llm):
-            prompts = [teacher.unheard(item["teacher"]) for item in items]
-            return teacher(prompts, [item["answer"] for item in items]).split(lengths)
     rows = [torch.tensor(item["teacher"] + item["answer"], device=teacher.device)
             for item in items]
+    lengths = [len(item["answer"]) for item in items]
     shared = len(os.path.commonprefix([item["teacher"] for item in items]))
-    return m.answer_states(teacher, rows, lengths, shared).split(lengths)
+    with lora_off(teacher) if hasattr(teacher, "peft_config") else contextlib.nullcontext():
+        return m.answer_states(teacher, rows, lengths, shared).split(lengths)
+
+
+def passes_of(items, channels):
+    """What a micro-batch asks of the student: [(channel, its items)], speech first: it keeps more,
+    and there are no gradients yet. All processes must make the same passes: where no row serves a
+    channel, one that is read stands in, with an answer of no token."""
+    passes = []
+    for channel in channels:
+        chosen = [item for item in items if channel in item]
+        if not chosen:
+            idle = next(item for item in items if "t2t" in item)
+            chosen = [{**idle, channel: idle["t2t"], "answer": []}]
+        passes.append((channel, chosen))
+    return passes
 
 
 def chunk_rows_of(head):
@@ -453,42 +499,26 @@ def chunk_rows_of(head):
     return 2 ** max(6, int(math.log2(size / len(head))))
 
 
-def channel_loss(args, channel, llms, hidden, items, taught):
+def channel_loss(args, channel, llms, hidden, items):
     """Sums over a channel's answer tokens -> (loss, ce, kd).
 
-    llms: the student's, and the teacher's if there is one. taught: {id: the teacher's rows}.
-    Rows without a teacher get CE, whatever --ce-weight is.
+    llms: the student's, and the teacher's (None if it is not asked). The teacher's rows are a part
+    of the items. Rows without a teacher get CE, whatever --ce-weight is.
     """
-    ce_weight, kd_weight = args.ce_weight, args.kd_weight
+    (llm, teacher), ce_weight, kd_weight = llms, args.ce_weight, args.kd_weight
+    taught = [item["taught"][:len(item["answer"])] for item in items if "taught" in item]
     if channel == "sound":
         ce_weight, kd_weight = 1.0, 0.0
-    teacher_llm, teacher_hidden = llms[0], hidden.detach()
-    if kd_weight:
-        teacher_llm = llms[-1]
-        rows = [taught[item["id"]][:len(item["answer"])] for item in items]
-        teacher_hidden = torch.cat(rows).to(hidden.device)
-    heads = [llm.get_output_embeddings().weight for llm in (llms[0], teacher_llm)]
+    if not kd_weight:  # a stand-in, of the right shape
+        teacher, taught = llm, [hidden.detach()]
+    heads = [x.get_output_embeddings().weight for x in (llm, teacher)]
     targets = [token for item in items for token in item["answer"]]
     return losses.fused_ce_kd(
-        student_hidden=hidden, student_weight=heads[0], teacher_hidden=teacher_hidden,
-        teacher_weight=heads[1], targets=torch.tensor(targets, device=hidden.device),
-        kind=args.loss, temperature=args.temperature, beta=args.beta, ce_weight=ce_weight,
-        kd_weight=kd_weight, student_logit_scale=m.logit_scale(llms[0]),
-        teacher_logit_scale=m.logit_scale(teacher_llm), chunk_rows=chunk_rows_of(heads[0]))
-
-
-def passes_of(items, channels, awaited):
-    """What a micro-batch asks of the student: [(channel, its items)], speech first: it keeps more,
-    and there are no gradients yet. A channel that others wait for is passed through in any case:
-    a row that is read, with an answer of no token, stands in."""
-    found = []
-    for channel in channels:
-        chosen = [item for item in items if channel in item]
-        if not chosen and channel in awaited:
-            chosen = [{**item, channel: item["t2t"], "answer": []}
-                      for item in items if "t2t" in item][:1]
-        found += [(channel, chosen)] if chosen else []
-    return found
+        student_hidden=hidden, student_weight=heads[0], student_logit_scale=m.logit_scale(llm),
+        teacher_hidden=torch.cat(taught).to(hidden.device), teacher_weight=heads[1],
+        teacher_logit_scale=m.logit_scale(teacher), kind=args.loss, beta=args.beta,
+        targets=torch.tensor(targets, device=hidden.device), temperature=args.temperature,
+        ce_weight=ce_weight, kd_weight=kd_weight, chunk_rows=chunk_rows_of(heads[0]))
 
 
 # ---- evaluation ----
@@ -497,16 +527,19 @@ def passes_of(items, channels, awaited):
 def measure(student, teacher, items, channels, autocast):
     """Divergence from the teacher, row by row -> {channel: [(kl (n,) nats at tau 1, agree (n,))]}
     over each answer's tokens."""
-    llms = student.llm, getattr(teacher, "llm", teacher)
-    heads = [whole(llm.get_output_embeddings().weight).to(student.device) for llm in llms]
-    scales, lengths = [m.logit_scale(llm) for llm in llms], [len(i["answer"]) for i in items]
-    taught, results = torch.cat(teacher_rows(teacher, items)).to(student.device), {}
+    answers, results = [item["answer"] for item in items], {}
+    lengths = [len(answer) for answer in answers]
+    heads = [whole(llm.get_output_embeddings().weight).to(student.device)
+             for llm in (student.llm, teacher)]
+    taught = torch.cat(list(teacher_rows(teacher, items))).to(student.device)
     for channel in channels:
+        prompts = [item[channel] for item in items]
         with autocast():
-            hidden = student([item[channel] for item in items], [item["answer"] for item in items])
+            hidden = student(prompts, answers)
         kl, agree = losses.token_kl(
-            student_hidden=hidden, student_weight=heads[0], student_logit_scale=scales[0],
-            teacher_hidden=taught, teacher_weight=heads[1], teacher_logit_scale=scales[1])
+            student_hidden=hidden, student_weight=heads[0], teacher_hidden=taught,
+            teacher_weight=heads[1], student_logit_scale=m.logit_scale(student.llm),
+            teacher_logit_scale=m.logit_scale(teacher))
         results[channel] = list(zip(kl.cpu().split(lengths), agree.cpu().split(lengths)))
     return results
 
@@ -514,21 +547,21 @@ def measure(student, teacher, items, channels, autocast):
 def evaluate(args, student, teacher, rows, ranks, autocast):
     """Every rank measures its share -> record for the log: KL and agreement, over all answer
     tokens and over the first EARLY, of each channel; the gap between the channels."""
-    (rank, world), was_training = ranks, student.training
+    (rank, world), training = ranks, student.training
     student.eval()
-    share = -(-len(rows) // world)  # as many on every rank: sharded models work together
     sums = torch.zeros(len(args.channels), 2, 3, dtype=torch.float64)  # KL, agreements, tokens
+    share = -(-len(rows) // world)  # as many on every rank: sharded models work together
     for start in range(0, share, EVAL_ROWS):
         numbers = [rank + world * k for k in range(start, min(start + EVAL_ROWS, share))]
         items = [rows[k % len(rows)] for k in numbers]
         found = measure(student, teacher, items, args.channels, autocast)
         for c, channel in enumerate(args.channels):
             for k, (kl, agree) in zip(numbers, found[channel]):
-                for part, tokens in enumerate((len(kl), EARLY) if k < len(rows) else ()):
-                    first = kl[:tokens].double()
-                    sums[c, part] += torch.stack([first.sum(), agree[:tokens].double().sum(),
-                                                  torch.tensor(len(first)).double()])
-    student.train(was_training)
+                for part, first in enumerate([len(kl), EARLY] if k < len(rows) else []):
+                    sums[c, part, 0] += kl[:first].sum()
+                    sums[c, part, 1] += agree[:first].sum()
+                    sums[c, part, 2] += len(kl[:first])
+    student.train(training)
     if world > 1:
         sums = sums.to(student.device)
         dist.all_reduce(sums)
@@ -546,10 +579,9 @@ def write_samples(student, rows, path, step):
     """The student's answers by speech to a few rows, for whoever would rather read than count."""
     rows = sorted(rows, key=lambda row: len(row["prompt"]))[:3]
     answers = student.generate(rows, max_new_tokens=SAMPLE_TOKENS)
-    with open(path, "a") as file:
-        for row, text in zip(rows, answers):
-            file.write(json.dumps({"step": step, "prompt": row["prompt"], "by_speech": text,
-                                   "teacher": row["response"]}) + "\n")
+    for row, text in zip(rows, answers):
+        append(path, {"step": step, "prompt": row["prompt"], "by_speech": text,
+                      "teacher": row["response"]})
     print(f"      asked: {rows[0]['prompt']!r}\n      by speech: {answers[0]!r}")
 
 
@@ -558,30 +590,30 @@ def write_samples(student, rows, path, step):
 def check_pair(teacher, teacher_tokenizer, student):
     """Same ordinary vocabulary and end of turn, and plain heads;
     special tokens may be named differently."""
-    a, b = teacher_tokenizer.get_vocab(), student.tokenizer.get_vocab()
-    for tokenizer, vocab in ((teacher_tokenizer, a), (student.tokenizer, b)):
-        for token in tokenizer.get_added_vocab():
-            vocab.pop(token, None)
-    ends = m.end_token(teacher_tokenizer), m.end_token(student.tokenizer)
-    if a != b or ends[0] != ends[1]:
-        example = next((t for t in sorted(a.keys() | b.keys()) if a.get(t) != b.get(t)), None)
+    vocabs, tokenizers = [], (teacher_tokenizer, student.tokenizer)
+    for tokenizer in tokenizers:
+        added = tokenizer.get_added_vocab()
+        vocabs.append({(k, v) for k, v in tokenizer.get_vocab().items() if k not in added})
+    ends = [m.end_token(tokenizer) for tokenizer in tokenizers]
+    if vocabs[0] != vocabs[1] or ends[0] != ends[1]:
         raise RuntimeError("teacher and student need one tokenizer: "
                            f"{teacher_tokenizer.name_or_path} and {student.tokenizer.name_or_path} "
-                           f"differ, e.g. in {example!r}, and end a turn with {ends}")
-    for llm in (getattr(teacher, "llm", teacher), student.llm):
+                           f"differ, e.g. in {min(vocabs[0] ^ vocabs[1], default=None)}, and end a "
+                           f"turn with {ends}")
+    for llm in (teacher, student.llm):
         if getattr(llm.config.get_text_config(decoder=True), "final_logit_softcapping", None):
             raise RuntimeError(f"{llm.config.model_type}: capped logits (final_logit_softcapping) "
                                "are not supported; choose another model")
 
 
 def load_teacher(args, student, dtype):
-    """-> (teacher, tokenizer); with LoRA on the teacher's own weights, the student itself."""
+    """-> (teacher, tokenizer); with LoRA on the teacher's own weights, the student's LLM."""
     teacher, tokenizer = m.load_llm(args.teacher, dtype)
     check_pair(teacher, tokenizer, student)
     own = student.llm.state_dict()
     same = all(k in own and torch.equal(own[k].to(v), v) for k, v in teacher.state_dict().items())
-    if args.lora_rank and same and not args.teacher_cache and isinstance(student, m.SpeechLLM):
-        return student, student.tokenizer
+    if same and args.lora_rank and not args.teacher_cache and not args.shard:
+        teacher = student.llm
     return teacher.requires_grad_(False), tokenizer
 
 
@@ -614,10 +646,9 @@ def make_optimizer(args, student):
         trained = []
         for part in student.parts()[name]:
             trained += [p for p in part.parameters() if p.requires_grad]
-        groups += [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": WEIGHT_DECAY,
-                    "part": name},
-                   {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0,
-                    "part": name}]
+        for decay, matrices in ((WEIGHT_DECAY, True), (0.0, False)):
+            chosen = [p for p in trained if (p.dim() >= 2) == matrices]
+            groups.append({"params": chosen, "weight_decay": decay, "part": name})
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
 
@@ -647,8 +678,7 @@ def shard(student, teacher, dtype, device):
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False))
-    apart = teacher is not None and teacher is not student
-    for llm in [student.llm, teacher] if apart else [student.llm]:
+    for llm in filter(None, (student.llm, teacher)):
         for layer in m.layers_of(llm):
             fully_shard(layer, **options)
     for part in student.parts()["adapter"]:
@@ -656,7 +686,7 @@ def shard(student, teacher, dtype, device):
                     mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     listener = getattr(student, "whisper", torch.nn.Module())
     fully_shard(student, ignored_params=set(listener.parameters()), **options)
-    if apart:
+    if teacher is not None:
         fully_shard(teacher.base_model, reshard_after_forward=True, **options)
 
 
@@ -674,14 +704,13 @@ def checkpoints(out):
 
 def run_identity(args, rows, world):
     """What must be the same for a run to go on: options, processes, the content of the rows."""
-    free = ("resume", "device", "workers", "out", "save_every", "cache", "shard")
-    same = {k: v for k, v in vars(args).items() if k not in free}
-    content = [{k: v for k, v in row.items() if k != "audio"} for row in rows]
+    same = {k: v for k, v in vars(args).items() if k not in FREE_OPTIONS}
+    content = [{**row, "audio": None} for row in rows]  # its path may change
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return {**same, "processes": world, "content of the rows": f"{len(rows)} {digest[:12]}"}
 
 
-def save_checkpoint(args, student, optimizer, scaler, progress, identity):
+def save_checkpoint(args, student, optimizer, scaler, progress):
     """Trainable weights and everything else that a bit-exact continuation needs; complete or not
     there. Every rank must call it, the first one writes. Raises OSError if it cannot be written."""
     weights, moments = get_state_dict(student, optimizer, options=LOADED)
@@ -695,12 +724,13 @@ def save_checkpoint(args, student, optimizer, scaler, progress, identity):
     try:
         with open(temporary, "wb") as file:
             torch.save({"model": weights, "optimizer": moments, "scaler": scaler.state_dict(),
-                        **progress, "identity": identity}, file)
+                        **progress}, file)
             file.flush()
             os.fsync(file.fileno())
     except (RuntimeError, OSError) as error:  # torch does not say why, the system not where
         raise OSError(f"{temporary} cannot be written ({error}): "
                       f"{shutil.disk_usage(out).free / 2**30:.2f} GiB are free there") from error
+    # torch.load does not see a flipped bit: the name tells what the bytes must be
     path = out / f"ckpt-{progress['step']:06d}-{m.digest(temporary)[:16]}.pt"
     os.replace(temporary, path)
     for old in checkpoints(out)[KEEP:]:
@@ -708,15 +738,15 @@ def save_checkpoint(args, student, optimizer, scaler, progress, identity):
 
 
 def load_checkpoint(args, student, optimizer, scaler, identity):
-    """The newest whole checkpoint of OUT -> step, best score, names of damaged ones."""
-    damaged = []
+    """Restore the newest whole checkpoint of OUT -> step, best score, what to say about it."""
+    said = []
     for path in checkpoints(args.out):
         if path.stem.endswith(m.digest(path)[:16]):
             break
-        damaged.append(path.name)
+        said.append(f"{path.name} is damaged")
     else:
         raise RuntimeError(f"{args.out}: no checkpoint has the SHA-256 that its name says "
-                           f"({len(damaged)} tried); copy one back, or choose another --out")
+                           f"({len(said)} tried); copy one back, or choose another --out")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -730,7 +760,7 @@ def load_checkpoint(args, student, optimizer, scaler, identity):
     set_state_dict(student, optimizer, model_state_dict=saved["model"],
                    optim_state_dict=saved["optimizer"], options=LOADED)
     scaler.load_state_dict(saved["scaler"])
-    return saved["step"], saved["best"], damaged
+    return saved["step"], saved["best"], [f"going on from step {saved['step']}", *said]
 
 
 def save_folder(student, folder, dtype):
@@ -743,6 +773,11 @@ def save_folder(student, folder, dtype):
 
 # ---- log ----
 
+def append(path, record):
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
 def cut_back(path, step):
     """Leave the lines before a step's evaluation, which is repeated: they are as they would be
     without a stop."""
@@ -752,11 +787,6 @@ def cut_back(path, step):
         if record["step"] < step or record["step"] == step and "loss" in record:
             kept.append(line)
     m.write_atomically(path, "".join(kept))
-
-
-def log(out, record):
-    with open(Path(out) / "log.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def resources(device):
@@ -771,30 +801,19 @@ def resources(device):
     return record
 
 
-def print_step(record, steps):
-    """One line for people: where the run is, what it costs, how long it takes."""
-    cells = [f"step {record['step']:5d}/{steps}"]
-    for key, value in record.items():
-        if key == "loss" or key.startswith(("ce_", "kd_", "norm_")) or key == "lr":
-            cells.append(f"{key} {value:.4g}")
-    cells += [f"{record['tokens_per_s']:.0f} tok/s", f"{record['memory']:.1f} GiB",
-              f"{record['seconds'] * (steps - record['step']) / 60:.1f} min left"]
-    print(" | ".join(cells), flush=True)
-
-
 # ---- main ----
 
 def start_processes(args):
     """-> rank, world size and device; with torchrun, all processes have met."""
     if "RANK" not in os.environ:
         return 0, 1, torch.device(args.device)
-    if args.device == "cpu":
-        dist.init_process_group("gloo")  # torchrun sets one thread a process
-        torch.set_num_threads(max(1, m.cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
-        return dist.get_rank(), dist.get_world_size(), torch.device("cpu")
-    dist.init_process_group("nccl")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    device = torch.device(args.device)
+    if args.device == "cpu":  # torchrun sets one thread a process
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    else:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -803,76 +822,25 @@ def outlive_sigterm(_worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def usable_rows(args, rows):
-    """Rows that some channel can use, and how many each channel has; ValueError if a channel that
-    was asked for has none."""
-    what = " ".join(args.data)
-    used = [row for row in rows if channels_of(row, args)]
-    counts = dict.fromkeys(CHANNELS, 0)
-    for row in used:
-        for channel in channels_of(row, args):
-            counts[channel] += 1
-    for channel in args.channels:
-        taught = [row for row in used if row["prompt"] is not None]
-        if taught and not counts[channel]:
-            needs = {"t2t": "prompt", "s2t": "audio"}[channel]
-            raise ValueError(f"{what}: no row has {needs} and {args.labels}, which the channel "
-                             f"{channel} needs; rename the key, or leave out --channels {channel}")
-    if not used:
-        raise ValueError(f"{what}: none of {len(rows)} rows has {args.labels}; "
-                         "synth_speech.py writes it")
-    return used, counts
-
-
-def render_all(rows, llms, bad, new_tokens=0):
-    """Make every item once, before anything trains; what fails, or leaves no room for so many new
-    tokens, is added to `bad`."""
-    context = min(getattr(llm.config, "max_position_embeddings", None) or math.inf for llm in llms)
-    for k, row in enumerate(rows.rows):
-        try:
-            item = rows[k]
-        except ValueError as error:
-            bad.append({"id": row["id"], "reason": f"row {row['id']!r}: {error}"})
-            continue
-        sizes = [len(item["teacher"] or [])]
-        sizes += [m.positions(item[channel]) for channel in set(item) & set(CHANNELS)]
-        size = max(sizes) + max(len(item["answer"]), new_tokens)
-        if size > context:
-            bad.append({"id": row["id"], "reason":
-                        f"row {row['id']!r}: {size} tokens of prompt, speech and answer, the "
-                        f"models' context is {context}; shorten it or lower --max-answer-tokens"})
-
-
 def main(args):
-    # ---- processes, rows ----
+    # ---- rows, before any model loads ----
     signal.signal(signal.SIGTERM, m.stop_now)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    out, dtype, steps_done = Path(args.out), getattr(torch, args.dtype), checkpoints(args.out)
+    if steps_done and not args.resume:
+        raise ValueError(f"{steps_done[0]} exists: add --resume to go on, or choose another --out")
     rank, world, device = start_processes(args)
-    ranks, master, out, dtype = (rank, world), rank == 0, Path(args.out), getattr(torch, args.dtype)
-    autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
-    if checkpoints(out) and not args.resume:
-        raise ValueError(f"{checkpoints(out)[0]} exists: add --resume to go on, "
-                         "or choose another --out")
-    seen, bad, at_once = {}, [], args.batch_size * world
-    global_batch_size = args.global_batch_size or at_once
-    if global_batch_size % at_once:
-        raise ValueError(f"--global-batch-size {global_batch_size} is not a multiple of "
-                         f"--batch-size {args.batch_size} x {world} processes; "
-                         f"use {at_once * max(1, global_batch_size // at_once)}")
-    train_rows = [row for path in args.data for row in read_manifest(path, seen, bad)]
-    eval_rows = [row for path in args.eval_data for row in read_manifest(path, {}, bad)]
+    ranks, master = (rank, world), rank == 0
+    train_rows, eval_rows, bad = read_data(args)
     m.leave_out(bad, args.max_bad_rows, out, master)
     train_rows, counts = usable_rows(args, train_rows)
-    measured = [row for row in eval_rows if channels_of(row, args) == args.channels]
-    if args.eval_data and not measured:
-        raise ValueError(f"--eval-data {' '.join(args.eval_data)}: none of {len(eval_rows)} rows "
-                         f"has prompt, audio and {args.labels}, which measuring needs")
+    out.mkdir(parents=True, exist_ok=True)
 
     # ---- student, teacher ----
     student = m.load_student(args.student, args.trust_remote_code)
     teacher, teacher_tokenizer = None, student.tokenizer
-    if args.kd_weight and counts["t2t"] + counts["s2t"] or measured:
+    if args.kd_weight and counts["t2t"] + counts["s2t"] or eval_rows:
         teacher, teacher_tokenizer = load_teacher(args, student, dtype)
     choose_what_trains(args, student, dtype)
     if args.gradient_checkpointing:
@@ -882,36 +850,31 @@ def main(args):
     elif hasattr(student, "whisper"):
         student.whisper.to(device)
 
-    # ---- what is heard, taught and read ----
-    heard_of = hear_all(args, student, train_rows + measured, bad, ranks)
-    lost = {row["id"] for row in bad}
-    train_rows, measured = ([row for row in part if row["id"] not in lost]
-                            for part in (train_rows, measured))
+    # ---- what is heard, read and taught ----
+    heard_of = hear_all(args, student, train_rows + eval_rows, ranks)
+    contexts = [getattr(llm.config, "max_position_embeddings", None)
+                for llm in (student.llm, teacher) if llm is not None]
     rows = Rows(train_rows, student, teacher_tokenizer, args, heard_of)
-    eval_set = Rows(measured, student, teacher_tokenizer, args, heard_of)
-    llms = [llm for llm in (student.llm, getattr(teacher, "llm", teacher)) if llm is not None]
-    for part, new_tokens in ((rows, 0), (eval_set, SAMPLE_TOKENS)):
-        render_all(part, llms, bad, new_tokens)
-        lost = {row["id"] for row in bad}
-        part.rows = [row for row in part.rows if row["id"] not in lost]
-    said = m.leave_out(bad, args.max_bad_rows, out, master)
-    train_rows, counts = usable_rows(args, rows.rows)
-    if args.eval_data and not eval_set.rows:
-        raise ValueError(f"--eval-data {' '.join(args.eval_data)}: no row is left to measure on, "
-                         f"see {out / 'bad_rows.jsonl'}")
-    aligned = 0
+    eval_set = Rows(eval_rows, student, teacher_tokenizer, args, heard_of)
+    eval_set.new_tokens = SAMPLE_TOKENS
+    for part in (rows, eval_set):
+        part.context = min(filter(None, contexts), default=math.inf)
+        part.leave_out_bad(bad, ranks)
+    said = [m.leave_out(bad, args.max_bad_rows, out, master)] if bad else []
+    rows.rows, counts = usable_rows(args, rows.rows)
+    if args.eval_data and not len(eval_set):
+        raise ValueError(f"--eval-data {' '.join(args.eval_data)}: no row can be measured; that "
+                         f"needs prompt, audio and {args.labels}")
     if isinstance(student, m.SpeechLLM) and not student.adapter.listens:
-        aligned = align_sounds(student, train_rows, heard_of)
+        aligned = align_sounds(student, rows.rows, heard_of)
         student.adapter.listens.fill_(True)
-    if teacher is not None and teacher is not student and (args.teacher_cache or not args.shard):
+        said += [f"sound layer: begins with {aligned} clips, in closed form"] * (aligned > 0)
+    if teacher is not None and (args.teacher_cache or not args.shard):
         teacher.to(device)
     if args.teacher_cache and teacher is not None:
         rows.taught_of = eval_set.taught_of = teach_all(args, teacher, [rows, eval_set], ranks)
         teacher.base_model.to("meta")  # its body leaves memory, its head stays
-    taught = [k for k, row in enumerate(rows.rows) if row["prompt"] is not None]
-    sounds = [k for k, row in enumerate(rows.rows) if row["prompt"] is None]
-    check_sizes(args, taught, sounds, world, global_batch_size)
-    plan = plan_steps(taught, sounds, args, global_batch_size)
+    plan = plan_steps(rows.rows, args)
 
     # ---- optimizer, resume, log ----
     if args.shard:
@@ -920,23 +883,20 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     identity = run_identity(args, rows.rows + eval_set.rows, world)
     step, best, steps = 0, None, len(plan)
-    out.mkdir(parents=True, exist_ok=True)
-    if checkpoints(out):
-        step, best, damaged = load_checkpoint(args, student, optimizer, scaler, identity)
-        for name in [f"going on from step {step}", *(f"{name} is damaged" for name in damaged)]:
-            print(name * master)
+    if steps_done:
+        step, best, more = load_checkpoint(args, student, optimizer, scaler, identity)
+        said += more
     if master:
-        versions = {"processes": world, "torch": torch.__version__,
-                    "transformers": transformers.__version__}
-        m.write_atomically(out / "args.json", json.dumps({**vars(args), **versions}, indent=1))
         for name in ("log.jsonl", "samples.jsonl"):
             cut_back(out / name, step)
-        print("\n".join([said] * bool(said) + [
-            f"sound layer: begins with {aligned} clips, in closed form"] * bool(aligned) + [
-            f"rows: {counts['t2t']} by text, {counts['s2t']} by speech, {counts['sound']} without "
-            f"a teacher, {len(eval_set)} to measure on; {steps} steps; "
-            f"{sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6:.1f} M "
-            "weights train"]))
+        about = {**vars(args), "processes": world, "torch": torch.__version__,
+                 "transformers": transformers.__version__}
+        m.write_atomically(out / "args.json", json.dumps(about, indent=1))
+        weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        few = " (fewer than half: the rest has no audio)" * (counts["t2t"] > 2 * counts["s2t"] > 0)
+        print(*said, f"rows: {counts['t2t']} by text, {counts['s2t']} by speech{few}, "
+              f"{counts['sound']} without a teacher, {len(eval_set)} to measure on; {steps} steps; "
+              f"{weights / 1e6:.1f} M weights train", sep="\n", flush=True)
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
 
@@ -945,13 +905,15 @@ def main(args):
     if world > 1 and not args.shard:
         model = DistributedDataParallel(student, gradient_as_bucket_view=True,
                                         device_ids=None if device.index is None else [device.index])
-    todo = [micro_batch for rows_of_step in plan[step:] for micro_batch in rows_of_step[rank::world]]
+    todo = []
+    for micro_batches in plan[step:]:
+        todo += micro_batches[rank::world]
     stream = iter(DataLoader(rows, batch_sampler=todo, num_workers=args.workers, collate_fn=list,
                              worker_init_fn=outlive_sigterm,
                              multiprocessing_context="fork" if args.workers else None))
-    trained = [c for c in CHANNELS[::-1] if c != "t2t" or "llm" in args.train]
-    awaited = ["s2t"] * (counts["s2t"] and (world > 1 or "llm" not in args.train))
-    weights = {"t2t": args.t2t_weight, "s2t": 1.0, "sound": args.sound_weight}
+    autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
+    channel_weights = {"t2t": args.t2t_weight, "s2t": 1.0, "sound": args.sound_weight}
+    channels = [c for c in CHANNELS[::-1] if counts[c] and (c != "t2t" or "llm" in args.train)]
     student.train()
     begun = time.perf_counter()
     while True:
@@ -963,7 +925,7 @@ def main(args):
                 best = score
                 save_folder(student, out / "best", dtype)
             if master:
-                log(out, {"step": step, **record})
+                append(out / "log.jsonl", {"step": step, **record})
                 print("eval  " + " | ".join(f"{k[5:]} {v:.3f}" for k, v in record.items()))
             if master and not args.shard:  # sharded ranks would lose step
                 write_samples(student, eval_set.rows, out / "samples.jsonl", step)
@@ -978,44 +940,44 @@ def main(args):
         started = time.perf_counter()
         micro_batches = [next(stream) for _ in range(len(plan[step]) // world)]
         # Mean over ALL supervised tokens of the step, per channel: a mean per micro-batch would
-        # weight a 3-token answer like a 300-token one. DDP averages over ranks, hence `world` below.
-        counts = torch.zeros(len(CHANNELS) + 1, dtype=torch.float64)
+        # weight a 3-token answer like a 300-token one. DDP averages over ranks, hence `world`.
+        num_tokens = dict.fromkeys(CHANNELS, 0)
         for items in micro_batches:
-            for channel, chosen in passes_of(items, trained, awaited):
-                counts[CHANNELS.index(channel)] += sum(len(item["answer"]) for item in chosen)
-        counts[-1] = len(stopped)
-        counts = counts.to(device)
+            for channel, chosen in passes_of(items, channels):
+                num_tokens[channel] += sum(len(item["answer"]) for item in chosen)
+        shared = torch.tensor([*num_tokens.values(), len(stopped)], device=device)
         if world > 1:
-            dist.all_reduce(counts)
-        if counts[-1]:  # SIGTERM came to one of the processes
+            dist.all_reduce(shared)
+        *tokens, stop = shared.tolist()
+        if stop:  # SIGTERM came to one of the processes
             break
-        num_tokens = dict(zip(CHANNELS, counts.clamp(min=1).tolist()))
+        num_tokens = dict(zip(CHANNELS, tokens))
         # after the fetch: a new DataLoader iterator draws from this generator
         torch.manual_seed(args.seed + 100_003 * step + rank)
         sums = torch.zeros(len(CHANNELS), 3, dtype=torch.float64, device=device)  # loss, CE, KD
         for micro_step, items in enumerate(micro_batches):
-            by_teacher = [item for item in items if item["teacher"]] if args.kd_weight else []
-            rows_of = {}  # one teacher pass serves both channels
-            if by_teacher:
-                ids = [item["id"] for item in by_teacher]
-                rows_of = dict(zip(ids, teacher_rows(teacher, by_teacher)))
-            passes = passes_of(items, trained, awaited)
-            for turn, (channel, chosen) in enumerate(passes):
-                final = micro_step == len(micro_batches) - 1 and turn == len(passes) - 1
+            asked = [item for item in items if item["teacher"]] if args.kd_weight else []
+            if asked:  # one teacher pass serves both channels
+                for item, taught in zip(asked, teacher_rows(teacher, asked)):
+                    item["taught"] = taught
+            for channel, chosen in passes_of(items, channels):
+                final = micro_step == len(micro_batches) - 1 and channel == channels[-1]
                 # no_sync must cover forward AND backward:
                 # DDP decides in forward whether this backward will sync
                 with contextlib.nullcontext() if final or model is student else model.no_sync():
+                    prompts = [item[channel] for item in chosen]
+                    answers = [item["answer"] for item in chosen]
                     with autocast():
-                        hidden = model([item[channel] for item in chosen],
-                                       [item["answer"] for item in chosen])       # (N, H)
-                        loss, *parts = channel_loss(args, channel, llms, hidden, chosen, rows_of)
-                    loss = weights[channel] / num_tokens[channel] * loss
+                        hidden = model(prompts, answers)                          # (N, H)
+                        loss, *parts = channel_loss(args, channel, (student.llm, teacher), hidden,
+                                                    chosen)
+                    loss = channel_weights[channel] / max(1, num_tokens[channel]) * loss
                     scaler.scale(loss * world).backward()
                 sums[CHANNELS.index(channel)] += torch.stack([loss.detach(), *parts])
         if world > 1:
             dist.all_reduce(sums)
         if not sums.isfinite().all():
-            names = [item["id"] for items in micro_batches for item in items]
+            names = [item["id"] for item in itertools.chain(*micro_batches)]
             raise RuntimeError(f"loss {float(sums[:, 0].sum())} in step {step + 1}, factor of the "
                                f"learning rate {factor:.3f}; rows of rank {rank}: {names}; "
                                f"the newest checkpoint of {out} keeps the last good state")
@@ -1026,21 +988,23 @@ def main(args):
         if master:
             seconds = time.perf_counter() - started
             record = {"step": step, "loss": float(sums[:, 0].sum())}
-            for channel, count, (_, ce, kd) in zip(CHANNELS, counts.tolist(), sums.tolist()):
+            for (channel, count), (_, ce, kd) in zip(num_tokens.items(), sums.tolist()):
                 if count:
                     record |= {f"ce_{channel}": ce / count, f"kd_{channel}": kd / count}
             record |= {**norms, "lr": max(group["lr"] for group in optimizer.param_groups),
-                       "tokens_per_s": float(counts[:-1].sum()) / seconds, "seconds": seconds,
+                       "tokens_per_s": sum(tokens) / seconds, "seconds": seconds,
                        "hours": (time.perf_counter() - begun) / 3600, **resources(device)}
-            log(out, record)
-            print_step(record, steps)
+            append(out / "log.jsonl", record)
+            cells = [f"{key} {value:.4g}" for key, value in record.items()]
+            print(*cells, f"{seconds * (steps - step) / 60:.1f} minutes left", sep=" | ", flush=True)
         if step % args.save_every == 0 or step == steps:
-            save_checkpoint(args, student, optimizer, scaler, {"step": step, "best": best},
-                            identity)
+            save_checkpoint(args, student, optimizer, scaler,
+                            {"step": step, "best": best, "identity": identity})
 
     # ---- the student ----
     if 0 < step < steps:  # before the first step, saving would count one in the optimizer
-        save_checkpoint(args, student, optimizer, scaler, {"step": step, "best": best}, identity)
+        save_checkpoint(args, student, optimizer, scaler,
+                        {"step": step, "best": best, "identity": identity})
     elif step == steps:
         save_folder(student, out / "last", dtype)
     if master:

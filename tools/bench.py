@@ -36,12 +36,12 @@ SIZES = {  # of each device, where no flag says otherwise
 
 def get_args(argv=None):
     device = argparse.ArgumentParser(add_help=False)  # first, since the sizes depend on it
-    device.add_argument("--device", type=m.device, default="cuda" if torch.cuda.is_available() else "cpu",
+    device.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu or cuda; the sizes below are its own")
     one, shown = m.number(int, 1), argparse.ArgumentDefaultsHelpFormatter
     p = argparse.ArgumentParser(parents=[device], description=__doc__.splitlines()[1], formatter_class=shown)
     p.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what is measured")
-    p.add_argument("--out", type=m.out_folder, required=True, help="folder of the results")
+    p.add_argument("--out", required=True, help="folder of the results")
     p.add_argument("--repeats", type=one, help="interleaved repetitions of loss, answers and hearing")
     p.add_argument("--data", help="manifest of the step's rows and of the clips; default: questions that espeak-ng speaks")
     p.add_argument("--llm", default=LLM, help="of teacher and student; random weights take as long")

@@ -26,7 +26,7 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("data", help="hlt-lab/voicebench or gamma-lab-umd/MMAU-test-mini")
-    p.add_argument("--out", type=m.out_folder, required=True, help="folder of the copy")
+    p.add_argument("--out", required=True, help="folder of the copy")
     p.add_argument("--subsets", nargs="+", choices=list(vb.SUBSETS), default=vb.NINE,
                    help="of VoiceBench; default: the leaderboard's nine")
     p.add_argument("--region", default="usa", help="split of sd-qa; the leaderboard has usa")
