@@ -57,7 +57,7 @@ QUESTIONS = {  # key of a clip -> what is asked about it, the answer to each val
     "rate": ("Does the speaker talk fast or slowly?", {"fast": "Fast.", "slow": "Slowly."}),
     "background": ("Is there a noise behind the voice?",
                    {"quiet": "No.", **dict.fromkeys(BACKGROUNDS, "Yes.")}),
-    "sex": ("Is the speaker a man or a woman?", {"man": "A man.", "woman": "A woman."})}
+    "sex": ("Is the speaker a man or a woman?", {"man": "Man.", "woman": "Woman."})}
 
 
 def get_args(argv=None):

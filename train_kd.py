@@ -9,7 +9,8 @@ Writes  OUT/last, OUT/best (students), ckpt-STEP-SHA256.pt, log.jsonl, samples.j
 
 t2t: the student reads the question.  loss = CE(answer) + lambda * tau^2 * KL(teacher || student)
 s2t: the student hears it.            the same, from the same teacher, who reads it
-sound: rows whose prompt is null.     CE(answer) alone: no text stands for what is heard
+sound: rows whose prompt is null.     CE(answer) alone, a mean over rows: no text stands for what
+                                      is heard
 """
 import argparse
 import collections
@@ -303,7 +304,8 @@ def plan_steps(rows, args):
     process and accumulation, each a list of row numbers.
 
     A function of its arguments alone: no restart changes it, and no number of processes changes
-    which rows a step has.
+    which rows a step has. Rows without a teacher come question by question in turn: a rare
+    question is learned as well.
 
     Raises: ValueError if there are fewer rows than one step needs.
     """
@@ -311,25 +313,29 @@ def plan_steps(rows, args):
         for epoch in itertools.count():
             yield from random.Random(f"{args.seed} {epoch}").sample(numbers, len(numbers))
 
-    kinds = {"with": [], "without": []}
+    taught, sounds = [], {}
     for k, row in enumerate(rows):
-        kinds["without" if row["prompt"] is None else "with"].append(k)
-    parts = args.global_batch_size // args.batch_size
+        if row["prompt"] is None:
+            sounds.setdefault(row.get("instruction"), []).append(k)
+        else:
+            taught.append(k)
+    parts, found = args.global_batch_size // args.batch_size, len(rows) - len(taught)
     sizes = {"with": parts * args.batch_size, "without": parts * args.sound_batch_size}
-    kinds = {kind: numbers for kind, numbers in kinds.items() if numbers}
-    for kind, numbers in kinds.items():
-        if len(numbers) < sizes[kind]:
-            raise ValueError(f"{len(numbers)} rows {kind} a teacher and with {args.labels} in "
+    kinds = {"with": (len(taught), itertools.cycle([drawn(taught)])),
+             "without": (found, itertools.cycle([drawn(numbers) for numbers in sounds.values()]))}
+    kinds = {kind: (count, turns) for kind, (count, turns) in kinds.items() if count}
+    for kind, (count, _) in kinds.items():
+        if count < sizes[kind]:
+            raise ValueError(f"{count} rows {kind} a teacher and with {args.labels} in "
                              f"{', '.join(args.data)}, fewer than the {sizes[kind]} of one step; "
                              "give more rows or a smaller batch")
     first = next(iter(kinds))  # whose epochs count
-    steps = args.max_steps or max(1, round(args.epochs * len(kinds[first]) / sizes[first]))
-    streams, plan = {kind: drawn(numbers) for kind, numbers in kinds.items()}, []
-    for _ in range(steps):
+    plan, steps = [], args.max_steps or round(args.epochs * kinds[first][0] / sizes[first])
+    for _ in range(max(1, steps)):
         step = [[] for _ in range(parts)]
-        for kind, stream in streams.items():
+        for kind, (_, turns) in kinds.items():
             for k in range(sizes[kind]):
-                step[k % parts].append(next(stream))
+                step[k % parts].append(next(next(turns)))
         plan.append(step)
     return plan
 
@@ -410,8 +416,8 @@ def hear_all(args, student, rows, ranks):
 
 def align_sounds(student, rows, heard_of):
     """Let a sound layer begin with what rows without a teacher say about their clips ->
-    number of clips. An answer counts by its mean embedding, less the mean over its question's
-    answers; one that is given once (a transcript) tells words, not sound."""
+    number of clips. An answer counts by the mean embedding of what its question's other answers
+    lack, less the mean over them; one that is given once (a transcript) tells words, not sound."""
     table, answers = student.llm.get_input_embeddings().weight.detach().float(), {}
     for row in rows:
         if row["prompt"] is None:
@@ -421,7 +427,11 @@ def align_sounds(student, rows, heard_of):
     for found in answers.values():
         counts = collections.Counter(ids for _, ids in found)
         kept = [(row, ids) for row, ids in found if counts[ids] > 1]
-        vectors = [table[list(ids)].mean(0) for _, ids in kept]                   # (H,) each
+        common = set.intersection(*[set(ids) for _, ids in kept]) if kept else set()
+        vectors = []                                                              # (H,) each
+        for _, ids in kept:
+            own = [token for token in ids if token not in common]
+            vectors.append(table[own].mean(0) if own else torch.zeros_like(table[0]))
         for (row, _), vector in zip(kept, vectors):
             clip, offset = row["audio"], vector - torch.stack(vectors).mean(0)
             targets[clip] = targets.get(clip, 0) + offset
@@ -503,12 +513,16 @@ def channel_loss(args, channel, llms, hidden, items):
     """Sums over a channel's answer tokens -> (loss, ce, kd).
 
     llms: the student's, and the teacher's (None if it is not asked). The teacher's rows are a part
-    of the items. Rows without a teacher get CE, whatever --ce-weight is.
+    of the items. Rows without a teacher get CE, whatever --ce-weight is, and each counts once: a
+    transcript of twelve tokens would drown "Fast.".
     """
     (llm, teacher), ce_weight, kd_weight = llms, args.ce_weight, args.kd_weight
     taught = [item["taught"][:len(item["answer"])] for item in items if "taught" in item]
+    row_weights = None
     if channel == "sound":
         ce_weight, kd_weight = 1.0, 0.0
+        lengths = torch.tensor([len(item["answer"]) for item in items], device=hidden.device)
+        row_weights = (1 / lengths).repeat_interleave(lengths)                    # (N,)
     if not kd_weight:  # a stand-in, of the right shape
         teacher, taught = llm, [hidden.detach()]
     heads = [x.get_output_embeddings().weight for x in (llm, teacher)]
@@ -517,7 +531,8 @@ def channel_loss(args, channel, llms, hidden, items):
         student_hidden=hidden, student_weight=heads[0], student_logit_scale=m.logit_scale(llm),
         teacher_hidden=torch.cat(taught).to(hidden.device), teacher_weight=heads[1],
         teacher_logit_scale=m.logit_scale(teacher), kind=args.loss, beta=args.beta,
-        targets=torch.tensor(targets, device=hidden.device), temperature=args.temperature,
+        targets=torch.tensor(targets, device=hidden.device), row_weights=row_weights,
+        temperature=args.temperature,
         ce_weight=ce_weight, kd_weight=kd_weight, chunk_rows=chunk_rows_of(heads[0]))
 
 
@@ -595,11 +610,12 @@ def check_pair(teacher, teacher_tokenizer, student):
         added = tokenizer.get_added_vocab()
         vocabs.append({(k, v) for k, v in tokenizer.get_vocab().items() if k not in added})
     ends = [m.end_token(tokenizer) for tokenizer in tokenizers]
-    if vocabs[0] != vocabs[1] or ends[0] != ends[1]:
-        raise RuntimeError("teacher and student need one tokenizer: "
-                           f"{teacher_tokenizer.name_or_path} and {student.tokenizer.name_or_path} "
-                           f"differ, e.g. in {min(vocabs[0] ^ vocabs[1], default=None)}, and end a "
-                           f"turn with {ends}")
+    differ = sorted(vocabs[0] ^ vocabs[1])
+    if differ or ends[0] != ends[1]:
+        example = differ[0][0] if differ else None
+        raise RuntimeError(f"teacher and student need one tokenizer: {tokenizers[0].name_or_path} "
+                           f"and {tokenizers[1].name_or_path} differ, e.g. in {example!r}, and end "
+                           f"a turn with {ends}")
     for llm in (teacher, student.llm):
         if getattr(llm.config.get_text_config(decoder=True), "final_logit_softcapping", None):
             raise RuntimeError(f"{llm.config.model_type}: capped logits (final_logit_softcapping) "
@@ -941,17 +957,18 @@ def main(args):
         micro_batches = [next(stream) for _ in range(len(plan[step]) // world)]
         # Mean over ALL supervised tokens of the step, per channel: a mean per micro-batch would
         # weight a 3-token answer like a 300-token one. DDP averages over ranks, hence `world`.
-        num_tokens = dict.fromkeys(CHANNELS, 0)
+        counted = dict.fromkeys(CHANNELS, 0) | {"tokens": 0, "stopped": len(stopped)}
         for items in micro_batches:
             for channel, chosen in passes_of(items, channels):
-                num_tokens[channel] += sum(len(item["answer"]) for item in chosen)
-        shared = torch.tensor([*num_tokens.values(), len(stopped)], device=device)
+                num_tokens = sum(len(item["answer"]) for item in chosen)
+                counted[channel] += len(chosen) if channel == "sound" else num_tokens
+                counted["tokens"] += num_tokens
+        shared = torch.tensor(list(counted.values()), device=device)
         if world > 1:
             dist.all_reduce(shared)
-        *tokens, stop = shared.tolist()
-        if stop:  # SIGTERM came to one of the processes
+        counted = dict(zip(counted, shared.tolist()))
+        if counted["stopped"]:  # SIGTERM came to one of the processes
             break
-        num_tokens = dict(zip(CHANNELS, tokens))
         # after the fetch: a new DataLoader iterator draws from this generator
         torch.manual_seed(args.seed + 100_003 * step + rank)
         sums = torch.zeros(len(CHANNELS), 3, dtype=torch.float64, device=device)  # loss, CE, KD
@@ -971,7 +988,7 @@ def main(args):
                         hidden = model(prompts, answers)                          # (N, H)
                         loss, *parts = channel_loss(args, channel, (student.llm, teacher), hidden,
                                                     chosen)
-                    loss = channel_weights[channel] / max(1, num_tokens[channel]) * loss
+                    loss = channel_weights[channel] / max(1, counted[channel]) * loss
                     scaler.scale(loss * world).backward()
                 sums[CHANNELS.index(channel)] += torch.stack([loss.detach(), *parts])
         if world > 1:
@@ -988,15 +1005,16 @@ def main(args):
         if master:
             seconds = time.perf_counter() - started
             record = {"step": step, "loss": float(sums[:, 0].sum())}
-            for (channel, count), (_, ce, kd) in zip(num_tokens.items(), sums.tolist()):
+            for (channel, count), (_, ce, kd) in zip(counted.items(), sums.tolist()):
                 if count:
                     record |= {f"ce_{channel}": ce / count, f"kd_{channel}": kd / count}
             record |= {**norms, "lr": max(group["lr"] for group in optimizer.param_groups),
-                       "tokens_per_s": sum(tokens) / seconds, "seconds": seconds,
+                       "tokens_per_s": counted["tokens"] / seconds, "seconds": seconds,
                        "hours": (time.perf_counter() - begun) / 3600, **resources(device)}
             append(out / "log.jsonl", record)
             cells = [f"{key} {value:.4g}" for key, value in record.items()]
-            print(*cells, f"{seconds * (steps - step) / 60:.1f} minutes left", sep=" | ", flush=True)
+            cells.append(f"{seconds * (steps - step) / 60:.1f} minutes left")
+            print(*cells, sep=" | ", flush=True)
         if step % args.save_every == 0 or step == steps:
             save_checkpoint(args, student, optimizer, scaler,
                             {"step": step, "best": best, "identity": identity})

@@ -419,7 +419,7 @@ def test_questions_about_sounds_are_balanced_with_the_same_prompts_on_both_sides
             assert all(row[key] == clip[key] for key in ("voice", "seconds", "language"))  # else it is heard a second time
             expected = {"rate": {"fast": "Fast.", "slow": "Slowly."}.get(clip["rate"]),
                         "background": "No." if clip["background"] == "quiet" else "Yes.",
-                        "sex": {"man": "A man.", "woman": "A woman."}.get(clip.get("sex"))}[row["kind"]]
+                        "sex": {"man": "Man.", "woman": "Woman."}.get(clip.get("sex"))}[row["kind"]]
             assert row["response"] == expected and row["instruction"] == synth.QUESTIONS[row["kind"]][0]
             sides.setdefault((row["kind"], row["response"]), []).append(clip["prompt"])
         assert len({row["id"] for row in rows}) == len(rows) and len(sides) == 6

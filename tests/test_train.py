@@ -276,6 +276,28 @@ def test_an_untrained_sound_layer_begins_with_what_is_said_about_clips_and_not_w
     assert torch.cosine_similarity(loud - quiet, yes - no, 0) > 0.9
 
 
+def test_what_all_answers_to_a_question_share_is_no_part_of_a_sound(tiny):
+    student = m.build_student(tiny.student)
+    rows = [{"prompt": None, "audio": f"{word}{k}", "instruction": "Who?", "response": f"This is {word}."} for word in ("red", "blue") for k in range(20)]
+    noise, sign = torch.manual_seed(0), {"This is red.": 1.0, "This is blue.": -1.0}
+    train_kd.align_sounds(student, rows, lambda row: m.Heard("", torch.arange(0), torch.zeros(0, 16),
+                                                            sign[row["response"]] + torch.randn(5, 16, generator=noise)))
+    red, blue = student.adapter(torch.zeros(0, 16), torch.stack([torch.ones(16), -torch.ones(16)]))[1]
+    table, (a, b) = student.llm.get_input_embeddings().weight, [set(m.text_ids(student.tokenizer, text)) for text in sign]
+    own = table[list(a - b)].mean(0) - table[list(b - a)].mean(0)
+    assert a & b and torch.cosine_similarity(red - blue, own, 0) > 0.9
+
+
+def test_rows_without_a_teacher_count_once_each_however_long(tiny, data, tmp_path):
+    args = train_kd.get_args(arguments(tiny, data, tmp_path, "--ce-weight", "0.1"))
+    llm = m.load_llm(tiny.llm)[0]
+    hidden = torch.randn(9, llm.config.hidden_size, generator=torch.manual_seed(0))
+    items = [{"answer": [5, 6, 7, 8, 9, 10, 11]}, {"answer": [3, 4]}]
+    loss = train_kd.channel_loss(args, "sound", (llm, None), hidden, items)[0]
+    rows = torch.nn.functional.cross_entropy(hidden @ llm.lm_head.weight.T, torch.tensor([5, 6, 7, 8, 9, 10, 11, 3, 4]), reduction="none")
+    assert loss.item() == pytest.approx((rows[:7].mean() + rows[7:].mean()).item(), rel=1e-5)
+
+
 # ---- what Whisper heard, what the teacher gave ----
 
 def test_what_is_heard_is_kept_under_the_digest_of_the_clip(tiny, tmp_path, monkeypatch):
@@ -439,6 +461,13 @@ def test_the_plan_needs_nothing_but_its_arguments_and_uses_each_row_once_an_epoc
     assert all(len(step) == 2 and [sum(i < 103 for i in micro) for micro in step] == [4, 4] and len(micro) == 6 for step in plan() for micro in step)
     assert len(plan(steps=0)) == round(2 * 103 / 8) and len(plan(steps=0, epochs=0.5)) == 6
     assert [len(micro) for micro in plan(sounds=0)[0]] == [4, 4]
+
+
+def test_a_rare_question_about_the_sound_comes_as_often_as_others():
+    args = train_kd.get_args(["--data", "x", "--out", "y", "--max-steps", "5", "--sound-batch-size", "6"])
+    rows = [{"prompt": None, "instruction": "Loud?"}] * 90 + [{"prompt": None, "instruction": "Who?"}] * 10
+    for step in train_kd.plan_steps(rows, args):
+        assert sum(k < 90 for k in step[0]) == sum(k >= 90 for k in step[0]) == 3
 
 
 @pytest.mark.parametrize("changed, options, message", [
