@@ -11,7 +11,6 @@ Writes  OUT/predictions.json, that list with "model_output", for the official ev
 import argparse
 import collections
 import functools
-import json
 import re
 import sys
 from pathlib import Path
@@ -100,14 +99,11 @@ def find_clips(items, folder, args):
 
 # ---- scoring ----
 
-def words_of(text):
-    return set(re.findall(r"\w+", text.lower()))
-
-
 def string_match(prediction, answer, choices):
     """The official rule: it has all words of the answer, and none that only other options have."""
-    said, right = words_of(prediction), words_of(answer)
-    return bool(said) and right <= said and not said & (words_of("\n".join(choices)) - right)
+    said, right, known = (set(re.findall(r"\w+", text.lower()))
+                          for text in (prediction, answer, "\n".join(choices)))
+    return bool(said) and right <= said and not said & (known - right)
 
 
 # what may follow a stated option or letter; a letter before an option; how a statement begins

@@ -95,8 +95,7 @@ def read_subset(path, subset, *more):
                 raise ValueError(f"no {', '.join(missing)}")
             grade(subset, {**row, "response": "An answer."}, replies)
         except (ValueError, TypeError, AttributeError, LookupError) as error:
-            raise ValueError(f"{where}: {error}; {subset} needs {', '.join(needs)} as the hub has "
-                             "them") from error
+            raise ValueError(f"{where}: {error}; {subset} needs {', '.join(needs)}") from error
         return row
 
     rows = m.json_lines(path, parse)
@@ -115,8 +114,8 @@ def read_data(args):
     """-> {subset: {"columns": rows of its files, "text", "speech": what is asked}}, digests."""
     folder, data, digests = Path(args.data), {}, {}
     for subset in args.subsets or SUBSETS:
-        rows, paths = [], sorted(folder.glob(f"{subset}-*.jsonl"))
-        for path in paths:
+        rows = []
+        for path in sorted(folder.glob(f"{subset}-*.jsonl")):
             digests[path.name] = m.digest(path)
             rows += read_subset(path, subset)  # mmsu's splits are one subset, as on the leaderboard
         if rows:
@@ -138,7 +137,7 @@ def read_data(args):
     return data, digests
 
 
-# ---- answers: kept in OUT/.stages, so that a run goes on where it stopped ----
+# ---- answers of the models: kept in OUT/.stages, so that a run goes on where it stopped ----
 
 def start_ranks(device):
     """-> rank, of torchrun (which sets one thread a process) or 0."""
@@ -176,8 +175,6 @@ def provenance(args):
             "commit": git.stdout.strip() or None, "torch": torch.__version__,
             "transformers": transformers.__version__}
 
-
-# ---- models ----
 
 def weights_of(name):
     """Digest over the files of a model, or of WHISPER+LLM."""
@@ -367,7 +364,6 @@ def normal_words(text):
     text = re.sub(r"(?<=\d),(?=\d{3})|['’]|(?<!\d)\.|\.(?!\d)|[\u0300-\u036f]", "", text)
     text = " ".join(re.findall(r"[^\W_]+(?:\.\d+)*", text))
     text = NUMBER_WORD.sub(lambda hit: str(NUMBERS[hit[0]]), text)
-    # blanks around it: whole words are found as substrings
     return f" {' '.join(word for word in text.split() if word not in ('a', 'an', 'the'))} "
 
 
@@ -515,7 +511,6 @@ def check_ifeval(response, instruction_id_list, kwargs):
         if not follows:
             raise ValueError(f"unknown IFEval instruction {name!r}")
         arguments = {key: value for key, value in given.items() if value is not None}
-        # an empty text follows nothing, officially
         passed = [bool(text.strip() and follows(text, **arguments)) for text in variants]
         marks["strict"].append(passed[0])
         marks["loose"].append(any(passed))
@@ -571,8 +566,8 @@ def system_and_subset(path):
                         path.stem)  # the official scripts add result-, a split, and say audio
     if not name or not path.is_file():
         raise ValueError(f"{path}: expected a file named MODEL-SUBSET-MODALITY.jsonl")
-    by_speech = name[3] != "text"
-    return SYSTEMS[0] if name[1].startswith("teacher-") else SYSTEMS[1 + by_speech], name[2]
+    system = 0 if name[1].startswith("teacher-") else 1 + (name[3] != "text")
+    return SYSTEMS[system], name[2]
 
 
 def read_answers(files):
@@ -586,7 +581,7 @@ def read_answers(files):
         prompts = [row["prompt"] for row in answers[subset][system]]
         if prompts != asked.setdefault(subset, prompts):
             raise ValueError(f"{path}: other questions than another file of {subset}, or order")
-    return answers
+    return {subset: answered for subset, answered in answers.items() if answered}
 
 
 def grade(subset, row, replies=None):
@@ -650,7 +645,7 @@ def score_means(subsets, draws):
                         ("paper's seven-task mean", SEVEN)):
         missing = [s for s in parts if s not in scored]
         note = f"lacks {', '.join(missing)}" if missing else ""
-        means[name] = {"of": parts, "scale": 100, "unreadable": {}, "note": note}
+        means[name] = {"scale": 100, "unreadable": {}, "note": note}
         for key in () if missing else (*SYSTEMS, *GAPS):
             values = [draws[s][key] for s in parts if key in draws[s]]
             if values and len(values) == len(parts):
@@ -680,7 +675,6 @@ def main(args):
     rank, out, files = start_ranks(args.device), Path(args.out), args.score_only
     out.mkdir(parents=True, exist_ok=True)
     record = {"decoding": "greedy", "prompt": "the question alone, after --system"}
-    record |= provenance(args)
     if not args.score_only:
         data, record["data"] = read_data(args)
         files, record["weights"] = answer_data(args, data)
@@ -688,9 +682,9 @@ def main(args):
         return 0
     subsets, draws = {}, {}
     for subset, answered in read_answers(files).items():
-        if answered:
-            subsets[subset], draws[subset] = score_subset(subset, answered)
-    report = {"subsets": subsets, "means": score_means(subsets, draws), **record}
+        subsets[subset], draws[subset] = score_subset(subset, answered)
+    report = {"subsets": subsets, "means": score_means(subsets, draws), **record,
+              **provenance(args)}
     write_json(out / "report.json", report)
     text = to_text(report)
     m.write_atomically(out / "report.md", text)

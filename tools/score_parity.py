@@ -139,6 +139,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(get_args())
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         print(f"score_parity.py: {error}", file=sys.stderr)
         sys.exit(2)
