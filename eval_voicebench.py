@@ -48,8 +48,7 @@ SEVEN = [subset for subset in NINE if subset not in ("wildvoice", "bbh")]  # and
 SYSTEMS = ("teacher text", "student text", "student speech")
 GAPS = {"forgetting": SYSTEMS[:2], "modality gap": SYSTEMS[1:]}  # the first minus the second
 DRAWS = 4000  # of the bootstrap
-NOTES = """
-rows: of the hub's; [95% intervals]: bootstrap over rows, paired. Not leaderboard-comparable: what
+NOTES = """rows: of the hub's; [95%]: bootstrap over rows, paired. Not leaderboard-comparable: what
 cannot be read is wrong, officially a letter is drawn; sd-qa: judge and qa_match, not PEDANT.
 """
 
@@ -95,7 +94,8 @@ def read_subset(path, subset, *more):
                 raise ValueError(f"no {', '.join(missing)}")
             grade(subset, {**row, "response": "An answer."}, replies)
         except (ValueError, TypeError, AttributeError, LookupError) as error:
-            raise ValueError(f"{where}: {error}; {subset} needs {', '.join(needs)}") from error
+            what = f"unknown {error}" if isinstance(error, LookupError) else error
+            raise ValueError(f"{where}: {what}; {subset} needs {', '.join(needs)}") from error
         return row
 
     rows = m.json_lines(path, parse)
@@ -159,7 +159,7 @@ def answer_all(args, name, rows, ask, weights):
     settings = [args.dtype, args.device, args.max_new_tokens, args.batch_size, weights]
     asked = [{**row, "audio": None} for row in rows]  # where a clip lies is no matter
     key = hashlib.sha256(json.dumps([settings, asked], sort_keys=True).encode()).hexdigest()
-    records = synth_speech.staged(args, f"{name}.{key[:16]}", rows, args.batch_size, ask)
+    records = synth_speech.staged(args, f"{name}-{key[:16]}", rows, args.batch_size, ask)
     return [records[row["id"]] for row in rows]
 
 
@@ -668,7 +668,7 @@ def to_text(report):
             cells.append(cell if key in entry else "-")
         shares = [f"{share:.0f}" for share in entry["unreadable"].values()]
         text += f"| {' | '.join([*cells, ' / '.join(shares), entry['note']])} |\n"
-    return text + NOTES
+    return f"{text}\n{NOTES}"
 
 
 def main(args):

@@ -96,7 +96,7 @@ def test_a_run_that_was_stopped_gives_the_same_files(tiny, data, tmp_path, capsy
     assert capsys.readouterr().out == files["report.md"].decode()
     rows = json.loads((out / "predictions.json").read_text())
     assert [row.pop("model_output").__class__ for row in rows] == [str] * 5 and rows == ITEMS
-    (stage,) = (out / ".stages").glob("mmau.*.0.jsonl")
+    (stage,) = (out / ".stages").glob("mmau-*.0.jsonl")
     os.truncate(stage, stage.stat().st_size - 9)
     (out / "predictions.json").unlink()
     assert ask(tiny, data, out) == 0

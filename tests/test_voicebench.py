@@ -214,7 +214,7 @@ def test_cut_anywhere_and_resumed_gives_the_same_bytes(reference, options, tmp_p
 def test_killed_and_started_again_gives_the_same_bytes(reference, options, tmp_path):
     command = [sys.executable, vb.__file__, *options, "--out", str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=one_core)
-    while process.poll() is None and not list(tmp_path.glob(".stages/student-*-text.*.0.jsonl")):
+    while process.poll() is None and not list(tmp_path.glob(".stages/student-*-text-*.0.jsonl")):
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "report.json").exists()
@@ -227,7 +227,7 @@ def test_two_ranks_write_the_same_bytes_as_one(reference, options, tmp_path):
     subprocess.run([*torchrun, vb.__file__, *options, "--out", str(tmp_path)], check=True, timeout=300,
                    preexec_fn=one_core)
     assert results(tmp_path) == results(reference)
-    assert len(list(tmp_path.glob(".stages/student-bbh-speech.*.?.jsonl"))) == 2
+    assert len(list(tmp_path.glob(".stages/student-bbh-speech-*.?.jsonl"))) == 2
     assert run(options, tmp_path) == 0 and results(tmp_path) == results(reference)  # one rank reads both files
 
 
@@ -433,7 +433,7 @@ BAD = {"no such folder": (None, "data: no SUBSET-SPLIT.jsonl"), "nothing in it":
        "no rows": ({"bbh-test": ""}, "bbh-test.jsonl: no rows of bbh"),
        "no column": ({"bbh-test": [{"prompt": "?", "id": "navigate_1"}]}, "bbh-test.jsonl:1: no reference; bbh needs"),
        "no task": ({"bbh-test": [{"prompt": "?", "id": "x", "reference": "yes"}]}, "names none of sports"),
-       "no letter": ({"mmsu-law": [{"prompt": "?", "reference": "E"}]}, "mmsu-law.jsonl:1: 'e'; mmsu needs prompt, reference"),
+       "no letter": ({"mmsu-law": [{"prompt": "?", "reference": "E"}]}, "mmsu-law.jsonl:1: unknown 'e'; mmsu needs prompt, reference"),
        "no sound": ({"advbench-test": [{"prompt": "?", "audio": "a.wav"}]}, "audio file .*a.wav"),
        "no audio": ({"advbench-test": [{"prompt": "?"}]}, "advbench, '\\?': audio file .* not found"),
        "no answers": ({"student-x-advbench-test-text": [{"prompt": "?"}]}, "no response; advbench needs"),
