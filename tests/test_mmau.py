@@ -183,8 +183,9 @@ def test_the_hub_gives_what_the_file_gives(data, tmp_path, monkeypatch):
     def hub_row(i):
         lettered = {c: f"({'ABCDEFGH'[k]}) {c}" for k, c in enumerate(i["choices"])}
         others = {k: i[k] for k in ("id", "task", "category", "difficulty")}
+        choices = [lettered[c] for c in i["choices"]]
         return {"context": {"bytes": i["id"].encode()}, "instruction": i["question"],
-                "other_attributes": json.dumps(others), "choices": list(lettered.values()),
+                "other_attributes": json.dumps(others), "choices": choices,
                 "answer": lettered[i["answer"]]}
     loads, rows = [], {("context", "not decoded"): list(map(hub_row, ITEMS))}
     table = SimpleNamespace(cast_column=lambda name, kind: rows[name, kind])
