@@ -11,7 +11,6 @@ Writes  OUT/predictions.json, that list with "model_output", for the official ev
 import argparse
 import collections
 import functools
-import json
 import re
 import sys
 from pathlib import Path
@@ -35,14 +34,14 @@ def get_args(argv=None):
     add("--student", default=m.DEFAULT_STUDENT, help="as of train_kd.py")
     add("--trust-remote-code", action="store_true", help="run the code in the student's folder")
     add("--audio", help="folder of the clips; default: that of --data")
-    add("--out", type=m.out_folder, required=True, help="output folder")
+    add("--out", required=True, help="output folder")
     add("--only-available", action="store_true", help="leave out items without a clip")
     add("--limit", type=m.number(int, 0), default=0, help="the first N items; 0 = all")
     add("--prompt-suffix", default="", help="added to the official prompt, as it is")
     add("--batch-size", type=m.number(int, 1), default=8, help="items per GPU per forward")
     add("--max-new-tokens", type=m.number(int, 1), default=64, help="longest answer, greedy")
-    add("--device", type=m.device, default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda")
+    add("--device", choices=["cpu", "cuda"], help="where the student runs",
+        default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the student")
     return p.parse_args(argv)
 
@@ -140,13 +139,17 @@ def read_option(prediction, choices):
 
 def score(items):
     """Items with answers and model_output -> what is reported, intervals of the hits by group."""
-    rows, groups = [], {}
+    rows, groups, tables = [], {}, {}
+    record = {"tables": tables, "items": rows, "unread": 0, "missing": 0, "not_among_choices": 0}
     for item in items:
         said, answer, choices = item.get("model_output") or "", item["answer"], item["choices"]
         option = read_option(vb.spoken(said), choices)
         hits = string_match(said, answer, choices), string_match(option, answer, choices)
         rows.append({"id": item["id"], "option": option if option in choices else None,
                      "raw": hits[0], "read": hits[1]})
+        record["unread"] += option not in choices
+        record["missing"] += item.get("model_output") is None
+        record["not_among_choices"] += answer not in choices
         right = [string_match(choice, answer, choices) for choice in choices]
         groups.setdefault("total: always first option", []).append((right[0], right[0]))
         groups.setdefault("total: random option", []).append((sum(right) / len(right),) * 2)
@@ -154,13 +157,10 @@ def score(items):
             names = {"total": "all", **item}.get(table) or "not given"
             for name in names if isinstance(names, list) else [names]:
                 groups.setdefault(f"{table}: {name}", []).append(hits)
-    tables = {}
     for name in sorted(groups, key=lambda x: (TABLES.index(x.split(":")[0]), "hard" in x, x)):
-        raw, read = (vb.interval(column) for column in zip(*groups[name]))
-        tables[name] = {"n": len(groups[name]), "raw": raw, "read": read}
-    return {"tables": tables, "items": rows, "unread": sum(not row["option"] for row in rows),
-            "missing": sum(item.get("model_output") is None for item in items),
-            "not_among_choices": sum(item["answer"] not in item["choices"] for item in items)}
+        raw, read = zip(*groups[name])
+        tables[name] = {"n": len(raw), "raw": vb.interval(raw), "read": vb.interval(read)}
+    return record
 
 
 def to_text(record):
@@ -176,25 +176,25 @@ def to_text(record):
 
 
 def main(args):
-    ranks, out, data = vb.start_ranks(args.device), Path(args.out), args.score_only or args.data
+    rank, out, data = vb.start_ranks(args.device), Path(args.out), args.score_only or args.data
     items, record = read_items(data)[:args.limit or None], vb.provenance(args)
     if args.score_only and not any("model_output" in item for item in items):
         raise ValueError(f"{data}: no item has the key model_output, which holds the prediction")
+    out.mkdir(parents=True, exist_ok=True)
     if not args.score_only:
         items, rows = find_clips(items, args.audio or Path(data).parent, args)
         print(f"{len(items)} items are asked", file=sys.stderr)
-        settings = {k: getattr(args, k) for k in ("dtype", "max_new_tokens", "batch_size")}
-        settings["weights"] = record["weights"] = vb.weights_of(args.student)
-        student = functools.cache(lambda: vb.load(args, "student"))  # loaded when it is asked
-        answers = vb.answer_all(out, "mmau", rows, lambda batch: student().generate(
-            batch, max_new_tokens=args.max_new_tokens), settings, ranks)
-        items = [{**item, "model_output": answer} for item, answer in zip(items, answers)]
-    if ranks[0]:
+        record["weights"] = vb.weights_of(args.student)
+        student = functools.cache(functools.partial(vb.load_model, args, "student"))  # when asked
+        ask = functools.partial(vb.ask, args, "student", student)
+        for item, answer in zip(items, vb.answer_all(args, "mmau", rows, ask, record["weights"])):
+            item["model_output"] = answer["response"]
+    if rank:
         return 0
-    record |= score(items) if items[0].get("answer") else {}
-    text = to_text(record) if "tables" in record else (
-        f"no right answers, no scores: the submission file is {out / 'predictions.json'}\n")
-    out.mkdir(parents=True, exist_ok=True)
+    text = f"no right answers, no scores: the submission file is {out / 'predictions.json'}\n"
+    if items[0].get("answer"):
+        record |= score(items)
+        text = to_text(record)
     vb.write_json(out / "predictions.json", items)
     vb.write_json(out / "report.json", {**record, "prompt": PROMPT + args.prompt_suffix})
     m.write_atomically(out / "report.md", text)

@@ -1,4 +1,4 @@
-"""The judge of eval_voicebench.py with a bad server: nothing is lost, nothing asked twice."""
+"""tools/judge.py with a bad server: nothing is lost, nothing asked twice; its replies are read."""
 import collections
 import json
 import subprocess
@@ -11,6 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 import eval_voicebench as ev
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import judge as tool
 
 KEY = "sk-tests-only-0123456789abcdef"
 OPEN = [{"prompt": f"Why is {i} {{odd}}?", "response": f"As {i} {{}} is."} for i in range(8)]
@@ -52,17 +56,17 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch, tmp_path):
     """.behave(k, body) -> answer to request k: (status, headers, content), "hang" or "close"."""
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(ev, "JUDGE_BACKOFF_S", 0.001)
+    monkeypatch.setattr(tool, "BACKOFF_S", 0.001)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.seen, server.lock, server.released = [], threading.Lock(), threading.Event()
     server.url, server.cache = f"http://127.0.0.1:{server.server_port}/v1", tmp_path / ".stages/judge.0.jsonl"
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
-    monkeypatch.setattr(ev, "JUDGE_TIMEOUT_S", 9)
+    monkeypatch.setattr(tool, "TIMEOUT_S", 9)
 
     def judge(rows, **options):
-        usual = dict(judge=server.url, judge_model="a judge", judge_samples=1, judge_max_tokens=1024, out=tmp_path)
+        usual = dict(url=server.url, model="a judge", samples=1, max_tokens=1024, out=tmp_path)
         rows = [dict(row) for row in rows]
-        ev.add_replies(SimpleNamespace(**{**usual, **options}), rows)
+        tool.add_scores(SimpleNamespace(**{**usual, **options}), rows)
         return [row["score"] for row in rows]
 
     server.judge = judge
@@ -87,7 +91,7 @@ def test_rows_get_their_replies_whatever_goes_wrong_and_a_restart_asks_nothing(s
         return replying(f"{row['response']} {KEY}")  # a server that repeats the key
 
     server.behave = behave
-    monkeypatch.setattr(ev, "JUDGE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(tool, "TIMEOUT_S", 0.5)
     replies = server.judge(OPEN + QA)
     assert replies == [[row["response"] + " ***"] for row in OPEN + QA]
     for body, path, authorization in server.seen:
@@ -103,10 +107,10 @@ def test_rows_get_their_replies_whatever_goes_wrong_and_a_restart_asks_nothing(s
 
 def test_equal_rows_are_asked_once_and_only_for_what_is_missing(server):
     server.behave = lambda k, body: replying(str(k))
-    first = server.judge(OPEN[:1] * 3 + OPEN[1:2], judge_samples=2)
+    first = server.judge(OPEN[:1] * 3 + OPEN[1:2], samples=2)
     assert first[0] == first[1] == first[2] and len(server.seen) == 4
-    assert server.judge(OPEN[:1], judge_samples=3)[0][:2] == first[0] and server.judge(OPEN[:1]) == [first[0][:1]]
-    for change in ({"judge_model": "b"}, {"rows": [{**OPEN[0], "response": "No"}]}):
+    assert server.judge(OPEN[:1], samples=3)[0][:2] == first[0] and server.judge(OPEN[:1]) == [first[0][:1]]
+    for change in ({"model": "b"}, {"rows": [{**OPEN[0], "response": "No"}]}):
         server.judge(**{"rows": OPEN[:1], **change})
     assert len(server.seen) == 4 + 1 + 2
     server.judge([{**OPEN[0], "response": "<think>so</think>" + OPEN[0]["response"]}])  # it reads no thoughts
@@ -115,11 +119,15 @@ def test_equal_rows_are_asked_once_and_only_for_what_is_missing(server):
 
 def test_nonsense_is_kept_and_counted(server):
     server.behave = lambda k, body: replying(["4", "I like turtles"][k % 2])
-    replies = server.judge(OPEN[:1], judge_samples=2)[0]
-    assert sorted(replies) == ["4", "I like turtles"] == sorted(server.judge(OPEN[:1], judge_samples=2)[0])
-    assert ev.judged_score(["4", "", "I like turtles"]) == (4.0, 2) and ev.judged_score(["?"]) == (None, 1)
-    votes = {"yes yes no": 1.0, "no No. ?": 0.0, "yes no ?": 0.5, "?": None, "": None}
-    assert {text: ev.judged_vote(text.split()) for text in votes} == votes
+    replies = server.judge(OPEN[:1], samples=2)[0]
+    assert sorted(replies) == ["4", "I like turtles"] == sorted(server.judge(OPEN[:1], samples=2)[0])
+    replies = {"4 ? turtles": (0.8, 1), "5 4 1": (2.0, 3), "?": (0, 0)}
+    for text, mark in replies.items():
+        marks, readable = ev.grade("commoneval", {"response": "So."}, text.split())
+        assert marks == [pytest.approx(mark)] and readable == mark[1] / len(text.split())
+    votes = {"yes yes no": (1, True), "no No. ?": (0, True), "yes no ?": (0.5, True), "?": (0, False)}
+    for text, mark in votes.items():
+        assert ev.grade("sd-qa", {"response": "So.", "reference": "x"}, text.split())[0] == [(False, 1), mark]
 
 
 @pytest.mark.parametrize("blank", [None, "", "<think>hm", []])
@@ -127,11 +135,11 @@ def test_blank_replies_are_asked_again_and_kept_nowhere(server, blank):
     server.behave = lambda k, body: replying(blank if k < 2 else "3")
     assert server.judge(OPEN[:1]) == [["3"]] and len(server.seen) == 3
     server.behave = lambda k, body: replying(blank)
-    with pytest.raises(RuntimeError, match="blank.*--judge-max-tokens"):
+    with pytest.raises(RuntimeError, match="blank.*--max-tokens"):
         server.judge(OPEN[1:2])
     assert len(server.cache.read_bytes().splitlines()) == 1
     server.behave = lambda k, body: replying("2")
-    assert server.judge(OPEN[:2], judge_max_tokens=9000) == [["3"], ["2"]]
+    assert server.judge(OPEN[:2], max_tokens=9000) == [["3"], ["2"]]
 
 
 def test_a_list_of_text_parts_is_read(server):
@@ -160,15 +168,15 @@ def test_it_waits_as_long_as_the_server_says_else_longer_each_time(server, monke
 
     replies = [(429, {"Retry-After": "70"}, b""), *[(429, {"Retry-After": "Friday"}, b"")] * 4]
     server.behave = lambda k, body: (replies + [replying("4")])[k]
-    monkeypatch.setattr(ev, "JUDGE_BACKOFF_S", 1)
-    monkeypatch.setattr(ev.threading, "Event", Event)
+    monkeypatch.setattr(tool, "BACKOFF_S", 1)
+    monkeypatch.setattr(tool.threading, "Event", Event)
     assert server.judge(OPEN[:1]) == [["4"]] and waits[:2] == [0, 70] and len(waits) == 6
     assert all(2**i / 2 <= wait <= 2**i for i, wait in enumerate(waits[2:], 2))
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
 def test_a_refusal_stops_at_once_in_one_line_without_the_key(server, status, monkeypatch):
-    monkeypatch.setattr(ev, "JUDGE_WORKERS", 1)
+    monkeypatch.setattr(tool, "WORKERS", 1)
     server.behave = lambda k, body: (status, {}, f"bad\nrequest: {KEY} {KEY[:12]}".encode())
     with pytest.raises(RuntimeError, match=f"HTTP {status}.* 0 of 8 .*JUDGE_API_KEY") as caught:
         server.judge(OPEN)
@@ -177,27 +185,27 @@ def test_a_refusal_stops_at_once_in_one_line_without_the_key(server, status, mon
 
 
 def test_after_its_attempts_it_stops_and_the_same_call_goes_on(server, monkeypatch):
-    monkeypatch.setattr(ev, "JUDGE_WORKERS", 1)
+    monkeypatch.setattr(tool, "WORKERS", 1)
     server.behave = lambda k, body: replying("2") if k < 3 else "close"
     with pytest.raises(RuntimeError, match="3 of 8 rows are judged, the same command goes on"):
         server.judge(OPEN)
-    assert len(server.seen) == 3 + ev.JUDGE_ATTEMPTS
+    assert len(server.seen) == 3 + tool.ATTEMPTS
     server.behave = lambda k, body: replying("5")
     assert server.judge(OPEN) == [["2"]] * 3 + [["5"]] * 5
 
 
-def test_a_redirect_does_not_carry_the_key_away(server):
-    server.behave = lambda k, body: (404 if k else 302, {"Location": server.url + "/else"}, b"")
-    with pytest.raises(RuntimeError, match="HTTP 404"):
+def test_a_redirect_is_not_followed_with_the_key(server):
+    server.behave = lambda k, body: (302, {"Location": server.url + "/else"}, b"")
+    with pytest.raises(RuntimeError, match="HTTP 302"):
         server.judge(OPEN[:1])
-    assert [authorization for *_, authorization in server.seen] == [f"Bearer {KEY}", None]
+    assert len(server.seen) == 1
 
 
 def test_killed_in_the_middle_it_asks_for_no_reply_that_it_has(server):
     server.behave = lambda k, body: replying("3") if k < 5 else "hang"
-    code = ("import json, sys, types, eval_voicebench as ev; "
-            "ev.add_replies(types.SimpleNamespace(**json.loads(sys.argv[1])), json.loads(sys.argv[2]))")
-    options = {"judge": server.url, "judge_model": "a judge", "judge_samples": 1, "judge_max_tokens": 1024,
+    code = ("import json, sys, types; sys.path.insert(0, 'tools'); import judge; "
+            "judge.add_scores(types.SimpleNamespace(**json.loads(sys.argv[1])), json.loads(sys.argv[2]))")
+    options = {"url": server.url, "model": "a judge", "samples": 1, "max_tokens": 1024,
                "out": str(server.cache.parent.parent)}
     process = subprocess.Popen([sys.executable, "-c", code, json.dumps(options), json.dumps(OPEN)],
                                cwd=Path(ev.__file__).parent, stderr=subprocess.DEVNULL)
@@ -213,12 +221,54 @@ def test_killed_in_the_middle_it_asks_for_no_reply_that_it_has(server):
     assert after[:4] == lines[:4] and len({json.loads(line)["id"] for line in after}) == 8
 
 
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(tmp_path, server, *files, **more):
+    options = {"--url": server.url, "--model": "a judge", "--samples": 2, "--out": tmp_path / "judged", **more}
+    argv = [*files, *(word for pair in options.items() for word in pair)]
+    return tool.main(tool.get_args([str(word) for word in argv]))
+
+
+def test_files_are_judged_where_they_need_it_and_scored_from_there(server, tmp_path, capsys):
+    server.behave = lambda k, body: replying("yes" if "quiz" in body["messages"][0]["content"] else "5")
+    files = [write(tmp_path / "teacher-t-commoneval-text.jsonl", [OPEN[0], {**OPEN[1], "score": ["1"]}]),
+             write(tmp_path / "teacher-t-sd-qa-text.jsonl", QA[:1]),
+             write(tmp_path / "teacher-t-advbench-text.jsonl", OPEN[:2])]
+    run(tmp_path, server, *files)
+    assert len(server.seen) == 4 and "2 answers are judged" in capsys.readouterr().out
+    judged = sorted((tmp_path / "judged").glob("*.jsonl"))
+    assert [path.name for path in judged] == ["teacher-t-advbench-text.jsonl", *(f.name for f in files[:2])]
+    assert json.loads(judged[1].read_text().splitlines()[0]) == {**OPEN[0], "score": ["5", "5"], "judge": "a judge"}
+    ev.main(ev.get_args(["--score-only", *map(str, judged), "--out", str(tmp_path / "out")]))
+    subsets = json.loads((tmp_path / "out/report.json").read_text())["subsets"]
+    assert subsets["commoneval"]["teacher text"][0] == pytest.approx(11 / 3)  # of three replies: 5, 5, 1
+    assert subsets["sd-qa"]["teacher text"][0] == 50 and subsets["sd-qa"]["note"] == "judged by a judge"
+    run(tmp_path, server, *files)
+    assert len(server.seen) == 4
+
+
 @pytest.mark.parametrize("key", [f"{KEY}\nX: 1", f"é{KEY}"])
-def test_a_key_that_cannot_work_is_refused_before_anything_is_asked(server, monkeypatch, key):
+def test_a_key_that_cannot_work_is_refused_before_anything_is_asked(server, monkeypatch, tmp_path, key):
     monkeypatch.setenv("JUDGE_API_KEY", key)
     with pytest.raises(ValueError, match="JUDGE_API_KEY") as caught:
-        server.judge(OPEN)
+        run(tmp_path, server, write(tmp_path / "a-commoneval-text.jsonl", OPEN))
     assert KEY not in str(caught.value) and not server.seen
+
+
+def test_bad_files_and_options_are_refused(server, tmp_path, capsys):
+    file = write(tmp_path / "a-commoneval-text.jsonl", OPEN)
+    with pytest.raises(ValueError, match="is the folder of .*; choose another"):
+        run(tmp_path, server, file, **{"--out": tmp_path})
+    with pytest.raises(ValueError, match="expected a file named MODEL-SUBSET-MODALITY"):
+        run(tmp_path, server, tmp_path / "b.jsonl")
+    for url in ("localhost", "http://me:pw@x/v1"):
+        with pytest.raises(SystemExit):
+            run(tmp_path, server, file, **{"--url": url})
+        assert "expected a URL like http://HOST/v1, without a password" in capsys.readouterr().err
+    assert not server.seen
 
 
 @pytest.mark.parametrize("read, value, replies", [

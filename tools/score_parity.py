@@ -88,29 +88,29 @@ def official_score(evaluators, subset, rows, seed):
         raise RuntimeError(f"--official: {kind} evaluator, {subset}: {error!r}") from error
 
 
-def compare(args):
+def beside_official(args):
     """Row files: our score beside the official one, and their means over the nine subsets."""
-    evaluators = load_official(args.official)
+    evaluators, shares = load_official(args.official), {}
     print(f"{'system':14} {'subset':16} {'rows':>5} {'ours':>7} {'official':>8}")
-    for system, subsets in vb.read_answers(args.files).items():
-        shares = {}
-        for subset, rows in subsets.items():
-            ours = vb.score_subset(subset, {system: rows}, None, args.seed)[0]
+    for subset, answered in vb.read_answers(args.files).items():
+        for system, rows in answered.items():
+            ours = vb.score_subset(subset, {system: rows})[0]
             if not ours["counts"]:
                 print(f"{system:14} {subset:16} {len(rows):5} not judged")
                 continue
             theirs, scale = official_score(evaluators, subset, rows, args.seed), ours["scale"]
-            shares[subset] = ours[system][0] / scale, theirs
+            shares.setdefault(system, {})[subset] = ours[system][0] / scale, theirs
             print(f"{system:14} {subset:16} {len(rows):5} {ours[system][0]:7.2f} "
                   f"{scale * theirs:8.2f}")
-        if set(vb.NINE) <= set(shares):
-            ours, theirs = 100 * np.mean([shares[subset] for subset in vb.NINE], axis=0)
+    for system, found in shares.items():
+        if set(vb.NINE) <= set(found):
+            ours, theirs = 100 * np.mean([found[subset] for subset in vb.NINE], axis=0)
             print(f"{system:14} {'nine-task mean':16} {'':5} {ours:7.2f} {theirs:8.2f}")
 
 
 def main(args):
     if args.official:
-        return compare(args)
+        return beside_official(args)
     counts, drawn, unlike = collections.defaultdict(collections.Counter), collections.Counter(), []
     lines = [line for path in args.files
              for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
@@ -139,6 +139,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(get_args())
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         print(f"score_parity.py: {error}", file=sys.stderr)
         sys.exit(2)
