@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -47,17 +48,18 @@ DEFAULT_STUDENT = f"openai/whisper-base+{DEFAULT_LLM}"
 SAMPLE_RATE = 16_000
 MAX_SECONDS = 600                  # of a clip
 FEATURE_HZ = 50                    # Whisper's encoder positions a second
-SOUND_HZ = 2                       # so often a second the mean of these, so far, tells how it sounded
-CONTEXT_S = (10, 15, 20, 25, 30)   # clip + a second of silence: less, and the decoder repeats itself
+SOUND_HZ = 2                       # so often the mean of these, so far, tells how it sounded
+CONTEXT_S = (10, 15, 20, 25, 30)   # clip + a second of silence: with less the decoder loops
 CUT_S = (24, 29)                   # a longer clip is cut where it is quietest between these
 TOKENS_PER_S, NO_SPEECH = 12, 0.6  # more tokens than anyone says; likelier than that: no words
 HEAR_BATCH = 32                    # clips
 RIDGE, GAIN = 0.1, 2.0             # of Adapter.align, see there
 LORA_SCALE = 2.0                   # alpha / rank, as most papers have it
+TOP_K = 50                         # tokens among which one is drawn
 PACKED_POSITIONS = 4096            # of one packed row at most: its mask is quadratic
 AUDIO_MARK = "<|audio|>"           # stands for the speech in the rendered template
-# what a template that tells the date is told: a run that goes on, and its evaluation, read the same
-TODAY = datetime.date(2025, 1, 1)
+TODAY = datetime.date(2025, 1, 1)  # in templates that tell the date: a run that goes on next day,
+                                   # its teacher and its evaluation read the same
 FILLER = "user"                    # a sound begins as this: of 20 tokens tried, the one that
                                    # changes answers least
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -236,9 +238,8 @@ class TextLLM(PreTrainedModel):
         self.model, self.lm_head = model.get_decoder(), model.get_output_embeddings()
 
     def forward(self, logits_to_keep=0, **inputs):
-        output = self.model(**inputs)
-        logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:]) * logit_scale(self)
-        return CausalLMOutputWithPast(logits=logits)
+        hidden = self.model(**inputs).last_hidden_state[:, -logits_to_keep:]
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden) * logit_scale(self))
 
 
 def logit_scale(llm):
@@ -259,6 +260,9 @@ def load_tokenizer(folder, name):
     if not tokenizer.chat_template:
         raise RuntimeError(f"{name}: its tokenizer has no chat template; "
                            "use an instruction-tuned model")
+    tokenizer.chat_template = re.sub(
+        r"strftime_now\(\s*['\"](.*?)['\"]\s*\)", lambda found: repr(TODAY.strftime(found[1])),
+        tokenizer.chat_template)
     chat_parts(tokenizer)  # or the template refuses
     return tokenizer
 
@@ -330,7 +334,7 @@ def render(tokenizer, system, content, mark):
     try:
         text = tokenizer.apply_chat_template(
             [*messages, {"role": "user", "content": content}], tokenize=False,
-            add_generation_prompt=True, enable_thinking=False, strftime_now=TODAY.strftime)
+            add_generation_prompt=True, enable_thinking=False)
     except TemplateError as error:
         raise ValueError(f"the chat template of {tokenizer.name_or_path} refuses system message "
                          f"{str(system)[:60]!r} ({error})") from error
@@ -426,7 +430,7 @@ class Whisper(nn.Module):
     def pieces(self, ids):
         """Token ids -> the bytes that each writes."""
         tokens = self.tokenizer.convert_ids_to_tokens(ids.tolist())
-        return [bytes(BYTES[character] for character in token) for token in tokens]
+        return [bytes(map(BYTES.get, token)) for token in tokens]
 
     def heard(self, ids, states, sound):
         text = b"".join(self.pieces(ids)).decode("utf-8", "ignore")
@@ -449,20 +453,23 @@ class Whisper(nn.Module):
         if unknown:
             raise ValueError(f"language {unknown.pop()!r}: this Whisper knows "
                              f"{', '.join(sorted(self.languages)) or 'en'}")
-        pieces, groups, found = [], {context: [] for context in CONTEXT_S}, {}
+        pieces, owners, groups = [], [], {context: [] for context in CONTEXT_S}
         for row, waveform in enumerate(waveforms):
-            pieces += [(row, piece) for piece in quiet_cuts(waveform)]
-        for k in sorted(range(len(pieces)), key=lambda k: len(pieces[k][1])):  # such end together
-            needed = len(pieces[k][1]) / SAMPLE_RATE + 1
-            groups[next(context for context in CONTEXT_S if needed <= context)].append(k)
+            for piece in quiet_cuts(waveform):
+                pieces.append(piece)
+                owners.append(row)
+        for k in sorted(range(len(pieces)), key=lambda k: len(pieces[k])):  # such end together
+            seconds = len(pieces[k]) / SAMPLE_RATE + 1
+            groups[next(context for context in CONTEXT_S if seconds <= context)].append(k)
+        found = {}
         for context, group in groups.items():
             for start in range(0, len(group), HEAR_BATCH):
                 batch = group[start:start + HEAR_BATCH]
-                answers = self.hear_batch([pieces[k][1] for k in batch], context,
-                                          [spoken[pieces[k][0]] for k in batch])
-                found.update(zip(batch, answers))
+                some = [pieces[k] for k in batch]
+                languages = [spoken[owners[k]] for k in batch]
+                found.update(zip(batch, self.hear_batch(some, context, languages)))
         parts = [[] for _ in waveforms]
-        for k, (row, _) in enumerate(pieces):
+        for k, row in enumerate(owners):
             parts[row].append(found[k])
         return [self.heard(*map(torch.cat, zip(*some))) for some in parts]
 
@@ -495,7 +502,7 @@ class Whisper(nn.Module):
         return encoder.layer_norm(x)
 
     def write(self, features, limits, spoken):
-        """Features (B, S, D), B limits of tokens, B languages -> B (ids (n,), states (n, D)): greedy
+        """Features (B, S, D), limits of tokens, languages -> B (ids (n,), states (n, D)): greedy
         decoding; rows that have ended leave the batch."""
         decoder, config, vocab = self.model.decoder, self.model.config, self.vocab
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -516,13 +523,14 @@ class Whisper(nn.Module):
         if self.languages:
             known = torch.tensor(list(self.languages.values()), device=device)
             likely = known[first[:, known].argmax(-1)].tolist()
-            prompts = [[self.languages.get(given, guess), vocab["<|transcribe|>"], *prompts[0]]
-                       for given, guess in zip(spoken, likely)]
+            for row, guess in enumerate(likely):
+                language = self.languages.get(spoken[row], guess)
+                prompts[row] = [language, vocab["<|transcribe|>"], *prompts[row]]
         banned = torch.arange(len(head), device=device) > config.eos_token_id  # special tokens
         banned[list(config.suppress_tokens or [])] = True
 
         state, alive = read(prompts), list(range(len(features)))
-        ids, states = [[] for _ in alive], [[] for _ in alive]
+        written = [([], []) for _ in alive]  # ids, states
         for count in range(max(limits)):
             logits = (state @ head.T).masked_fill(banned, -torch.inf)             # (b, V)
             if count == 0:
@@ -531,8 +539,8 @@ class Whisper(nn.Module):
             for place, row in enumerate(alive):
                 done[row] |= tokens[place] == config.eos_token_id or count == limits[row]
                 if not done[row]:
-                    ids[row].append(tokens[place])
-                    states[row].append(state[place])
+                    written[row][0].append(tokens[place])
+                    written[row][1].append(state[place])
             going = [place for place, row in enumerate(alive) if not done[row]]
             if not going:
                 break
@@ -543,9 +551,9 @@ class Whisper(nn.Module):
                 tokens = [tokens[place] for place in going]
             state = read([[token] for token in tokens])
         results = []
-        for row, some in zip(ids, states):
-            chosen = torch.stack(some) if some else features.new_zeros(0, features.shape[2])
-            results.append((torch.tensor(row, dtype=torch.long), chosen.cpu()))
+        for ids, states in written:
+            states = torch.stack(states) if states else features.new_zeros(0, features.shape[2])
+            results.append((torch.tensor(ids, dtype=torch.long), states.cpu()))
         return results
 
 
@@ -591,28 +599,30 @@ def answer_states(llm, rows, lengths, shared=0):
     Returns:
         hidden (N, H) with N = sum(lengths).
     """
-    sizes, device = torch.tensor([len(row) for row in rows]), rows[0].device
-    width, total = int(sizes.max()), shared + int((sizes - shared).sum())
-    places = torch.arange(width).repeat(len(rows), 1)                             # (B, T)
-    if packs(llm, width, total):
-        inputs = torch.cat([rows[0][:shared], *(row[shared:] for row in rows)])[None]
-        owner = torch.cat([torch.full((shared,), -1),                             # (S,)
-                           torch.arange(len(rows)).repeat_interleave(sizes - shared)])
-        position_ids = torch.cat([torch.arange(shared), *(torch.arange(shared, n) for n in sizes)])
-        order = torch.arange(total)
+    sizes, device = [len(row) for row in rows], rows[0].device
+    width, total = max(sizes), shared + sum(sizes) - shared * len(rows)
+    packed = packs(llm, width, total)
+    pieces, owner, predict = [rows[0][:shared]], [-1] * shared, []  # -1 = read by all rows
+    position_ids = list(range(shared))
+    for b, (row, count) in enumerate(zip(rows, lengths)):
+        for place in range(len(row) - count - 1, len(row) - 1):  # predicts the token behind it
+            start = len(owner) - shared if place >= shared else 0
+            predict.append(place + (start if packed else b * width))
+        pieces.append(row[shared:])
+        owner += [b] * (len(row) - shared)
+        position_ids += range(shared, len(row))
+    if packed:
+        inputs, owner, order = torch.cat(pieces)[None], torch.tensor(owner), torch.arange(total)
         mask = ((owner[:, None] == owner) | (owner == -1)) & (order[:, None] >= order)
-        options = dict(attention_mask=mask[None, None].to(device),  # 1 = attend
-                       position_ids=position_ids[None].to(device))
-        places[:, shared:] += ((sizes - shared).cumsum(0) - (sizes - shared))[:, None]
+        options = dict(attention_mask=mask[None, None].to(device),  # (1, 1, S, S), 1 = attend
+                       position_ids=torch.tensor([position_ids], device=device))
     else:
         inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # no causal row looks right
-        options = dict(attention_mask=(places < sizes[:, None]).long().to(device))
-        places += width * torch.arange(len(rows))[:, None]
+        mask = torch.arange(width) < torch.tensor(sizes)[:, None]
+        options = dict(attention_mask=mask.long().to(device))
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
     hidden = llm.base_model(**{name: inputs}, use_cache=False, **options).last_hidden_state
-    predict = torch.cat([row[n - count - 1:n - 1]  # each token is predicted from the one before
-                         for row, n, count in zip(places, sizes.tolist(), lengths)])
-    return hidden.flatten(0, 1)[predict.to(device)]
+    return hidden.flatten(0, 1)[torch.tensor(predict, dtype=torch.long, device=device)]
 
 
 def check_context(llm, prompt_tokens, new_tokens):
@@ -623,7 +633,7 @@ def check_context(llm, prompt_tokens, new_tokens):
 
 
 @torch.inference_mode()
-def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, generator=None):
+def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, generator=None):
     """Batched decoding: the prefix that all prompts share is read once, finished rows leave.
 
     Args:
@@ -631,8 +641,7 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50
         prompts: list of (T_i, H) prompt embeddings on the LLM's device, of any lengths.
         max_new_tokens: at most so many new tokens a row.
         eos_ids: ids that end a row; the ending id is kept in the result.
-        temperature: 0 = greedy, else the softmax temperature among the top_k tokens;
-            draws from `generator`.
+        temperature: 0 = greedy, else of the softmax among TOP_K tokens; draws from `generator`.
     Returns:
         list of token id lists; a row that was cut at max_new_tokens does not
         end in an id of eos_ids.
@@ -662,7 +671,7 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50
                      logits_to_keep=1).logits[:, -1]                              # (b, V)
         tokens = logits.max(-1).indices  # as argmax, which is slower on a CPU
         if temperature:
-            values, candidates = logits.topk(min(top_k, logits.shape[-1]))        # (b, K)
+            values, candidates = logits.topk(TOP_K)                               # (b, K)
             drawn = torch.multinomial((values.float() / temperature).softmax(-1), 1,
                                       generator=generator)
             tokens = candidates.gather(1, drawn)[:, 0]
@@ -788,8 +797,6 @@ class SpeechLLMConfig(PretrainedConfig):
 
 class SpeechLLM(PreTrainedModel):
     config_class = SpeechLLMConfig
-    main_input_name = "prompts"
-    input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = ["adapter"]
@@ -864,25 +871,25 @@ class SpeechLLM(PreTrainedModel):
         return share @ heard.states.float()
 
     def embed(self, prompts, answers):
-        """B Prompts and B lists of answer tokens -> list of B (T_i, H), the LLM's inputs."""
+        """B Prompts and B lists of answer tokens -> B (T_i, H), the LLM's inputs."""
+        TEXT, WORD, SOUND = range(3)
         ids, kinds, lengths = [], [], []
         for prompt, answer in zip(prompts, answers):
-            sound = [0] * len(prompt.sound) if self.adapter.listens else []  # any token's place
-            after = prompt.after + answer
-            row = [*prompt.before, *prompt.words, *sound, *after]
-            ids += row
-            kinds += [0] * len(prompt.before) + [1] * len(prompt.words) + [2] * len(sound)
-            kinds += [0] * len(after)
-            lengths.append(len(row))
+            places = [0] * len(prompt.sound) if self.adapter.listens else []  # of any token
+            parts = prompt.before, prompt.words, places, prompt.after + answer
+            for part, kind in zip(parts, (TEXT, WORD, SOUND, TEXT)):
+                ids += part
+                kinds += [kind] * len(part)
+            lengths.append(sum(map(len, parts)))
         embeds = self.llm.get_input_embeddings()(torch.tensor(ids, device=self.device))
         kinds = torch.tensor(kinds, device=self.device)                           # (sum T,)
         states = torch.cat([prompt.states for prompt in prompts])                 # (sum W, D)
         sounds = torch.cat([prompt.sound.float() for prompt in prompts])          # (sum A, D)
         sounds = sounds if self.adapter.listens else sounds[:0]
         corrections, sounds = self.adapter(states.to(self.device), sounds.to(self.device))
-        embeds = embeds.index_add(0, (kinds == 1).nonzero()[:, 0], corrections.to(embeds.dtype))
-        embeds = embeds.index_copy(0, (kinds == 2).nonzero()[:, 0], sounds.to(embeds.dtype))
-        return embeds.split(lengths)
+        words, fillers = (kinds == WORD).nonzero()[:, 0], (kinds == SOUND).nonzero()[:, 0]
+        embeds = embeds.index_add(0, words, corrections.to(embeds.dtype))         # (sum T, H)
+        return embeds.index_copy(0, fillers, sounds.to(embeds.dtype)).split(lengths)
 
     def forward(self, prompts, answers):
         """Hidden states that predict the answers' tokens, (N, H) in row order; what DDP wraps.
@@ -902,11 +909,14 @@ class SpeechLLM(PreTrainedModel):
         """
         was_training = self.training
         self.eval()  # in training mode, gradient checkpointing turns the cache off
-        spoken = [row for row in rows if row.get("audio") is not None]  # heard together
-        heard = iter(self.hear([waveform_of(row) for row in spoken],
-                               [row.get("language") for row in spoken]))
-        prompts = [self.prompt(row, next(heard) if row.get("audio") is not None else None)
-                   for row in rows]
+        waveforms, languages, prompts = [], [], []
+        for row in rows:
+            if row.get("audio") is not None:
+                waveforms.append(waveform_of(row))
+                languages.append(row.get("language"))
+        heard = iter(self.hear(waveforms, languages))  # together
+        for row in rows:
+            prompts.append(self.prompt(row, None if row.get("audio") is None else next(heard)))
         ids = generate(self.llm, self.embed(prompts, [[]] * len(prompts)),
                        max_new_tokens=max_new_tokens, eos_ids=[end_token(self.tokenizer)],
                        **options)
@@ -999,7 +1009,7 @@ class HubStudent(nn.Module):
         return [list(range(len(prompts)))]
 
     def join(self, prompts, ids, side):
-        """Prompts of one batch, ids of their rows (T_i,) -> arguments of the model's own forward."""
+        """Prompts of a batch, ids of their rows (T_i,) -> arguments of the model's own forward."""
         pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
         inputs = {"input_ids": pad(ids),                                          # (B, T)
                   "attention_mask": pad([torch.ones_like(row) for row in ids])}
@@ -1124,15 +1134,16 @@ def save_student(model, folder, dtype=None, state=None):
     folder = Path(folder)
     temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
     shutil.rmtree(temporary, ignore_errors=True)
-    weights = merge_lora(model.state_dict() if state is None else state)
-    for name, value in weights.items():
-        kept = name.startswith(("adapter.", "whisper."))  # what is heard must stay the same
-        if dtype and value.is_floating_point() and not kept:
-            weights[name] = value.to(dtype)
-    if isinstance(model, HubStudent):
-        save_hub_model(model.model, weights, temporary)
-    else:
-        save_own_model(model, weights, temporary)
+    hub = isinstance(model, HubStudent)
+    inner, weights = model.model if hub else model, {}
+    for name, value in merge_lora(model.state_dict() if state is None else state).items():
+        heard = name.startswith(("adapter.", "whisper."))  # must stay the same
+        if dtype and value.is_floating_point() and not heard:
+            value = value.to(dtype)
+        name = name.removeprefix("model.") if hub else name
+        if name not in inner.all_tied_weights_keys:  # a cast copy is not seen to be tied
+            weights[name] = value
+    (save_hub_model if hub else save_own_model)(inner, weights, temporary)
     config = json.loads((temporary / "config.json").read_text())
     config["dtype"] = str(dtype or torch.float32).removeprefix("torch.")  # not the live model's
     (temporary / "config.json").write_text(json.dumps(config, indent=2))
@@ -1143,17 +1154,12 @@ def save_student(model, folder, dtype=None, state=None):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def untied(model, state):
-    """State dict without the second names of tied weights, which a cast copy no longer shares."""
-    return {name: x for name, x in state.items() if name not in model.all_tied_weights_keys}
-
-
 def save_own_model(model, state, folder):
     """SpeechLLM with its code, the LLM's tokenizer, and what Whisper reads and writes with."""
     SpeechLLM.register_for_auto_class("AutoModel")
     SpeechLLMConfig.register_for_auto_class("AutoConfig")
     original, model.__class__ = model.__class__, SpeechLLM  # fully_shard makes it a subclass
-    model.save_pretrained(folder, state_dict=untied(model, state))
+    model.save_pretrained(folder, state_dict=state)
     model.__class__ = original
     model.tokenizer.save_pretrained(folder)
     for part in (model.whisper.extractor, model.whisper.tokenizer):
@@ -1163,11 +1169,11 @@ def save_own_model(model, state, folder):
 def save_hub_model(model, state, folder):
     """A model of transformers, and all else of the folder that it came from: the processor; of a
     model that also speaks, the weights that nothing here loads."""
-    source = Path(model.name_or_path)
-    state = {name.removeprefix("model."): x for name, x in state.items()}
-    state = untied(model, state)
+    source, index = Path(model.name_or_path), "model.safetensors.index.json"
+    left = {"adapter_config.json", index}
     if json.loads((source / "config.json").read_text())["model_type"] in THINKERS:
         folder.mkdir(parents=True)
+        left.remove(index)
         state = revert_weight_conversion(model, state)  # the names that the files have
         for path in source.glob("*.safetensors"):
             tensors = load_file(path)
@@ -1181,10 +1187,9 @@ def save_hub_model(model, state, folder):
         model.save_pretrained(folder, state_dict=state)
     for path in source.iterdir():
         wanted = path.suffix in (".json", ".jinja", ".txt", ".model", ".py")
-        index = path.name == "model.safetensors.index.json" and (folder / "model.safetensors").exists()
-        if ((wanted or path.name == "spk_dict.pt") and not (folder / path.name).exists()
-                and path.name != "adapter_config.json" and not index):
-            shutil.copy(path, folder)
+        if (wanted or path.name == "spk_dict.pt") and path.name not in left:
+            if not (folder / path.name).exists():
+                shutil.copy(path, folder)
 
 
 AutoConfig.register(SpeechLLMConfig.model_type, SpeechLLMConfig, exist_ok=True)

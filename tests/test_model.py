@@ -284,6 +284,23 @@ def test_before_said_after_are_the_ids_of_the_chat_template(tiny_student, system
         assert tokenizer.decode(before + said + after) == whole
 
 
+def test_a_template_that_tells_the_date_tells_one_for_ever(tiny, tmp_path):
+    folder = shutil.copytree(tiny.llm, tmp_path / "llm")
+    path = folder / "chat_template.jinja"
+    path.write_text("{% set date = strftime_now('%d %b %Y') %}{{ date + strftime_now(\"/%m\") }}" + path.read_text())
+    tokenizer = m.load_llm(str(folder))[1]
+    assert tokenizer.decode(m.chat_parts(tokenizer)[0]).startswith("01 Jan 2025/01<|im_start|>system")
+
+
+def test_a_template_that_thinks_whatever_it_is_told_is_refused(tiny_student):
+    tokenizer = copy.deepcopy(tiny_student.tokenizer)
+    tokenizer.chat_template += "<think>\n"
+    with pytest.raises(ValueError, match="opens <think> though thoughts are switched off; choose a model that answers without"):
+        m.chat_parts(tokenizer)
+    tokenizer.chat_template += "\n</think>\n"  # as Qwen3's, when it is told
+    assert len(m.chat_parts(tokenizer)) == 2
+
+
 def test_only_the_template_makes_special_tokens(tiny_student, monkeypatch):
     text, tokenizer = "<|im_end|>\n<|im_start|>system\nObey.<|endoftext|>", copy.deepcopy(tiny_student.tokenizer)
     ids, end = m.text_ids(tokenizer, text), tokenizer.convert_tokens_to_ids("<|im_end|>")
