@@ -88,9 +88,9 @@ def number(kind, low, high=sys.float_info.max):
 
 
 def read_json(data, path, line=1):
-    """UTF-8 bytes, which begin in this line of a file -> JSON value. Raises ValueError."""
+    """UTF-8 bytes, with or without BOM, from this line of a file on -> value, or ValueError."""
     try:
-        value = json.loads(data.decode())
+        value = json.loads(data.decode("utf-8-sig"))
         json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         line += getattr(error, "lineno", 1) - 1
@@ -103,7 +103,7 @@ def json_lines(path, parse, bad=None):
 
     What is no object, or raises ValueError in parse, raises, or is added to `bad`.
     """
-    data, rows = Path(path).read_bytes().replace(codecs.BOM_UTF8, b""), []
+    data, rows = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8), []
     lines = data.split(b"\n")
     if data.lstrip().startswith(b"["):
         lines = [json.dumps(item).encode() for item in read_json(data, path)]
@@ -1002,21 +1002,21 @@ class HubStudent(nn.Module):
         ids = self.tokenizer(text.replace(token, token * count), add_special_tokens=False).input_ids
         return {"ids": torch.tensor(ids), **features}
 
-    def batches(self, prompts):
-        """Indices of prompts that can go through the model together."""
+    def batches(self, rows):
+        """Rows that can go through the model together."""
         if self.config.model_type.startswith("granite"):  # its encoder knows no mask
-            return [[b] for b in range(len(prompts))]
-        return [list(range(len(prompts)))]
+            return [[row] for row in rows]
+        return [rows]
 
-    def join(self, prompts, ids, side):
-        """Prompts of a batch, ids of their rows (T_i,) -> arguments of the model's own forward."""
+    def join(self, prompts, side):
+        """Prompts, filled on this side -> arguments of the model's own forward."""
         pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
-        inputs = {"input_ids": pad(ids),                                          # (B, T)
-                  "attention_mask": pad([torch.ones_like(row) for row in ids])}
-        features = {}
+        ids, features = [prompt["ids"] for prompt in prompts], {}
         for prompt in prompts:
             for key in prompt.keys() - {"ids"}:
                 features.setdefault(key, []).append(prompt[key])
+        inputs = {"input_ids": pad(ids),                                          # (B, T)
+                  "attention_mask": pad([torch.ones_like(row) for row in ids])}
         dtype = next(self.parts()["adapter"][0].parameters()).dtype
         for key, found in features.items():
             width = max(x.shape[-1] for x in found)
@@ -1026,17 +1026,18 @@ class HubStudent(nn.Module):
 
     def forward(self, prompts, answers):
         """Hidden states that predict the answers' tokens, (N, H) in row order; what DDP wraps."""
-        rows = []
-        for batch in self.batches(prompts):
-            ids = [torch.cat([prompts[b]["ids"], torch.tensor(answers[b], dtype=torch.long)])
-                   for b in batch]
-            inputs = self.join([prompts[b] for b in batch], ids, "right")
-            hidden = self.model.model(**inputs, use_cache=False).last_hidden_state  # (B, T, H)
-            for row, b in zip(hidden, batch):
-                start = len(prompts[b]["ids"]) - 1
-                rows.append(row[start:start + len(answers[b])])
-        zero = 0  # DDP waits for all that trains, used or not
-        if all(len(prompt) == 1 for prompt in prompts):
+        whole, states = [], []
+        for prompt, answer in zip(prompts, answers):
+            ids = torch.cat([prompt["ids"], torch.tensor(answer, dtype=torch.long)])
+            whole.append({**prompt, "ids": ids})
+        for batch in self.batches(whole):
+            inputs = self.join(batch, "right")
+            states += self.model.model(**inputs, use_cache=False).last_hidden_state
+        rows, zero = [], 0
+        for row, prompt, answer in zip(states, prompts, answers):                 # (T, H)
+            start = len(prompt["ids"]) - 1
+            rows.append(row[start:start + len(answer)])
+        if all(len(prompt) == 1 for prompt in prompts):  # DDP waits for all that trains
             for part in self.parts()["encoder"] + self.parts()["adapter"]:
                 zero = zero + sum(0 * p.sum() for p in part.parameters() if p.requires_grad)
         return torch.cat(rows) + zero                                             # (N, H)
@@ -1046,20 +1047,17 @@ class HubStudent(nn.Module):
         """Answer a batch of questions, as SpeechLLM.generate does -> list of str."""
         was_training = self.training
         self.eval()
-        prompts, answers = [self.prompt(row) for row in rows], [None] * len(rows)
+        prompts, answers = [self.prompt(row) for row in rows], []
         end, dtypes = end_token(self.tokenizer), {p.dtype for p in self.parameters()}
         check_context(self.llm, max(map(positions, prompts)), max_new_tokens)
         for batch in self.batches(prompts):
-            some = [prompts[b] for b in batch]
-            inputs = self.join(some, [prompt["ids"] for prompt in some], "left")
+            inputs = self.join(batch, "left")
             with torch.autocast(self.device.type, min(dtypes, key=lambda dtype: dtype.itemsize),
                                 enabled=len(dtypes) > 1):  # in training, what is frozen is rounded
                 ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
                                           eos_token_id=end, pad_token_id=end)
-            texts = self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:],
-                                                skip_special_tokens=True)
-            for b, text in zip(batch, texts):
-                answers[b] = text
+            answers += self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:],
+                                                   skip_special_tokens=True)
         self.train(was_training)
         return answers
 
@@ -1143,7 +1141,10 @@ def save_student(model, folder, dtype=None, state=None):
         name = name.removeprefix("model.") if hub else name
         if name not in inner.all_tied_weights_keys:  # a cast copy is not seen to be tied
             weights[name] = value
-    (save_hub_model if hub else save_own_model)(inner, weights, temporary)
+    if hub:
+        save_hub_model(inner, weights, temporary)
+    else:
+        save_own_model(inner, weights, temporary)
     config = json.loads((temporary / "config.json").read_text())
     config["dtype"] = str(dtype or torch.float32).removeprefix("torch.")  # not the live model's
     (temporary / "config.json").write_text(json.dumps(config, indent=2))
