@@ -23,6 +23,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
+import soundfile
 import torch
 import torch.nn.functional as F
 import transformers
@@ -210,16 +212,14 @@ def resolve(name):
     for folder in (Path(name), Path("models", name), Path(__file__).parent / "models" / name):
         if (folder / "config.json").is_file():
             return str(folder)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
     repository, _, revision = name.partition("@")
     missing = f"{name!r} is no local folder with a config.json, is not under models/"
     try:
-        return snapshot_download(
+        return huggingface_hub.snapshot_download(
             repository, revision=revision or None, etag_timeout=5,  # seconds
             allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py",
                             "spk_dict.pt"])
-    except HFValidationError as error:
+    except ValueError as error:
         raise RuntimeError(f"{missing}, and is no hub id (ORG/NAME)") from error
     except OSError as error:
         raise RuntimeError(f"{missing}, and the model hub has none or cannot be reached "
@@ -289,7 +289,6 @@ def load_llm(name, dtype=torch.float32):
 
 def audio_seconds(path):
     """Length of an audio file by its header; raises ValueError if that is no usable audio's."""
-    import soundfile
     try:
         header = soundfile.info(str(path))
     except (RuntimeError, TypeError, OSError) as error:
@@ -304,7 +303,6 @@ def audio_seconds(path):
 def load_audio(path):
     """Audio file -> waveform (S,) float32 at 16 kHz, mono.
     Raises ValueError if it is no usable audio."""
-    import soundfile
     from torchaudio.functional import resample
     seconds = audio_seconds(path)
     try:
@@ -423,7 +421,7 @@ class Whisper(nn.Module):
         """{ISO code: token id}; empty if it knows English alone."""
         config, last, found = self.model.config, self.vocab.get("<|translate|>", 0), {}
         for token, i in self.vocab.items():
-            if config.decoder_start_token_id < i < last and config.vocab_size > 51864:
+            if config.decoder_start_token_id < i < last and config.vocab_size > 51864:  # English's
                 found[token[2:-2]] = i
         return found
 
