@@ -9,20 +9,22 @@ training adds the rest. Speech LLMs of transformers are students too: HubStudent
 """
 import argparse
 import codecs
-import copy
+import contextlib
+import datetime
 import functools
 import hashlib
 import importlib.util
 import inspect
 import json
 import os
+import re
 import shutil
-import socket
 import sys
-import urllib.parse
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
+import soundfile
 import torch
 import torch.nn.functional as F
 import transformers
@@ -48,15 +50,18 @@ DEFAULT_STUDENT = f"openai/whisper-base+{DEFAULT_LLM}"
 SAMPLE_RATE = 16_000
 MAX_SECONDS = 600                  # of a clip
 FEATURE_HZ = 50                    # Whisper's encoder positions a second
-SOUND_HZ = 2                       # so often a second the mean of these, so far, tells how it sounded
-CONTEXT_S = (10, 15, 20, 25, 30)   # clip + a second of silence: less, and the decoder repeats itself
+SOUND_HZ = 2                       # so often the mean of these, so far, tells how it sounded
+CONTEXT_S = (10, 15, 20, 25, 30)   # clip + a second of silence: with less the decoder loops
 CUT_S = (24, 29)                   # a longer clip is cut where it is quietest between these
 TOKENS_PER_S, NO_SPEECH = 12, 0.6  # more tokens than anyone says; likelier than that: no words
 HEAR_BATCH = 32                    # clips
 RIDGE, GAIN = 0.3, 2.0             # of Adapter.align, see there
+LORA_SCALE = 2.0                   # alpha / rank, as most papers have it
+TOP_K = 50                         # tokens among which one is drawn
 PACKED_POSITIONS = 4096            # of one packed row at most: its mask is quadratic
-CPU_READ = 1024                    # positions of prompts that a CPU reads at a time
 AUDIO_MARK = "<|audio|>"           # stands for the speech in the rendered template
+TODAY = datetime.date(2025, 1, 1)  # in templates that tell the date: a run that goes on next day,
+                                   # its teacher and its evaluation read the same
 FILLER = "user"                    # a sound begins as this: of 20 tokens tried, the one that
                                    # changes answers least
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -72,48 +77,26 @@ TEKKEN_TEMPLATE = (  # of Mistral's models, Voxtral too, whose folders have tekk
 
 # ---- what people give: options, JSON, files ----
 
-def number(kind, low, high=None):
+def number(kind, low, high=sys.float_info.max):
     """argparse type: a number of this kind from low to high."""
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= (sys.float_info.max if high is None else high):  # NaN never is
-            wanted = f"{low} or more" if high is None else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text}: expected a number, {wanted}")
-        return value
+            if low <= value <= high:  # NaN never is
+                return value
+        wanted = f"{low} or more" if high == sys.float_info.max else f"{low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text}: expected a number, {wanted}")
     return parse
 
 
-def out_folder(text):
-    """argparse type of --out: a folder that is there, or can be made."""
-    path = Path(text).absolute()
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text}: {there} is no folder that can be written to; "
-                                         "choose another")
-    return text
-
-
-def device(text):
-    """argparse type of --device: cpu, or cuda if this process of torchrun has a GPU."""
-    rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if text not in ("cpu", "cuda") or text == "cuda" and rank >= gpus:
-        raise argparse.ArgumentTypeError(
-            f"{text}: torch sees {gpus or 'no'} GPU, and this is process {rank} of torchrun (from "
-            "0); expected cpu, or cuda with a GPU for each process")
-    return text
-
-
-def read_json(data, where, line=1):
-    """UTF-8 bytes, with or without BOM -> JSON value; raises ValueError that names FILE:LINE."""
+def read_json(data, path, line=1):
+    """UTF-8 bytes, with or without BOM, from this line of a file on -> value, or ValueError."""
     try:
         value = json.loads(data.decode("utf-8-sig"))
         json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         line += getattr(error, "lineno", 1) - 1
-        raise ValueError(f"{where}:{line}: not JSON in UTF-8 ({error})") from error
+        raise ValueError(f"{path}:{line}: not JSON in UTF-8 ({error})") from error
     return value
 
 
@@ -123,20 +106,22 @@ def json_lines(path, parse, bad=None):
     What is no object, or raises ValueError in parse, raises, or is added to `bad`.
     """
     data, rows = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8), []
-    items = read_json(data, path) if data.lstrip().startswith(b"[") else data.split(b"\n")
-    for number, item in enumerate(items, 1):
+    lines = data.split(b"\n")
+    if data.lstrip().startswith(b"["):
+        lines = [json.dumps(item).encode() for item in read_json(data, path)]
+    for line, text in enumerate(lines, 1):
         try:
-            if isinstance(item, bytes) and not item.strip():
+            if not text.strip():
                 continue
-            row = read_json(item, path, number) if isinstance(item, bytes) else item
+            row = read_json(text, path, line)
             if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: {str(row)[:60]!r} is no JSON object; expected "
+                raise ValueError(f"{path}:{line}: {str(row)[:60]!r} is no JSON object; expected "
                                  "one a line")
-            rows.append(parse(row, f"{path}:{number}"))
+            rows.append(parse(row, f"{path}:{line}"))
         except ValueError as error:
             if bad is None:
                 raise
-            bad.append({"id": f"{path}:{number}", "reason": str(error)})
+            bad.append({"id": f"{path}:{line}", "reason": str(error)})
     return rows
 
 
@@ -176,10 +161,7 @@ def file_below(folder, name, where):
 def write_atomically(path, text):
     """The file appears complete or not at all, whichever rank is quicker."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -216,53 +198,33 @@ def from_folder(loader, folder, **options):
                            "are safetensors") from error
     if "dtype" not in options:
         return loaded
-    lost = sorted({*loaded[1]["missing_keys"], *(k for k, *_ in loaded[1]["mismatched_keys"])})
+    model, found = loaded
+    lost = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if lost:
         raise RuntimeError(f"{folder}: its safetensors do not fit its config.json: no weights for "
                            f"{lost[0]} and {len(lost) - 1} more; expected all of them")
-    return loaded[0]
-
-
-def has_weights(folder):
-    return (Path(folder) / "config.json").is_file() and any(Path(folder).glob("*.safetensors"))
+    return model
 
 
 def resolve(name):
-    """A model's name, NAME or NAME@REVISION -> a local folder: the folder itself, models/NAME, the
-    hub's cache, the hub, in this order.
-
-    Raises: RuntimeError within seconds when the name is in none of them and the hub
-        cannot be reached.
-    """
-    for folder in (Path(name), Path("models") / name, Path(__file__).parent / "models" / name):
+    """A model's name, NAME or NAME@REVISION -> a local folder: the folder itself, models/NAME, or
+    what the hub or its cache has. Raises: RuntimeError, within seconds if the hub is not there."""
+    for folder in (Path(name), Path("models", name), Path(__file__).parent / "models" / name):
         if (folder / "config.json").is_file():
             return str(folder)
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
-    hint = (f"{name!r} is no local folder with a config.json, is not under models/ "
-            "and not in the hub's cache")
     repository, _, revision = name.partition("@")
-    options = dict(revision=revision or None, allow_patterns=[
-        "*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "spk_dict.pt"])
+    missing = f"{name!r} is no local folder with a config.json, is not under models/"
     try:
-        folder = snapshot_download(repository, local_files_only=True, **options)
-        if has_weights(folder):  # the cache may hold a tokenizer alone
-            return folder
-    except HFValidationError as error:
-        raise RuntimeError(f"{hint}, and is no hub id (ORG/NAME)") from error
-    except LocalEntryNotFoundError:
-        pass
-    url = urllib.parse.urlparse(constants.ENDPOINT)
-    try:  # transformers would retry for half a minute
-        socket.create_connection((url.hostname, url.port or 443), timeout=5).close()
+        return huggingface_hub.snapshot_download(
+            repository, revision=revision or None, etag_timeout=5,  # seconds
+            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py",
+                            "spk_dict.pt"])
+    except ValueError as error:
+        raise RuntimeError(f"{missing}, and is no hub id (ORG/NAME)") from error
     except OSError as error:
-        raise RuntimeError(f"{hint}, and the model hub ({url.hostname}) cannot be reached; "
-                           "the default models are made without it by: "
-                           "python tools/offline_models.py") from error
-    try:
-        return snapshot_download(repository, **options)
-    except HfHubHTTPError as error:
-        raise RuntimeError(f"{hint}, and the hub answers: {error}") from error
+        raise RuntimeError(f"{missing}, and the model hub has none or cannot be reached "
+                           f"({str(error).splitlines()[0]}); the default models are made without "
+                           "it by: python tools/offline_models.py") from error
 
 
 class TextLLM(PreTrainedModel):
@@ -276,9 +238,8 @@ class TextLLM(PreTrainedModel):
         self.model, self.lm_head = model.get_decoder(), model.get_output_embeddings()
 
     def forward(self, logits_to_keep=0, **inputs):
-        output = self.model(**inputs)
-        logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:]) * logit_scale(self)
-        return CausalLMOutputWithPast(logits=logits)
+        hidden = self.model(**inputs).last_hidden_state[:, -logits_to_keep:]
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden) * logit_scale(self))
 
 
 def logit_scale(llm):
@@ -299,6 +260,9 @@ def load_tokenizer(folder, name):
     if not tokenizer.chat_template:
         raise RuntimeError(f"{name}: its tokenizer has no chat template; "
                            "use an instruction-tuned model")
+    tokenizer.chat_template = re.sub(
+        r"strftime_now\(\s*['\"](.*?)['\"]\s*\)", lambda found: repr(TODAY.strftime(found[1])),
+        tokenizer.chat_template)
     chat_parts(tokenizer)  # or the template refuses
     return tokenizer
 
@@ -325,12 +289,11 @@ def load_llm(name, dtype=torch.float32):
 
 def audio_seconds(path):
     """Length of an audio file by its header; raises ValueError if that is no usable audio's."""
-    import soundfile
     try:
-        with soundfile.SoundFile(str(path)) as file:
-            frames, rate = file.frames, file.samplerate
+        header = soundfile.info(str(path))
     except (RuntimeError, TypeError, OSError) as error:
         raise ValueError(f"{path}: not a readable audio file ({error})") from error
+    frames, rate = header.frames, header.samplerate
     if rate % 25 or not 0.02 <= frames / rate <= MAX_SECONDS:  # odd rates: a huge kernel
         raise ValueError(f"{path}: {frames} samples at {rate} Hz, expected 20 ms to {MAX_SECONDS} "
                          "s at a rate in steps of 25 Hz; cut or resample it")
@@ -340,7 +303,7 @@ def audio_seconds(path):
 def load_audio(path):
     """Audio file -> waveform (S,) float32 at 16 kHz, mono.
     Raises ValueError if it is no usable audio."""
-    import soundfile
+    from torchaudio.functional import resample
     seconds = audio_seconds(path)
     try:
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
@@ -352,15 +315,34 @@ def load_audio(path):
     if not waveform.abs().max() < 100:
         raise ValueError(f"{path}: a sample of {waveform.abs().max()}, expected finite samples "
                          "of -1 to 1; divide them by their full scale")
-    if rate != SAMPLE_RATE:
-        from torchaudio.functional import resample
-        waveform = resample(waveform, rate, SAMPLE_RATE)
-    return waveform
+    return resample(waveform, rate, SAMPLE_RATE)
 
 
 def waveform_of(row):
     """The audio of a row, a path or a waveform (S,) already -> waveform."""
     return row["audio"] if isinstance(row["audio"], Tensor) else load_audio(row["audio"])
+
+
+def render(tokenizer, system, content, mark):
+    """What a user says, in the chat template, up to where the answer begins -> str.
+
+    Raises: ValueError unless `mark`, a part of the content, stands in it once.
+    """
+    messages = [{"role": "system", "content": system}] if system else []
+    try:
+        text = tokenizer.apply_chat_template(
+            [*messages, {"role": "user", "content": content}], tokenize=False,
+            add_generation_prompt=True, enable_thinking=False)
+    except TemplateError as error:
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} refuses system message "
+                         f"{str(system)[:60]!r} ({error})") from error
+    if text.count(mark) != 1:
+        raise ValueError(f"{mark} stands in a system message or instruction, "
+                         "or the template repeats the question")
+    if text.rstrip().endswith("<think>"):
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} opens <think> though "
+                         "thoughts are switched off; choose a model that answers without them")
+    return text
 
 
 def chat_parts(tokenizer, system=None, instruction=None):
@@ -369,20 +351,9 @@ def chat_parts(tokenizer, system=None, instruction=None):
     prompt_ids = before + said + after. Text and speech share both parts, so the two channels differ
     in nothing but what stands between them.
     """
-    said = f"{instruction}\n\n{AUDIO_MARK}" if instruction else AUDIO_MARK
-    messages = [{"role": "system", "content": system}] if system else []
-    try:
-        text = tokenizer.apply_chat_template(
-            messages + [{"role": "user", "content": said}], tokenize=False,
-            add_generation_prompt=True, enable_thinking=False)
-    except TemplateError as error:
-        raise ValueError(f"the chat template of {tokenizer.name_or_path} refuses system message "
-                         f"{str(system)[:60]!r} ({error})") from error
-    if text.count(AUDIO_MARK) != 1:
-        raise ValueError(f"{AUDIO_MARK} stands in a system message or instruction, "
-                         "or the template repeats the question")
-    before, after = text.split(AUDIO_MARK)
-    return [tokenizer(part, add_special_tokens=False).input_ids for part in (before, after)]
+    content = f"{instruction}\n\n{AUDIO_MARK}" if instruction else AUDIO_MARK
+    parts = render(tokenizer, system, content, AUDIO_MARK).split(AUDIO_MARK)
+    return [tokenizer(part, add_special_tokens=False).input_ids for part in parts]
 
 
 def end_token(tokenizer):
@@ -413,10 +384,10 @@ class Heard(NamedTuple):
 def quiet_cuts(waveform):
     """Waveform (S,) -> pieces that fit Whisper's 30 s, cut where it is quietest."""
     pieces, (first, last) = [], (second * SAMPLE_RATE for second in CUT_S)
+    half = SAMPLE_RATE // 20  # of the tenth of a second in whose middle it is cut
     while len(waveform) > last:
-        tenths = waveform[first:last].unfold(0, SAMPLE_RATE // 10, SAMPLE_RATE // 20)
-        quietest = int(tenths.square().mean(1).argmin())
-        cut = first + quietest * (SAMPLE_RATE // 20) + SAMPLE_RATE // 20
+        tenths = waveform[first:last].unfold(0, 2 * half, half)
+        cut = first + half + half * int(tenths.square().mean(1).argmin())
         pieces.append(waveform[:cut])
         waveform = waveform[cut:]
     return [*pieces, waveform]
@@ -442,12 +413,6 @@ class Whisper(nn.Module):
         return from_folder(AutoTokenizer, self.folder)
 
     @functools.cached_property
-    def generation(self):
-        """What it must not write, and where not; empty for a folder that does not say."""
-        there = (Path(self.folder) / "generation_config.json").exists()
-        return from_folder(GenerationConfig, self.folder) if there else GenerationConfig()
-
-    @functools.cached_property
     def vocab(self):
         return self.tokenizer.get_vocab()
 
@@ -456,14 +421,14 @@ class Whisper(nn.Module):
         """{ISO code: token id}; empty if it knows English alone."""
         config, last, found = self.model.config, self.vocab.get("<|translate|>", 0), {}
         for token, i in self.vocab.items():
-            if config.decoder_start_token_id < i < last and config.vocab_size > 51864:
+            if config.decoder_start_token_id < i < last and config.vocab_size > 51864:  # English's
                 found[token[2:-2]] = i
         return found
 
     def pieces(self, ids):
         """Token ids -> the bytes that each writes."""
         tokens = self.tokenizer.convert_ids_to_tokens(ids.tolist())
-        return [bytes(BYTES[character] for character in token) for token in tokens]
+        return [bytes(map(BYTES.get, token)) for token in tokens]
 
     def heard(self, ids, states, sound):
         text = b"".join(self.pieces(ids)).decode("utf-8", "ignore")
@@ -486,25 +451,25 @@ class Whisper(nn.Module):
         if unknown:
             raise ValueError(f"language {unknown.pop()!r}: this Whisper knows "
                              f"{', '.join(sorted(self.languages)) or 'en'}")
-        cut = []
+        pieces, owners, groups = [], [], {context: [] for context in CONTEXT_S}
         for row, waveform in enumerate(waveforms):
-            cut += [(row, piece) for piece in quiet_cuts(waveform)]
-        found = [None] * len(cut)
-        order = sorted(range(len(cut)), key=lambda k: len(cut[k][1]))  # such end together
-        for context in CONTEXT_S:
-            fit = [k for k in order if found[k] is None
-                   and len(cut[k][1]) <= (context - 1) * SAMPLE_RATE]
-            for start in range(0, len(fit), HEAR_BATCH):
-                batch = fit[start:start + HEAR_BATCH]
-                answers = self.hear_batch([cut[k][1] for k in batch], context,
-                                          [spoken[cut[k][0]] for k in batch])
-                for k, answer in zip(batch, answers):
-                    found[k] = answer
-        results = []
-        for row in range(len(waveforms)):
-            parts = [answer for (owner, _), answer in zip(cut, found) if owner == row]
-            results.append(self.heard(*(torch.cat(part) for part in zip(*parts))))
-        return results
+            for piece in quiet_cuts(waveform):
+                pieces.append(piece)
+                owners.append(row)
+        for k in sorted(range(len(pieces)), key=lambda k: len(pieces[k])):  # such end together
+            seconds = len(pieces[k]) / SAMPLE_RATE + 1
+            groups[next(context for context in CONTEXT_S if seconds <= context)].append(k)
+        found = {}
+        for context, group in groups.items():
+            for start in range(0, len(group), HEAR_BATCH):
+                batch = group[start:start + HEAR_BATCH]
+                some = [pieces[k] for k in batch]
+                languages = [spoken[owners[k]] for k in batch]
+                found.update(zip(batch, self.hear_batch(some, context, languages)))
+        parts = [[] for _ in waveforms]
+        for k, row in enumerate(owners):
+            parts[row].append(found[k])
+        return [self.heard(*map(torch.cat, zip(*some))) for some in parts]
 
     def hear_batch(self, waveforms, context_s, spoken):
         """Waveforms of less than a context -> [(ids (n,), states (n, D), sound (A, D))]."""
@@ -512,17 +477,16 @@ class Whisper(nn.Module):
         mel = self.extractor([F.pad(w, (0, silence - len(w))).numpy() for w in waveforms],
                              sampling_rate=SAMPLE_RATE, padding=False, return_tensors="pt")
         features = self.encode(mel.input_features.to(weight.device, weight.dtype))  # (B, S, D)
+        longest = self.model.config.max_target_positions - 8
         seconds = [len(w) / SAMPLE_RATE for w in waveforms]
-        limits = [min(self.model.config.max_target_positions - 8, 8 + int(TOKENS_PER_S * s))
-                  for s in seconds]
+        limits = [min(longest, 8 + int(TOKENS_PER_S * s)) for s in seconds]
         results = []
-        for (ids, states), row, length in zip(self.write(features, limits, spoken), features,
-                                              seconds):
+        for said, row, length in zip(self.write(features, limits, spoken), features, seconds):
             count = max(1, round(length * FEATURE_HZ))  # encoder positions of the clip
             ends = torch.linspace(0, count, max(1, round(length * SOUND_HZ)) + 1)[1:].long()
             so_far = row[:count].float().cumsum(0)[ends - 1]                      # (A, D)
             sound = so_far / ends[:, None].to(so_far.device)
-            results.append((ids, states, sound.to(row.dtype).cpu()))
+            results.append((*said, sound.to(row.dtype).cpu()))
         return results
 
     def encode(self, mel):
@@ -536,7 +500,7 @@ class Whisper(nn.Module):
         return encoder.layer_norm(x)
 
     def write(self, features, limits, spoken):
-        """Features (B, S, D), B limits of tokens, B languages -> B (ids (n,), states (n, D)): greedy
+        """Features (B, S, D), limits of tokens, languages -> B (ids (n,), states (n, D)): greedy
         decoding; rows that have ended leave the batch."""
         decoder, config, vocab = self.model.decoder, self.model.config, self.vocab
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -557,24 +521,24 @@ class Whisper(nn.Module):
         if self.languages:
             known = torch.tensor(list(self.languages.values()), device=device)
             likely = known[first[:, known].argmax(-1)].tolist()
-            prompts = [[self.languages.get(given, guess), vocab["<|transcribe|>"], *prompts[0]]
-                       for given, guess in zip(spoken, likely)]
+            for row, guess in enumerate(likely):
+                language = self.languages.get(spoken[row], guess)
+                prompts[row] = [language, vocab["<|transcribe|>"], *prompts[row]]
         banned = torch.arange(len(head), device=device) > config.eos_token_id  # special tokens
-        banned[torch.tensor(self.generation.suppress_tokens or [], dtype=int)] = True
-        begin = torch.tensor(self.generation.begin_suppress_tokens or [], dtype=int)
+        banned[list(config.suppress_tokens or [])] = True
 
         state, alive = read(prompts), list(range(len(features)))
-        ids, states = [[] for _ in alive], [[] for _ in alive]
+        written = [([], []) for _ in alive]  # ids, states
         for count in range(max(limits)):
             logits = (state @ head.T).masked_fill(banned, -torch.inf)             # (b, V)
             if count == 0:
-                logits[:, begin] = -torch.inf
+                logits[:, list(config.begin_suppress_tokens or [])] = -torch.inf
             tokens = logits.argmax(-1).tolist()
             for place, row in enumerate(alive):
                 done[row] |= tokens[place] == config.eos_token_id or count == limits[row]
                 if not done[row]:
-                    ids[row].append(tokens[place])
-                    states[row].append(state[place])
+                    written[row][0].append(tokens[place])
+                    written[row][1].append(state[place])
             going = [place for place, row in enumerate(alive) if not done[row]]
             if not going:
                 break
@@ -584,9 +548,11 @@ class Whisper(nn.Module):
                 features, alive = features[keep], [alive[place] for place in going]
                 tokens = [tokens[place] for place in going]
             state = read([[token] for token in tokens])
-        empty = features.new_zeros(0, features.shape[2])
-        return [(torch.tensor(i, dtype=torch.long), torch.stack(s).cpu() if s else empty.cpu())
-                for i, s in zip(ids, states)]
+        results = []
+        for ids, states in written:
+            states = torch.stack(states) if states else features.new_zeros(0, features.shape[2])
+            results.append((torch.tensor(ids, dtype=torch.long), states.cpu()))
+        return results
 
 
 def load_whisper(name, dtype=torch.float32):
@@ -596,18 +562,22 @@ def load_whisper(name, dtype=torch.float32):
     if kind != "whisper":
         raise RuntimeError(f"{name}: a model of type {kind!r} cannot hear, expected a Whisper")
     model = from_folder(WhisperModel, folder, dtype=dtype)
+    if Path(folder, "generation_config.json").exists():  # what it must not write, and where not
+        generation = from_folder(GenerationConfig, folder)
+        model.config.suppress_tokens = generation.suppress_tokens
+        model.config.begin_suppress_tokens = generation.begin_suppress_tokens
     return Whisper(model.requires_grad_(False), folder).eval()
 
 
 # ---- many rows through an LLM ----
 
-def packs(llm, longest, positions):
+def packs(llm, longest, total):
     """Whether rows can stand behind one another under a mask: tokens of this LLM meet in attention
     alone, whose mask is ours, and none of its windows is shorter than the longest row."""
     config = llm.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) or longest
-    return (llm.config._attn_implementation == "sdpa" and positions <= PACKED_POSITIONS
+    return (llm.config._attn_implementation == "sdpa" and total <= PACKED_POSITIONS
             and kinds <= {"full_attention", "sliding_attention"} and window >= longest
             and not getattr(llm, "_is_stateful", False)
             and "position_ids" in inspect.signature(llm.base_model.forward).parameters)
@@ -627,28 +597,30 @@ def answer_states(llm, rows, lengths, shared=0):
     Returns:
         hidden (N, H) with N = sum(lengths).
     """
-    sizes, device = torch.tensor([len(row) for row in rows]), rows[0].device
-    width, total = int(sizes.max()), shared + int((sizes - shared).sum())
-    places = torch.arange(width).repeat(len(rows), 1)                             # (B, T)
-    if packs(llm, width, total):
-        inputs = torch.cat([rows[0][:shared], *(row[shared:] for row in rows)])[None]
-        owner = torch.cat([torch.full((shared,), -1),                             # (S,)
-                           torch.arange(len(rows)).repeat_interleave(sizes - shared)])
-        positions = torch.cat([torch.arange(shared), *(torch.arange(shared, n) for n in sizes)])
-        order = torch.arange(total)
+    sizes, device = [len(row) for row in rows], rows[0].device
+    width, total = max(sizes), shared + sum(sizes) - shared * len(rows)
+    packed = packs(llm, width, total)
+    pieces, owner, predict = [rows[0][:shared]], [-1] * shared, []  # -1 = read by all rows
+    position_ids = list(range(shared))
+    for b, (row, count) in enumerate(zip(rows, lengths)):
+        for place in range(len(row) - count - 1, len(row) - 1):  # predicts the token behind it
+            start = len(owner) - shared if place >= shared else 0
+            predict.append(place + (start if packed else b * width))
+        pieces.append(row[shared:])
+        owner += [b] * (len(row) - shared)
+        position_ids += range(shared, len(row))
+    if packed:
+        inputs, owner, order = torch.cat(pieces)[None], torch.tensor(owner), torch.arange(total)
         mask = ((owner[:, None] == owner) | (owner == -1)) & (order[:, None] >= order)
-        options = dict(attention_mask=mask[None, None].to(device),  # 1 = attend
-                       position_ids=positions[None].to(device))
-        places[:, shared:] += ((sizes - shared).cumsum(0) - (sizes - shared))[:, None]
+        options = dict(attention_mask=mask[None, None].to(device),  # (1, 1, S, S), 1 = attend
+                       position_ids=torch.tensor([position_ids], device=device))
     else:
         inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # no causal row looks right
-        options = dict(attention_mask=(places < sizes[:, None]).long().to(device))
-        places += width * torch.arange(len(rows))[:, None]
+        mask = torch.arange(width) < torch.tensor(sizes)[:, None]
+        options = dict(attention_mask=mask.long().to(device))
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
     hidden = llm.base_model(**{name: inputs}, use_cache=False, **options).last_hidden_state
-    predict = torch.cat([row[n - count - 1:n - 1]  # each token is predicted from the one before
-                         for row, n, count in zip(places, sizes.tolist(), lengths)])
-    return hidden.flatten(0, 1)[predict.to(device)]
+    return hidden.flatten(0, 1)[torch.tensor(predict, dtype=torch.long, device=device)]
 
 
 def check_context(llm, prompt_tokens, new_tokens):
@@ -659,7 +631,7 @@ def check_context(llm, prompt_tokens, new_tokens):
 
 
 @torch.inference_mode()
-def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50, generator=None):
+def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, generator=None):
     """Batched decoding: the prefix that all prompts share is read once, finished rows leave.
 
     Args:
@@ -667,63 +639,60 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, top_k=50
         prompts: list of (T_i, H) prompt embeddings on the LLM's device, of any lengths.
         max_new_tokens: at most so many new tokens a row.
         eos_ids: ids that end a row; the ending id is kept in the result.
-        temperature: 0 = greedy, else the softmax temperature among the top_k tokens;
-            draws from `generator`.
+        temperature: 0 = greedy, else of the softmax among TOP_K tokens; draws from `generator`.
     Returns:
         list of token id lists; a row that was cut at max_new_tokens does not
         end in an id of eos_ids.
     """
-    batch, device, width = len(prompts), prompts[0].device, max(map(len, prompts))
+    lengths, device = [len(prompt) for prompt in prompts], prompts[0].device
+    width, shortest = max(lengths), min(lengths)
     check_context(llm, width, max_new_tokens)
     cache, shared = DynamicCache(config=llm.config), 0
     plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # these can be copied
-    if plain and batch > 1:
-        shortest = min(map(len, prompts))
+    if plain and len(prompts) > 1:
         heads = torch.stack([p[:shortest - 1] for p in prompts])                  # (B, T_min-1, H)
         shared = int((heads == heads[:1]).all(-1).all(0).int().cumprod(0).sum())
     if shared:
         llm(inputs_embeds=prompts[0][None, :shared], past_key_values=cache, logits_to_keep=1)
-        cache.batch_repeat_interleave(batch)
+        cache.batch_repeat_interleave(len(prompts))
     embeds = nn.utils.rnn.pad_sequence([p[shared:] for p in prompts], batch_first=True,
                                        padding_side="left")                       # (B, T, H)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    places = torch.arange(width + max_new_tokens, device=device)
+    places, lengths = torch.arange(width + max_new_tokens), torch.tensor(lengths)
     mask = (places >= shared + width - lengths[:, None]) | (places < shared)      # 1 = attend
-    positions = mask.long().cumsum(1) - 1
-    inputs = dict(inputs_embeds=embeds, position_ids=positions[:, shared:width].clamp(min=0))
+    mask = mask.long().to(device)
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    inputs = dict(inputs_embeds=embeds, position_ids=position_ids[:, shared:width])
 
-    alive, rows = list(range(batch)), [[] for _ in prompts]
-    eos = torch.tensor(eos_ids, device=device)
+    alive, ended, rows = list(range(len(prompts))), set(), [[] for _ in prompts]
     for length in range(width, width + max_new_tokens):
-        logits = llm(**inputs, attention_mask=mask[:, :length].long(), past_key_values=cache,
+        logits = llm(**inputs, attention_mask=mask[:, :length], past_key_values=cache,
                      logits_to_keep=1).logits[:, -1]                              # (b, V)
         tokens = logits.max(-1).indices  # as argmax, which is slower on a CPU
         if temperature:
-            values, candidates = logits.topk(min(top_k, logits.shape[-1]))        # (b, K)
+            values, candidates = logits.topk(TOP_K)                               # (b, K)
             drawn = torch.multinomial((values.float() / temperature).softmax(-1), 1,
                                       generator=generator)
             tokens = candidates.gather(1, drawn)[:, 0]
-        for row, token in zip(alive, tokens.tolist()):
-            if row is not None:
+        going = []
+        for place, (row, token) in enumerate(zip(alive, tokens.tolist())):
+            if row not in ended:
                 rows[row].append(token)
-        ended = torch.isin(tokens, eos).tolist()
-        alive = [None if end else row for row, end in zip(alive, ended)]
-        going = [place for place, row in enumerate(alive) if row is not None]
+                if token in eos_ids:
+                    ended.add(row)
+                else:
+                    going.append(place)
         if not going:
             break
         if plain and len(going) <= 0.85 * len(alive):  # copying the cache costs about half a step
             keep = torch.tensor(going, device=device)
             cache.batch_select_indices(keep)
             alive = [alive[place] for place in going]
-            mask, positions, tokens = mask[keep], positions[keep], tokens[keep]
-        inputs = dict(input_ids=tokens[:, None], position_ids=positions[:, length:length + 1])
+            mask, position_ids, tokens = mask[keep], position_ids[keep], tokens[keep]
+        inputs = dict(input_ids=tokens[:, None], position_ids=position_ids[:, length:length + 1])
     return rows
 
 
 # ---- LoRA ----
-
-LORA_SCALE = 2.0  # alpha / rank, as most papers have it
-
 
 def layers_of(model):
     """The layers of a causal LM or an encoder: the outermost list of modules in it."""
@@ -733,16 +702,13 @@ def layers_of(model):
 
 
 def add_lora(llm, rank):
-    """LoRA, untrained and in float32, on the linear layers of the decoder; the rest is frozen."""
+    """LoRA, untrained and in float32, on all linear layers but the head; the rest is frozen."""
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise RuntimeError("LoRA needs the package peft: pip install peft") from error
-    linear = {x for x in layers_of(llm).modules() if isinstance(x, nn.Linear)}
-    names = [name for name, x in llm.named_modules() if x in linear]
-    llm.add_adapter(LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=names))
+    llm.add_adapter(LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules="all-linear"))
     for name, parameter in llm.named_parameters():
-        parameter.requires_grad_(".lora_" in name)
         if ".lora_" in name:
             parameter.data = parameter.data.float()
 
@@ -757,20 +723,6 @@ def merge_lora(state):
             weight = merged[name].float() + LORA_SCALE * (b @ a.float())
             merged[name] = weight.to(merged[name].dtype)
     return merged
-
-
-def save_lora(config, state, folder, prefix):
-    """LoRA's weights in a state dict -> peft's own format, under the names of the base model, which
-    are those of the student without `prefix`."""
-    weights = {}
-    for key, value in state.items():
-        if ".lora_" in key:
-            weights[key.removeprefix(prefix).replace(".default.", ".")] = value
-    config = copy.copy(config)
-    config.target_modules = sorted({key.rpartition(".lora_")[0] for key in weights})
-    config.save_pretrained(folder)
-    save_file({f"base_model.model.{k}": v for k, v in weights.items()},
-              folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 # ---- the student ----
@@ -835,47 +787,36 @@ def positions(prompt):
 
 
 class SpeechLLMConfig(PretrainedConfig):
-    """whisper, llm: configurations (or dicts) of the two pretrained parts."""
+    """whisper, llm: configurations of the two pretrained parts, as dicts."""
     model_type = "speech_llm"
-    whisper: dict | PretrainedConfig | None = None
-    llm: dict | PretrainedConfig | None = None
-
-    def __post_init__(self, **kwargs):
-        for name in ("whisper", "llm"):
-            part = getattr(self, name)
-            if isinstance(part, dict):
-                part = dict(part)
-                setattr(self, name, AutoConfig.for_model(part.pop("model_type"), **part))
-        super().__post_init__(**kwargs)
+    whisper: dict | None = None
+    llm: dict | None = None
 
 
 class SpeechLLM(PreTrainedModel):
     config_class = SpeechLLMConfig
-    main_input_name = "prompts"
-    input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = ["adapter"]
 
     def __init__(self, config, whisper=None, llm=None):
         super().__init__(config)
-        self.whisper = whisper or Whisper(WhisperModel(config.whisper),
-                                          Path(self.name_or_path) / "whisper")
-        self.llm = llm if llm is not None else AutoModelForCausalLM.from_config(
-            config.llm, dtype=torch.get_default_dtype())
-        self.adapter = Adapter(config.whisper.d_model,
-                               self.llm.get_input_embeddings().embedding_dim)
-        self.loaded_tokenizer = None
+        if whisper is None:  # from_pretrained fills in the weights
+            whisper = Whisper(WhisperModel(AutoConfig.for_model(**config.whisper)),
+                              Path(self.name_or_path) / "whisper")
+            llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.llm),
+                                                   dtype=torch.get_default_dtype())
+        self.whisper, self.llm = whisper, llm
+        self.adapter = Adapter(config.whisper["d_model"],
+                               llm.get_input_embeddings().embedding_dim)
         self.post_init()
 
     def _init_weights(self, module):
         """Nothing: the parts keep what they were made or loaded with."""
 
-    @property
+    @functools.cached_property
     def tokenizer(self):
-        if self.loaded_tokenizer is None:
-            self.loaded_tokenizer = from_folder(AutoTokenizer, self.name_or_path)
-        return self.loaded_tokenizer
+        return from_folder(AutoTokenizer, self.name_or_path)
 
     def train(self, mode=True):
         """Whisper stays in eval mode."""
@@ -901,57 +842,52 @@ class SpeechLLM(PreTrainedModel):
             heard = self.hear([waveform_of(row)], row.get("language"))[0]
         words = self.tokenizer(heard.text, add_special_tokens=False, split_special_tokens=True,
                                return_offsets_mapping=True)
-        states = heard.states[:0]
-        if words.input_ids:
-            states = self.states_of(heard, words.offset_mapping)
+        states = self.states_of(heard, words.offset_mapping)
         return Prompt(before, words.input_ids, states, heard.sound, after)
 
     def unheard(self, ids):
         """Token ids -> Prompt that is read as it is."""
-        nothing = torch.zeros(0, self.config.whisper.d_model)
+        nothing = torch.zeros(0, self.config.whisper["d_model"])
         return Prompt(ids, [], nothing, nothing, [])
 
     def states_of(self, heard, offsets):
         """Offsets in heard.text, (first, end) characters of W tokens -> (W, D): the mean of the
-        decoder states whose bytes overlap each of them."""
-        pieces, letters = self.whisper.pieces(heard.ids), [0]
-        for letter in b"".join(pieces).decode("utf-8", "surrogateescape"):
-            stray = "\udc80" <= letter <= "\udcff"  # a byte of no letter: heard.text lacks it
-            letters += [0] if stray else [1] * len(letter.encode())
-        ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)           # (n,)
-        ends = torch.tensor(letters).cumsum(0)[ends]
-        text = b"".join(pieces).decode("utf-8", "ignore")
-        lead = len(text.encode()) - len(text.lstrip().encode())
-        states = []
-        for first, end in offsets:
-            start = lead + len(heard.text[:first].encode())
-            stop = start + max(1, len(heard.text[first:end].encode()))
-            a = int(torch.searchsorted(ends, start, right=True).clamp(max=len(ends) - 1))
-            b = int(torch.searchsorted(ends, stop).clamp(max=len(ends) - 1))
-            states.append(heard.states[a:b + 1].float().mean(0))
-        return torch.stack(states)
+        decoder states that wrote a part of each."""
+        decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        text, spans = "", []  # characters that each of Whisper's n tokens has a part in
+        for piece in self.whisper.pieces(heard.ids):
+            first = len(text)
+            text += decoder.decode(piece)
+            begun = bool(decoder.getstate()[0])  # a letter, which the next token ends
+            spans.append((first, len(text) + begun))
+        lead = len(text) - len(text.lstrip())
+        spans = torch.tensor(spans).view(-1, 2) - lead                            # (n, 2)
+        offsets = torch.tensor(offsets).view(-1, 2)                               # (W, 2)
+        ends = torch.maximum(offsets[:, 1], offsets[:, 0] + 1)  # some tokenizers have empty ones
+        overlap = (spans[:, 0] < ends[:, None]) & (spans[:, 1] > offsets[:, :1])  # (W, n)
+        share = overlap / overlap.sum(1, keepdim=True).clamp(min=1)
+        return share @ heard.states.float()
 
     def embed(self, prompts, answers):
-        """B Prompts and B lists of answer tokens -> list of B (T_i, H), the LLM's inputs."""
-        table, ids, lengths = self.llm.get_input_embeddings(), [], []
+        """B Prompts and B lists of answer tokens -> B (T_i, H), the LLM's inputs."""
+        TEXT, WORD, SOUND = range(3)
+        ids, kinds, lengths = [], [], []
         for prompt, answer in zip(prompts, answers):
-            parts = prompt.before, prompt.words, prompt.after + answer
-            ids += [i for part in parts for i in part]
-            lengths += [len(part) for part in parts]
-        embeds = table(torch.tensor(ids, dtype=torch.long, device=self.device)).split(lengths)
+            places = [0] * len(prompt.sound) if self.adapter.listens else []  # of any token
+            parts = prompt.before, prompt.words, places, prompt.after + answer
+            for part, kind in zip(parts, (TEXT, WORD, SOUND, TEXT)):
+                ids += part
+                kinds += [kind] * len(part)
+            lengths.append(sum(map(len, parts)))
+        embeds = self.llm.get_input_embeddings()(torch.tensor(ids, device=self.device))
+        kinds = torch.tensor(kinds, device=self.device)                           # (sum T,)
         states = torch.cat([prompt.states for prompt in prompts])                 # (sum W, D)
-        if not self.adapter.listens:
-            prompts = [prompt._replace(sound=prompt.sound[:0]) for prompt in prompts]
         sounds = torch.cat([prompt.sound.float() for prompt in prompts])          # (sum A, D)
+        sounds = sounds if self.adapter.listens else sounds[:0]
         corrections, sounds = self.adapter(states.to(self.device), sounds.to(self.device))
-        corrections = corrections.split([len(prompt.states) for prompt in prompts])
-        sounds = sounds.split([len(prompt.sound) for prompt in prompts])
-        rows = []
-        for b, (correction, sound) in enumerate(zip(corrections, sounds)):
-            before, words, after = embeds[3 * b:3 * b + 3]
-            rows.append(torch.cat([before, words + correction.to(words.dtype),
-                                   sound.to(before.dtype), after]))               # (T_b, H)
-        return rows
+        words, fillers = (kinds == WORD).nonzero()[:, 0], (kinds == SOUND).nonzero()[:, 0]
+        embeds = embeds.index_add(0, words, corrections.to(embeds.dtype))         # (sum T, H)
+        return embeds.index_copy(0, fillers, sounds.to(embeds.dtype)).split(lengths)
 
     def forward(self, prompts, answers):
         """Hidden states that predict the answers' tokens, (N, H) in row order; what DDP wraps.
@@ -971,11 +907,14 @@ class SpeechLLM(PreTrainedModel):
         """
         was_training = self.training
         self.eval()  # in training mode, gradient checkpointing turns the cache off
-        spoken = [row for row in rows if row.get("audio") is not None]  # heard together
-        heard = iter(self.hear([waveform_of(row) for row in spoken],
-                               [row.get("language") for row in spoken]))
-        prompts = [self.prompt(row, next(heard) if row.get("audio") is not None else None)
-                   for row in rows]
+        waveforms, languages, prompts = [], [], []
+        for row in rows:
+            if row.get("audio") is not None:
+                waveforms.append(waveform_of(row))
+                languages.append(row.get("language"))
+        heard = iter(self.hear(waveforms, languages))  # together
+        for row in rows:
+            prompts.append(self.prompt(row, None if row.get("audio") is None else next(heard)))
         ids = generate(self.llm, self.embed(prompts, [[]] * len(prompts)),
                        max_new_tokens=max_new_tokens, eos_ids=[end_token(self.tokenizer)],
                        **options)
@@ -984,8 +923,8 @@ class SpeechLLM(PreTrainedModel):
 
 
 class HubStudent(nn.Module):
-    """A speech LLM of transformers. Its own processor and forward do the work; what reaches its
-    output head is taken from there."""
+    """A speech LLM of transformers. Its own processor and forward do the work, up to the hidden
+    states from which its output head would predict."""
 
     def __init__(self, model, processor, tokenizer):
         super().__init__()
@@ -999,21 +938,20 @@ class HubStudent(nn.Module):
 
     def parts(self):
         """What can train, by name. Vision never does, nor the audio_bos_eos that nothing reads."""
-        inner = dict(self.model.model.named_children())
-        encoder = inner.get("audio_tower", inner.get("encoder"))
-        adapter = inner.get("multi_modal_projector", inner.get("projector"))
-        if adapter is not None:
-            return {"encoder": [encoder], "adapter": [adapter], "llm": [self.llm]}
-        inside = dict(encoder.named_children())  # Omni: the encoder ends in its adapter
-        adapter = inside.pop("proj")
-        hears = [part for name, part in inside.items() if "bos_eos" not in name]
-        return {"encoder": hears, "adapter": [adapter], "llm": [self.llm]}
+        inner = self.model.model
+        encoder = inner.audio_tower if hasattr(inner, "audio_tower") else inner.encoder
+        inside = dict(encoder.named_children())
+        inside.pop("audio_bos_eos_token", None)
+        adapter = inside.pop("proj", None)  # Omni: the encoder ends in its adapter
+        for name in ("multi_modal_projector", "projector"):
+            adapter = getattr(inner, name, adapter)
+        return {"encoder": list(inside.values()), "adapter": [adapter], "llm": [self.llm]}
 
     def train(self, mode=True):
         """What hears stays in eval mode: no dropout, no statistics of a batch."""
         super().train(mode)
-        for part in self.parts()["encoder"] + self.parts()["adapter"]:
-            part.eval()
+        self.model.eval()
+        self.llm.train(mode)
         return self
 
     def hear(self, waveforms, language=None):
@@ -1027,20 +965,13 @@ class HubStudent(nn.Module):
             before, after = chat_parts(self.tokenizer, row.get("system"), row.get("instruction"))
             said = text_ids(self.tokenizer, row["prompt"])
             return {"ids": torch.tensor(before + said + after)}
-        audio = waveform_of(row)
-        audio = F.pad(audio, (0, max(0, SAMPLE_RATE // 10 - len(audio)))).numpy()
-        chat = [{"role": "system", "content": row["system"]}] if row.get("system") else []
         question = row.get("instruction") or ""
-        said = self.audio_token + question
+        content = self.audio_token + question
         if self.audio_token in self.tokenizer.chat_template:  # else it knows text only
-            said = [{"type": "audio"}, {"type": "text", "text": question}][:1 + bool(question)]
-        text = self.tokenizer.apply_chat_template(
-            [*chat, {"role": "user", "content": said}], tokenize=False, add_generation_prompt=True,
-            enable_thinking=False)
-        if text.count(self.audio_token) != 1:
-            raise ValueError(f"{self.audio_token} stands in a system message or instruction, "
-                             "or the template repeats the question")
-        return self.expand(text, audio)
+            content = [{"type": "audio"}, {"type": "text", "text": question}][:1 + bool(question)]
+        text = render(self.tokenizer, row.get("system"), content, self.audio_token)
+        audio = waveform_of(row)
+        return self.expand(text, F.pad(audio, (0, max(0, SAMPLE_RATE // 10 - len(audio)))))
 
     def expand(self, text, audio):
         """A prompt with one audio token, audio (S,) -> {"ids": (T,) with as many audio tokens as
@@ -1049,42 +980,43 @@ class HubStudent(nn.Module):
         options = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt"}
         if config.model_type == "voxtral":  # its processor takes files only
             window = 30 * SAMPLE_RATE
-            mel = self.processor(audio, padding=True, truncation=False, pad_to_multiple_of=window,
-                                 **options).input_features
+            mel = self.processor(audio.numpy(), padding=True, truncation=False,
+                                 pad_to_multiple_of=window, **options).input_features
             mel = mel[0].unflatten(1, (-1, window // 160)).transpose(0, 1)        # (W, M, 3000)
             stacked = config.audio_config.intermediate_size // config.audio_config.hidden_size
             count, features = len(mel) * (window // 320 // stacked), {"input_features": mel}
         elif config.model_type.endswith("thinker"):  # its processor wants torchvision
             frames = -(-len(audio) // self.processor.hop_length)
-            audio = F.pad(torch.from_numpy(audio), (0, self.processor.n_fft)).numpy()
+            audio = F.pad(audio, (0, self.processor.n_fft)).numpy()
             mel = self.processor(audio, padding="longest", **options).input_features[..., :frames]
             features = {"input_features": mel,                                    # (1, M, F)
                         "feature_attention_mask": torch.ones(1, frames, dtype=torch.long)}
             count = self.model.model.audio_tower._get_feat_extract_output_lengths(frames)[1]
         else:
-            features = dict(self.processor(text=text, audio=[audio], add_special_tokens=False,
-                                           **options))
+            features = dict(self.processor(text=text, audio=[audio.numpy()],
+                                           add_special_tokens=False, **options))
             del features["attention_mask"]
             return {"ids": features.pop("input_ids")[0], **features}
         ids = self.tokenizer(text.replace(token, token * count), add_special_tokens=False).input_ids
         return {"ids": torch.tensor(ids), **features}
 
-    def batches(self, prompts):
-        """Indices of prompts that can go through the model together."""
+    def batches(self, rows):
+        """Rows that can go through the model together."""
         if self.config.model_type.startswith("granite"):  # its encoder knows no mask
-            return [[b] for b in range(len(prompts))]
-        return [list(range(len(prompts)))]
+            return [[row] for row in rows]
+        return [rows]
 
-    def join(self, prompts, ids, side):
-        """Prompts of one batch, ids of their rows (T_i,) -> arguments of the model's own forward."""
-        pad = nn.utils.rnn.pad_sequence
-        inputs = dict(
-            input_ids=pad(ids, batch_first=True, padding_side=side),              # (B, T)
-            attention_mask=pad([torch.ones_like(row) for row in ids], batch_first=True,
-                               padding_side=side))
+    def join(self, prompts, side):
+        """Prompts, filled on this side -> arguments of the model's own forward."""
+        pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
+        ids, features = [prompt["ids"] for prompt in prompts], {}
+        for prompt in prompts:
+            for key in prompt.keys() - {"ids"}:
+                features.setdefault(key, []).append(prompt[key])
+        inputs = {"input_ids": pad(ids),                                          # (B, T)
+                  "attention_mask": pad([torch.ones_like(row) for row in ids])}
         dtype = next(self.parts()["adapter"][0].parameters()).dtype
-        for key in dict.fromkeys(key for prompt in prompts for key in prompt if key != "ids"):
-            found = [prompt[key] for prompt in prompts if key in prompt]
+        for key, found in features.items():
             width = max(x.shape[-1] for x in found)
             value = torch.cat([F.pad(x, (0, width - x.shape[-1])) for x in found])
             inputs[key] = value.to(dtype) if value.is_floating_point() else value
@@ -1092,26 +1024,20 @@ class HubStudent(nn.Module):
 
     def forward(self, prompts, answers):
         """Hidden states that predict the answers' tokens, (N, H) in row order; what DDP wraps."""
-        kept, rows = [], []
-
-        def keep(head, inputs):  # of a batch's hidden states one is enough for the head
-            kept.append(inputs[0])                                                # (B, T, H)
-            return inputs[0][:, -1:],
-
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep)
-        for batch in self.batches(prompts):
-            ids = [torch.cat([prompts[b]["ids"], torch.tensor(answers[b], dtype=torch.long)])
-                   for b in batch]
-            self.model(**self.join([prompts[b] for b in batch], ids, "right"), use_cache=False)
-            for row, b in zip(kept.pop(), batch):
-                start = len(prompts[b]["ids"])
-                rows.append(row[start - 1:start - 1 + len(answers[b])])
-        hook.remove()
-        heard = any(len(prompt) > 1 for prompt in prompts)
-        idle = [] if heard else self.parts()["encoder"] + self.parts()["adapter"]
-        zero = 0  # DDP waits for all that trains, used or not
-        for part in idle:
-            zero = zero + sum(0 * p.sum() for p in part.parameters() if p.requires_grad)
+        whole, states = [], []
+        for prompt, answer in zip(prompts, answers):
+            ids = torch.cat([prompt["ids"], torch.tensor(answer, dtype=torch.long)])
+            whole.append({**prompt, "ids": ids})
+        for batch in self.batches(whole):
+            inputs = self.join(batch, "right")
+            states += self.model.model(**inputs, use_cache=False).last_hidden_state
+        rows, zero = [], 0
+        for row, prompt, answer in zip(states, prompts, answers):                 # (T, H)
+            start = len(prompt["ids"]) - 1
+            rows.append(row[start:start + len(answer)])
+        if all(len(prompt) == 1 for prompt in prompts):  # DDP waits for all that trains
+            for part in self.parts()["encoder"] + self.parts()["adapter"]:
+                zero = zero + sum(0 * p.sum() for p in part.parameters() if p.requires_grad)
         return torch.cat(rows) + zero                                             # (N, H)
 
     @torch.inference_mode()
@@ -1119,20 +1045,17 @@ class HubStudent(nn.Module):
         """Answer a batch of questions, as SpeechLLM.generate does -> list of str."""
         was_training = self.training
         self.eval()
-        prompts, answers = [self.prompt(row) for row in rows], [None] * len(rows)
+        prompts, answers = [self.prompt(row) for row in rows], []
         end, dtypes = end_token(self.tokenizer), {p.dtype for p in self.parameters()}
-        check_context(self.llm, max(len(prompt["ids"]) for prompt in prompts), max_new_tokens)
+        check_context(self.llm, max(map(positions, prompts)), max_new_tokens)
         for batch in self.batches(prompts):
-            some = [prompts[b] for b in batch]
-            inputs = self.join(some, [prompt["ids"] for prompt in some], "left")
+            inputs = self.join(batch, "left")
             with torch.autocast(self.device.type, min(dtypes, key=lambda dtype: dtype.itemsize),
                                 enabled=len(dtypes) > 1):  # in training, what is frozen is rounded
                 ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
                                           eos_token_id=end, pad_token_id=end)
-            texts = self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:],
-                                                skip_special_tokens=True)
-            for b, text in zip(batch, texts):
-                answers[b] = text
+            answers += self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:],
+                                                   skip_special_tokens=True)
         self.train(was_training)
         return answers
 
@@ -1149,7 +1072,7 @@ def build_student(name=DEFAULT_STUDENT):
                            "; expected one with a tokenizer.json")
     model = SpeechLLM(SpeechLLMConfig(whisper=whisper.model.config.to_dict(),
                                       llm=llm.config.to_dict()), whisper, llm)
-    model.loaded_tokenizer = tokenizer
+    model.tokenizer = tokenizer
     filler = tokenizer(FILLER, add_special_tokens=False).input_ids[-1]
     with torch.no_grad():
         model.adapter.sound.bias.copy_(llm.get_input_embeddings()(torch.tensor([filler]))[0])
@@ -1163,21 +1086,21 @@ def load_student(name, trust_remote_code=False):
         return build_student(name)
     folder = resolve(name)
     config = PretrainedConfig.get_config_dict(folder)[0]
-    if config.get("model_type") == SpeechLLMConfig.model_type:
+    kind, options = config.get("model_type"), {}
+    if kind == SpeechLLMConfig.model_type:
         student = from_folder(SpeechLLM, folder, dtype=torch.float32).eval()
         _ = student.whisper.extractor, student.whisper.tokenizer  # or they fail when it first hears
         return student
-    remote = "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING
-    if remote and not trust_remote_code:
-        raise RuntimeError(f"{name}: a model of type {config.get('model_type')!r} that runs code "
-                           "from its own folder; read it, then allow it with --trust-remote-code")
-    options = {"trust_remote_code": True} if remote else {}
+    if "auto_map" in config and kind not in CONFIG_MAPPING:
+        options = {"trust_remote_code": True}
+        if not trust_remote_code:
+            raise RuntimeError(f"{name}: a model of type {kind!r} that runs code from its own "
+                               "folder; read it, then allow it with --trust-remote-code")
     model = load_multimodal(folder, torch.float32, **options)
     if not hasattr(model, "model") or not hasattr(model.config, "audio_token_id"):
-        raise RuntimeError(f"{name}: a model of type {config.get('model_type')!r}, expected "
-                           "WHISPER+LLM, a folder that train_kd.py wrote, or a speech LLM of "
-                           "transformers")
-    if (Path(folder) / "adapter_config.json").exists():
+        raise RuntimeError(f"{name}: a model of type {kind!r}, expected WHISPER+LLM, a folder that "
+                           "train_kd.py wrote, or a speech LLM of transformers")
+    if Path(folder, "adapter_config.json").exists():
         merge_adapter(model)
     # Omni's processor wants torchvision, for what is never shown; Voxtral's takes files only
     plain = hasattr(model.model, "visual") or model.config.model_type == "voxtral"
@@ -1189,9 +1112,10 @@ def merge_adapter(model):
     """Granite-Speech's LoRA, which it switches on when it hears, becomes a part of its weights."""
     if not importlib.util.find_spec("peft"):
         raise RuntimeError(f"{model.name_or_path} comes with an adapter: pip install peft")
-    for name, layer in [x for x in model.named_modules() if hasattr(x[1], "base_layer")]:
-        layer.merge()
-        model.set_submodule(name, layer.base_layer)
+    for name, layer in list(model.named_modules()):
+        if hasattr(layer, "base_layer"):
+            layer.merge()
+            model.set_submodule(name, layer.base_layer)
     model._hf_peft_config_loaded = model.config.has_lora_adapter = False
     model._weight_conversions = None  # those of the adapter's names would spoil a saved folder
 
@@ -1206,37 +1130,22 @@ def save_student(model, folder, dtype=None, state=None):
     folder = Path(folder)
     temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
     shutil.rmtree(temporary, ignore_errors=True)
-    state = model.state_dict() if state is None else state
-    lora = getattr(model.llm, "peft_config", {}).get("default")
-    weights = merge_lora(state) if lora else dict(state)
-    for name, value in weights.items():
-        kept = name.startswith(("adapter.", "whisper."))  # what is heard must stay the same
-        if dtype and value.is_floating_point() and not kept:
-            weights[name] = value.to(dtype)
-    if isinstance(model, HubStudent):
-        weights = {name.removeprefix("model."): value for name, value in weights.items()
-                   if name.startswith("model.")}
-        save_hub_model(model.model, weights, temporary)
+    hub = isinstance(model, HubStudent)
+    inner, weights = model.model if hub else model, {}
+    for name, value in merge_lora(model.state_dict() if state is None else state).items():
+        heard = name.startswith(("adapter.", "whisper."))  # must stay the same
+        if dtype and value.is_floating_point() and not heard:
+            value = value.to(dtype)
+        name = name.removeprefix("model.") if hub else name
+        if name not in inner.all_tied_weights_keys:  # a cast copy is not seen to be tied
+            weights[name] = value
+    if hub:
+        save_hub_model(inner, weights, temporary)
     else:
-        SpeechLLM.register_for_auto_class("AutoModel")
-        SpeechLLMConfig.register_for_auto_class("AutoConfig")
-        original, model.__class__ = model.__class__, SpeechLLM  # fully_shard makes it a subclass
-        tied = model.all_tied_weights_keys  # a cast copy is not seen to be tied
-        model.save_pretrained(temporary, state_dict={
-            name: value for name, value in weights.items() if name not in tied})
-        model.__class__ = original
-        model.tokenizer.save_pretrained(temporary)
-        for part in (model.whisper.extractor, model.whisper.tokenizer, model.whisper.generation):
-            part.save_pretrained(temporary / "whisper")
-    if lora:
-        save_lora(lora, state, temporary / "adapter",
-                  "model." if isinstance(model, HubStudent) else "llm.")
+        save_own_model(inner, weights, temporary)
     config = json.loads((temporary / "config.json").read_text())
     config["dtype"] = str(dtype or torch.float32).removeprefix("torch.")  # not the live model's
     (temporary / "config.json").write_text(json.dumps(config, indent=2))
-    for path in filter(Path.is_file, temporary.rglob("*")):  # on the disk before the rename
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
@@ -1244,31 +1153,42 @@ def save_student(model, folder, dtype=None, state=None):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def save_own_model(model, state, folder):
+    """SpeechLLM with its code, the LLM's tokenizer, and what Whisper reads and writes with."""
+    SpeechLLM.register_for_auto_class("AutoModel")
+    SpeechLLMConfig.register_for_auto_class("AutoConfig")
+    original, model.__class__ = model.__class__, SpeechLLM  # fully_shard makes it a subclass
+    model.save_pretrained(folder, state_dict=state)
+    model.__class__ = original
+    model.tokenizer.save_pretrained(folder)
+    for part in (model.whisper.extractor, model.whisper.tokenizer):
+        part.save_pretrained(folder / "whisper")
+
+
 def save_hub_model(model, state, folder):
     """A model of transformers, and all else of the folder that it came from: the processor; of a
     model that also speaks, the weights that nothing here loads."""
-    source = Path(model.name_or_path)
-    state = {name: value for name, value in state.items()
-             if name not in model.all_tied_weights_keys}
+    source, index = Path(model.name_or_path), "model.safetensors.index.json"
+    left = {"adapter_config.json", index}
     if json.loads((source / "config.json").read_text())["model_type"] in THINKERS:
         folder.mkdir(parents=True)
-        trained = revert_weight_conversion(model, state)  # the names that the files have
+        left.remove(index)
+        state = revert_weight_conversion(model, state)  # the names that the files have
         for path in source.glob("*.safetensors"):
-            tensors = {k: trained.pop(k, v) for k, v in load_file(path).items()}
+            tensors = load_file(path)
+            for name in tensors.keys() & state.keys():
+                tensors[name] = state.pop(name)
             save_file(tensors, folder / path.name, metadata={"format": "pt"})
-        if trained:
-            raise RuntimeError(f"{source}: no place for {len(trained)} trained tensors, "
-                               f"e.g. {next(iter(trained))}")
+        if state:
+            raise RuntimeError(f"{source}: no place for {len(state)} trained tensors, e.g. "
+                               f"{next(iter(state))}")
     else:
         model.save_pretrained(folder, state_dict=state)
-    skip = {"adapter_config.json"}
-    if (folder / "model.safetensors").exists():
-        skip.add("model.safetensors.index.json")
     for path in source.iterdir():
         wanted = path.suffix in (".json", ".jinja", ".txt", ".model", ".py")
-        if ((wanted or path.name == "spk_dict.pt") and path.name not in skip
-                and not (folder / path.name).exists()):
-            shutil.copy(path, folder)
+        if (wanted or path.name == "spk_dict.pt") and path.name not in left:
+            if not (folder / path.name).exists():
+                shutil.copy(path, folder)
 
 
 AutoConfig.register(SpeechLLMConfig.model_type, SpeechLLMConfig, exist_ok=True)
