@@ -32,7 +32,6 @@ def get_args(argv=None):
     add_source("--data", help="the official JSON; tools/from_hub.py makes it of the hub's data set")
     add_source("--score-only", metavar="FILE", help="score this predictions.json, ask nothing")
     add("--student", default=m.DEFAULT_STUDENT, help="as of train_kd.py")
-    add("--trust-remote-code", action="store_true", help="run the code in the student's folder")
     add("--audio", help="folder of the clips; default: that of --data")
     add("--out", required=True, help="output folder")
     add("--only-available", action="store_true", help="leave out items without a clip")

@@ -61,7 +61,6 @@ def get_args(argv=None):
     add_source("--student", help="as of train_kd.py")
     add_source("--score-only", nargs="+", metavar="FILE", help="score these answers, ask no model")
     add("--teacher", default=m.DEFAULT_LLM, help="text LLM, folder or hub id; none = without")
-    add("--trust-remote-code", action="store_true", help="run the code in the student's folder")
     add("--data", default="data/voicebench", help="folder of SUBSET-SPLIT.jsonl")
     add("--subsets", nargs="+", choices=list(SUBSETS), help="default: all of the folder")
     add("--limit", type=m.number(int, 0), default=0, help="rows a subset, evenly spaced; 0 = all")
@@ -192,7 +191,7 @@ def load_model(args, role):
     if role == "teacher":
         llm, tokenizer = m.load_llm(args.teacher, dtype)
         return llm.to(args.device), tokenizer
-    student = m.load_student(args.student, args.trust_remote_code).to(args.device)
+    student = m.load_student(args.student).to(args.device)
     # what our own student hears stays as exact as it was in training
     (student.llm if isinstance(student, m.SpeechLLM) else student).to(dtype)
     return student

@@ -32,7 +32,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (CONFIG_MAPPING, AutoConfig, AutoFeatureExtractor, AutoModel,
+from transformers import (AutoConfig, AutoFeatureExtractor, AutoModel,
                           AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor,
                           AutoTokenizer, DynamicCache, EncoderDecoderCache, GenerationConfig,
                           PretrainedConfig, PreTrainedModel, WhisperFeatureExtractor, WhisperModel)
@@ -267,12 +267,12 @@ def load_tokenizer(folder, name):
     return tokenizer
 
 
-def load_multimodal(folder, dtype, **options):
+def load_multimodal(folder, dtype):
     """A multimodal model in eval mode; of one that also speaks, only the part that thinks."""
     config = PretrainedConfig.get_config_dict(folder)[0]
     name = THINKERS.get(config.get("model_type")) or (config.get("architectures") or [""])[0]
-    loader = AutoModel if options else getattr(transformers, name, AutoModelForMultimodalLM)
-    return from_folder(loader, folder, dtype=dtype, **options).eval()
+    loader = getattr(transformers, name, AutoModelForMultimodalLM)
+    return from_folder(loader, folder, dtype=dtype).eval()
 
 
 def load_llm(name, dtype=torch.float32):
@@ -1079,24 +1079,19 @@ def build_student(name=DEFAULT_STUDENT):
     return model.eval()
 
 
-def load_student(name, trust_remote_code=False):
+def load_student(name):
     """--student: WHISPER+LLM, a folder that save_student wrote, or a speech LLM of transformers
     -> SpeechLLM or HubStudent in fp32."""
     if "+" in name and not Path(name).exists():
         return build_student(name)
     folder = resolve(name)
     config = PretrainedConfig.get_config_dict(folder)[0]
-    kind, options = config.get("model_type"), {}
+    kind = config.get("model_type")
     if kind == SpeechLLMConfig.model_type:
         student = from_folder(SpeechLLM, folder, dtype=torch.float32).eval()
         _ = student.whisper.extractor, student.whisper.tokenizer  # or they fail when it first hears
         return student
-    if "auto_map" in config and kind not in CONFIG_MAPPING:
-        options = {"trust_remote_code": True}
-        if not trust_remote_code:
-            raise RuntimeError(f"{name}: a model of type {kind!r} that runs code from its own "
-                               "folder; read it, then allow it with --trust-remote-code")
-    model = load_multimodal(folder, torch.float32, **options)
+    model = load_multimodal(folder, torch.float32)
     if not hasattr(model, "model") or not hasattr(model.config, "audio_token_id"):
         raise RuntimeError(f"{name}: a model of type {kind!r}, expected WHISPER+LLM, a folder that "
                            "train_kd.py wrote, or a speech LLM of transformers")
@@ -1104,7 +1099,7 @@ def load_student(name, trust_remote_code=False):
         merge_adapter(model)
     # Omni's processor wants torchvision, for what is never shown; Voxtral's takes files only
     plain = hasattr(model.model, "visual") or model.config.model_type == "voxtral"
-    processor = from_folder(AutoFeatureExtractor if plain else AutoProcessor, folder, **options)
+    processor = from_folder(AutoFeatureExtractor if plain else AutoProcessor, folder)
     return HubStudent(model, processor, load_tokenizer(folder, name)).eval()
 
 

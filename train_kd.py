@@ -70,8 +70,6 @@ def get_args(argv=None):
         help="text LLM, folder or hub id (NAME@REVISION); frozen")
     add("--student", default=m.DEFAULT_STUDENT,
         help="WHISPER+LLM, a speech LLM of transformers, or a folder that this script wrote")
-    add("--trust-remote-code", action="store_true",
-        help="run the code that comes in the student's folder; read it first")
     add("--data", nargs="+", required=True, help="manifests to train on")
     add("--eval-data", nargs="+", default=[], help="manifests to measure on")
     add("--max-bad-rows", type=natural, default=0,
@@ -854,7 +852,7 @@ def main(args):
     out.mkdir(parents=True, exist_ok=True)
 
     # ---- student, teacher ----
-    student = m.load_student(args.student, args.trust_remote_code)
+    student = m.load_student(args.student)
     teacher, teacher_tokenizer = None, student.tokenizer
     if args.kd_weight and counts["t2t"] + counts["s2t"] or eval_rows:
         teacher, teacher_tokenizer = load_teacher(args, student, dtype)

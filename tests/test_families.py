@@ -400,7 +400,7 @@ def test_what_cannot_be_a_student_is_named_with_what_to_do(tiny, checkpoint, dat
     with pytest.raises(RuntimeError, match=r"type 'llama', expected WHISPER\+LLM"):
         m.load_student(tiny.llm)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "ultravox", "auto_map": {"AutoModel": "code.Model"}}))
-    with pytest.raises(RuntimeError, match="'ultravox' that runs code from its own folder.*--trust-remote-code"):
+    with pytest.raises(RuntimeError, match="no .* can be read from it"):
         m.load_student(str(tmp_path))
     student = m.load_student(str(checkpoint(qwen2_audio)))
     with pytest.raises(ValueError, match=r"<\|AUDIO\|> stands in a system message or instruction"):

@@ -21,8 +21,6 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--student", required=True, help="as of train_kd.py")
-    p.add_argument("--trust-remote-code", action="store_true",
-                   help="run the code that comes in the student's folder; read it first")
     p.add_argument("--system", help="system message")
     p.add_argument("--language", help="of the speech, ISO code; default: Whisper's guess")
     p.add_argument("--max-new-tokens", type=m.number(int, 1), default=128,
@@ -37,7 +35,7 @@ def get_args(argv=None):
 
 
 def main(args):
-    student = m.load_student(args.student, args.trust_remote_code)
+    student = m.load_student(args.student)
     for question in args.questions:
         row = {"system": args.system, "language": args.language}
         if os.path.isfile(question):
