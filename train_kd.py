@@ -819,15 +819,15 @@ def resources(device):
 
 def start_processes(args):
     """-> rank, world size and device; with torchrun, all processes have met."""
-    if "RANK" not in os.environ:
-        return 0, 1, torch.device(args.device)
-    dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
     device = torch.device(args.device)
-    if args.device == "cpu":  # torchrun sets one thread a process
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    else:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    if args.device == "cpu":  # torchrun sets one thread a process
+        torch.set_num_threads(max(1, m.cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
     return dist.get_rank(), dist.get_world_size(), device
 
 

@@ -183,7 +183,7 @@ ARGUMENTS = {
     "no data folder": ("vb", ["--data", "nowhere"], r"nowhere: no SUBSET-SPLIT.jsonl, as tools/from_hub.py"),
     "subset not there": ("vb", ["--subsets", "bbh"], r"no bbh-SPLIT.jsonl$"),
     "no MMAU file": ("mmau", ["--data", "nowhere.json"], r"No such file.*nowhere.json"),
-    "no such mode": ("train", ["--device", "tpu"], r"--device: tpu: torch sees .*expected cpu, or cuda"),
+    "no such mode": ("train", ["--device", "tpu"], r"--device: invalid choice: 'tpu' \(choose from '?cpu'?, '?cuda'?\)"),
     "no student": ("train", ["--student", "nobody/nothing"], r"'nobody/nothing' is no local folder.*tools/offline_models.py"),
     "no teacher": ("synth", ["--teacher", "nobody/nothing"], r"'nobody/nothing' is no local folder.*tools/offline_models.py"),
     "no hub name": ("train", ["--teacher", "a b c/d/e"], r"is no local folder.*is no hub id \(ORG/NAME\)"),
@@ -518,18 +518,14 @@ def test_models(case, box, monkeypatch, capsys):
 # ---- the machine: cause: (script, environment, options, what the line says) ----
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-GPU = r"--device: cuda: torch sees no GPU, and this is process {} of torchrun"
 MACHINE = {
-    **{f"{script}: no GPU": (script, {}, ["--device", "cuda"], GPU.format(0)) for script in ("train", "synth")},
-    **{f"{script}: no GPU": (script, {}, ["--device", "cuda"], "NVIDIA|CUDA") for script in ("vb", "mmau")},
-    **{f"{script}: no GPU for torchrun": (script, TORCHRUN, ["--device", "cuda"], GPU.format(1)) for script in ("train", "synth")},
+    **{f"{script}: no GPU": (script, {}, ["--device", "cuda"], "NVIDIA|CUDA") for script in ("train", "synth", "vb", "mmau")},
+    **{f"{script}: no GPU for torchrun": (script, TORCHRUN, ["--device", "cuda"], "NVIDIA|CUDA") for script in ("train", "synth")},
     "port taken": ("train", {**TORCHRUN, "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "TAKEN"}, [], r"address already in use"),
     "torchrun without a world": ("train", {"RANK": "0"}, [], r"environment variable WORLD_SIZE expected"),
-    **{f"{script}: OUT a file": (script, {}, ["--out", "FILE"], r"--out: .*FILE: .*FILE is no folder that can be written to; choose")
-       for script in ("train", "synth", "compare")},
-    **{f"{script}: OUT a file": (script, {}, ["--out", "FILE"], r"File exists: .*FILE") for script in ("vb", "mmau")},
-    "OUT below a file": ("train", {}, ["--out", "FILE/run"], r"--out: .*FILE/run: .*FILE is no folder that can be written to"),
-    "OUT read-only": ("train", {}, ["--out", "READONLY/run"], r"--out: .*/run: .* is no folder that can be written to"),
+    **{f"{script}: OUT a file": (script, {}, ["--out", "FILE"], r"File exists: .*FILE") for script in ("train", "synth", "compare", "vb", "mmau")},
+    "OUT below a file": ("train", {}, ["--out", "FILE/run"], r"Not a directory: .*FILE/run"),
+    "OUT read-only": ("train", {}, ["--out", "READONLY/run"], r"(Permission denied|No such file|Read-only|not permitted).*run"),
     "OUT of another run": ("train", {}, ["--out", "DONE"], r"ckpt-000001-0.pt exists: add --resume to go on, or choose another --out"),
     "OUT of other options": ("synth", {}, ["--out", "BEGUN"], r"was begun with other options \(.*seed.*\); repeat them to go on"),
     "checkpoint cut": ("train", {}, ["--out", "DONE", "--resume"], r"DONE: no checkpoint has the SHA-256 that its name says \(1 tried\)"),
