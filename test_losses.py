@@ -80,12 +80,16 @@ def test_a_loss_has_the_value_computed_by_hand(name, beta, nats):
 
 
 # ---- 2. second implementations ----
+def plain_softmax(row, temperature):
+    powers = [math.exp(logit / temperature) for logit in row]
+    return [power / sum(powers) for power in powers]
+
+
 @every_temperature
 def test_the_divergences_agree_with_plain_python_loops(temperature):
     expected, beta = dict.fromkeys(DIVERGENCES, 0), 0.3
-    for logits in zip(*(x.tolist() for x in ROWS)):
-        exps = [[math.exp(logit / temperature) for logit in row] for row in logits]
-        s, t = ([e / sum(row) for e in row] for row in exps)
+    for student, teacher in zip(ROWS[0].tolist(), ROWS[1].tolist()):
+        s, t = plain_softmax(student, temperature), plain_softmax(teacher, temperature)
         m = [beta * b + (1 - beta) * a for a, b in zip(s, t)]
         for kind, w, p, q in [("forward_kl", 1, t, s), ("reverse_kl", 1, s, t),
                               ("skew_kl", 1, t, m), ("jsd", beta, t, m), ("jsd", 1 - beta, s, m)]:
@@ -161,8 +165,8 @@ def test_ignored_positions_and_padding_change_neither_loss_nor_gradient(name):
 @every_loss
 def test_the_losses_of_the_parts_of_a_batch_add_up_to_the_loss_of_the_batch(name):
     batch = (*SEQUENCES, LABELS)
-    parts = [sequence_loss(name, *(x[i:i + 1] for x in batch)) for i in range(2)]
-    torch.testing.assert_close(sum(parts), sequence_loss(name, *batch), **ROUNDING)
+    first, second = (sequence_loss(name, *rows) for rows in zip(*map(torch.chunk, batch, (2,) * 3)))
+    torch.testing.assert_close(first + second, sequence_loss(name, *batch), **ROUNDING)
 
 
 @every_loss
@@ -213,7 +217,8 @@ def ddp_worker(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/init", timedelta(seconds=60), 2, rank)
     model, batch = ddp_setup()
     ddp_model = torch.nn.parallel.DistributedDataParallel(model)
-    first, last = ([x[2 * rank + i][None] for x in batch] for i in range(2))
+    parts = [x.chunk(4)[2 * rank:2 * rank + 2] for x in batch]
+    first, last = zip(*parts)
     num_tokens = (first[-1] != X).sum() + (last[-1] != X).sum()
     dist.all_reduce(num_tokens)
     with ddp_model.no_sync():
@@ -225,7 +230,7 @@ def ddp_worker(rank, folder):
 
 def other_process(rank, folder):
     ddp_worker(rank, folder)
-    os._exit(0)  # an interpreter that ends beside gloo's threads is aborted once in a thousand times
+    os._exit(0)  # an interpreter that ends beside gloo's threads is aborted now and then
 
 
 def test_two_processes_with_two_uneven_micro_batches_equal_one_with_the_full_batch(tmp_path):
@@ -273,13 +278,6 @@ def test_fused_ce_kd_gives_no_gradient_to_a_frozen_head_nor_to_the_teacher():
         fused_ce_kd(**inputs)[0].backward()
     assert torch.equal(frozen["student_hidden"].grad, trainable["student_hidden"].grad)
     assert all(frozen[x].grad is None for x in frozen if x != "student_hidden")
-
-
-def test_fused_ce_kd_keeps_no_logits_for_the_backward_pass():
-    shapes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(x.shape), lambda x: x):
-        fused_ce_kd(**head_inputs(), chunk_rows=4)
-    assert not [shape for shape in shapes if shape[-1:] == (7,)]
 
 
 # ---- what evaluation reports ----
@@ -330,11 +328,11 @@ def test_wrong_input_raises_and_the_message_says_what_was_found(loss, arguments,
 
 
 def test_large_half_precision_states_do_not_overflow_before_the_loss():
-    hidden = torch.full((20, 5), 1000.0, dtype=torch.float16, requires_grad=True)  # their sum is no fp16
+    hidden = torch.full((20, 5), 1000.0, dtype=torch.float16)  # their sum is no fp16
     head = torch.eye(7, 5, dtype=torch.float16)
-    loss, ce_sum, kd_sum = fused_ce_kd(student_hidden=hidden, student_weight=head, teacher_hidden=hidden,
-                                        teacher_weight=head, targets=torch.zeros(20, dtype=torch.long))
-    assert torch.isfinite(torch.stack([loss.detach(), ce_sum, kd_sum])).all()
+    sums = fused_ce_kd(student_hidden=hidden, student_weight=head, teacher_hidden=hidden,
+                       teacher_weight=head, targets=torch.zeros(20, dtype=torch.long))
+    assert torch.isfinite(torch.stack(sums)).all()
 
 
 # ---- copying ----

@@ -149,6 +149,13 @@ def test_tied_embeddings_get_both_gradients():
     torch.testing.assert_close(tied, table.weight.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_no_logits_are_kept_for_the_backward_pass():
+    shapes, (inputs, _) = [], pair(11, 7, 5)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(x.shape), lambda x: x):
+        fused_ce_kd(**inputs, chunk_rows=4)
+    assert shapes and not [shape for shape in shapes if shape[-1:] == (7,)]
+
+
 def test_logits_of_a_chunk_are_the_largest_thing_in_memory():
     """The largest tensor that is made is chunk_rows x V, however many rows there are."""
     largest = []
