@@ -54,7 +54,7 @@ SLOW, FAST, ESPEAK_PITCH = (0, 0.25), (0.75, 1), (35, 65)  # speeds of two takes
 NUMBER = (r"([$€£] ?)?(\d{{1,3}}(?:{0}\d{{3}})+(?!\d)|\d+)(?:{1}(\d+))?"
           r"(?: (thousand|million|billion|trillion)\b)?(?:(st|nd|rd|th|s)\b)?")
 MONEY, POINT = {"$": "dollar", "€": "euro", "£": "pound"}, ("en", "zh", "ja", "ko", "th", "he")
-UNSPACED = ("zh", "yue", "ja", "th", "lo", "my", "km")  # written without spaces: rates of characters
+UNSPACED = ("zh", "yue", "ja", "th", "lo", "my", "km")  # no spaces: error rates of characters
 BACKGROUNDS, SNR_DB = ["rain", "hum", "beeps"], (12, 20)  # voice over background
 TAKE2 = "-take2"    # ends the id of a prompt's second clip
 SAMPLE_CHUNK = 256  # prompts that are sampled together
@@ -182,9 +182,8 @@ def tidy(text):
     return " ".join(text.translate(plain).split())
 
 
-def number_words(found, language):
+def number_words(found, language, num2words):
     """A match of NUMBER -> words; English has years, ordinals and money, too."""
-    from num2words import num2words
     sign, whole, part, size, ending = found.groups()
     digits = re.sub(r"\D", "", whole)
     say = functools.partial(num2words, f"{digits}.{part}" if part else int(digits), lang=language)
@@ -207,15 +206,17 @@ def number_words(found, language):
 
 def readable(text, language="en"):
     """Numbers and signs as words, for engines that do not read them themselves."""
-    thousands, point = (",", r"\.") if language in POINT else (r"\.", ",")
+    from num2words import num2words
+    marks = (",", r"\.") if language in POINT else (r"\.", ",")  # of thousands, of decimals
     try:
-        text = re.sub(NUMBER.format(thousands, point), lambda found: number_words(found, language),
-                      text)
+        text = re.sub(NUMBER.format(*marks),
+                      lambda found: number_words(found, language, num2words), text)
     except NotImplementedError as error:
         raise ValueError(f"num2words reads no numbers in {language!r}; write them as words, or use "
                          "an engine that reads them") from error
     signs = {"&": " and ", "%": " percent", "+": " plus ", "$": " dollars ", "°": " degrees"}
-    return tidy(text.translate(str.maketrans(signs if language == "en" else {})))
+    text = text.translate(str.maketrans(signs if language == "en" else {}))
+    return tidy(re.sub(r"\s+(?=[.,;:?!])", "", text))
 
 
 def fingerprints(text):
@@ -270,17 +271,25 @@ class Stage:
             file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
+def place():
+    """Rank of this process of torchrun, and how many there are."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def staged(args, name, rows, size, work):
     """work(batch of rows) -> records, shared by all processes -> {id: record} of all of them.
     What is done already stays; a run that is started again cuts the same batches."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = place()
     stage = Stage(args.out, name, rank)
     if world > 1:
         dist.barrier()
     done = stage.load().copy()
     rows = sorted(rows, key=lambda row: (len(row.get("prompt", "")), row["id"]))  # like lengths
-    batches = [rows[i:i + size] for i in range(0, len(rows), size)][rank::world]
-    todo = [batch for batch in batches if not done.keys() >= {row["id"] for row in batch}]
+    todo = []
+    for start in range(rank * size, len(rows), world * size):
+        batch = rows[start:start + size]
+        if not done.keys() >= {row["id"] for row in batch}:
+            todo.append(batch)
     for batch in tqdm(todo, name, unit="batch", disable=rank > 0 or not todo):
         stage.add([record for record in work(batch) if record["id"] not in done])
     if world > 1:
@@ -304,7 +313,7 @@ def sample_prompts(teacher, tokenizer, seed, chunk):
 
 def enough_prompts(args, teacher):
     """As many usable prompts of the teacher as were asked for -> what `choose` gives."""
-    sampled, world = [], int(os.environ.get("WORLD_SIZE", 1))
+    sampled, world = [], place()[1]
     for first in range(0, 40 + args.sample_prompts // 6, world):
         todo = [{"id": first + i} for i in range(world)]
         chunks = staged(args, "prompts", todo, 1, lambda batch: [
@@ -325,12 +334,13 @@ def prompt_ids(tokenizer, row):
 
 def unfit(args, rows, teacher):
     """Rows that the teacher's template refuses or its context cannot hold -> bad rows."""
-    bad, answered = [], Stage(args.out, "answers", int(os.environ.get("RANK", 0))).load()
+    bad, answered = [], Stage(args.out, "answers", place()[0]).load()
     for row in rows:
+        if row.get("response") or row["id"] in answered:  # where all are, no teacher is loaded
+            continue
         try:
-            if row["id"] not in answered:  # else it fitted, and no teacher need be loaded
-                llm, tokenizer = teacher()
-                m.check_context(llm, len(prompt_ids(tokenizer, row)), args.max_new_tokens)
+            llm, tokenizer = teacher()
+            m.check_context(llm, len(prompt_ids(tokenizer, row)), args.max_new_tokens)
         except ValueError as error:
             bad.append({"id": row["id"], "reason": f"row {row['id']!r}: {error}"})
     return bad
@@ -555,7 +565,8 @@ def sound_rows(rows):
         for kind, (question, replies) in QUESTIONS.items():
             given = [replies.get(take.get(kind)) for take in pair]
             if {*given} == {*replies.values()}:
-                sounds += (about(take, kind, question, a) for take, a in zip(pair, given))
+                for take, reply in zip(pair, given):
+                    sounds.append(about(take, kind, question, reply))
     return sounds
 
 
@@ -603,8 +614,8 @@ def load_teacher(args):
     m.check_context(llm, 1, args.max_new_tokens)
     begun = tokenizer.decode(m.chat_parts(tokenizer)[1])  # what it has to go on from
     if begun.count("<think>") > begun.count("</think>"):
-        raise ValueError(f"{args.teacher}: its chat template opens <think> whatever it is told, and "
-                         "thoughts are no answers; use a teacher that answers at once")
+        raise ValueError(f"{args.teacher}: its chat template opens <think> whatever it is told; "
+                         "thoughts are no answers, use a teacher that answers at once")
     return llm.to(args.device), tokenizer
 
 
@@ -635,7 +646,7 @@ def main(args):
     signal.signal(signal.SIGTERM, m.stop_now)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = place()
     if world > 1:
         dist.init_process_group("gloo")
         if args.device == "cuda":
@@ -660,12 +671,11 @@ def main(args):
     rows, drops = enough_prompts(args, teacher) if args.sample_prompts else choose(raw, args)
 
     # ---- answers ----
-    wanted = [row for row in rows if not row.get("response")]
-    bad += unfit(args, wanted, teacher)
+    bad += unfit(args, rows, teacher)
     said = m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
     left_out = {row["id"] for row in bad}
     rows = [row for row in rows if row["id"] not in left_out]
-    wanted = [row for row in wanted if row["id"] not in left_out]
+    wanted = [row for row in rows if not row.get("response")]
     answers = staged(args, "answers", wanted, min(args.batch_size, 1 + len(wanted) // world),
                      lambda batch: answer(*teacher(), batch, args.max_new_tokens))
     teacher.cache_clear()
