@@ -27,7 +27,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,6 +50,11 @@ VOICES = {"espeak": "en-us en-us+m1 en-us+m3 en-us+m6 en-us+m7 en-us+m8 en-us+f1
 # speed 0 (slowest) to 1 (fastest) in the engines' units; Whisper-base hears all of it well
 ESPEAK_WPM, PIPER_LENGTH = (110, 180), (1.6, 0.7)  # words a minute; factor on the length of sounds
 SLOW, FAST, ESPEAK_PITCH = (0, 0.25), (0.75, 1), (35, 65)  # speeds of two takes; pitch of 0-99
+# 1st, 1984, 1960s, $5.99, 1,200; the thousands' mark and the point are the language's
+NUMBER = (r"([$€£] ?)?(\d{{1,3}}(?:{0}\d{{3}})+(?!\d)|\d+)(?:{1}(\d+))?"
+          r"(?: (thousand|million|billion|trillion)\b)?(?:(st|nd|rd|th|s)\b)?")
+MONEY, POINT = {"$": "dollar", "€": "euro", "£": "pound"}, ("en", "zh", "ja", "ko", "th", "he")
+UNSPACED = ("zh", "yue", "ja", "th", "lo", "my", "km")  # no spaces: error rates of characters
 BACKGROUNDS, SNR_DB = ["rain", "hum", "beeps"], (12, 20)  # voice over background
 TAKE2 = "-take2"    # ends the id of a prompt's second clip
 SAMPLE_CHUNK = 256  # prompts that are sampled together
@@ -75,12 +80,11 @@ def get_args(argv=None):
     add("--heldout", type=zero, default=0, help="prompts for OUT/heldout.jsonl")
     add = p.add_argument_group("answers").add_argument
     add("--teacher", default=m.DEFAULT_LLM, help="text LLM, local folder or hub id")
-    add("--answers", type=m.number(int, -1), default=-1, help="so many, held-out first; -1 = all")
     add("--max-new-tokens", type=one, default=128, help="longest answer in tokens")
     add("--batch-size", type=one, default=384, help="answers generated together")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: the faster")
-    add("--device", type=m.device, default="cuda" if torch.cuda.is_available() else "cpu",
-        help="of teacher and recogniser, cuda or cpu")
+    add("--device", choices=["cpu", "cuda"], help="of teacher and recogniser",
+        default="cuda" if torch.cuda.is_available() else "cpu")
     add = p.add_argument_group("speech").add_argument
     add("--engine", choices=ENGINES, default="espeak", help="needs --tts-model or --tts-command")
     add("--voices", nargs="+", help="names (espeak), .onnx files (piper); None: the engine's own")
@@ -91,12 +95,11 @@ def get_args(argv=None):
     add("--sounds", action="store_true", help="also rows about how the clips of --takes 2 sound")
     add("--workers", type=one, default=m.cores(), help="threads that speak (piper, command)")
     add("--language", default="en", help="of prompts and speech (ISO 639-1)")
-    add("--max-wer", type=m.number(float, 0), default=0, help="drop clips heard worse; 0: none")
-    add("--wer-sample", type=share, default=0, help="share of clips to measure, 0-1")
+    add("--max-wer", type=m.number(float, 0), default=0, help="drop clips heard worse; 0: unheard")
     add("--asr", default="openai/whisper-base", help="Whisper model that transcribes the speech")
     p.add_argument("--preview", type=zero, default=0, help="clips in OUT/preview.html")
     p.add_argument("--seed", type=m.number(int, 0, 2**32), default=0, help="of all that is drawn")
-    p.add_argument("--out", type=m.out_folder, required=True, help="output folder")
+    p.add_argument("--out", required=True, help="output folder")
     p.add_argument("--tts-command", nargs=argparse.REMAINDER, default=[], metavar="WORD", help=
                    "LAST: program and arguments, e.g. flite -voice {voice} -t {text} -o {wav}")
     args = p.parse_args(argv)
@@ -113,7 +116,16 @@ def get_args(argv=None):
     if args.sounds and args.takes == 1:
         p.error("--sounds needs --takes 2: it asks how the two clips of a prompt differ")
     args.voices = args.voices or VOICES[args.engine]
+    if args.dtype == "auto":
+        args.dtype = faster_dtype(args.device)
     return args
+
+
+def faster_dtype(device):
+    """The one in which matrices multiply faster: bfloat16 on a GPU and on CPUs made for it."""
+    flags = Path("/proc/cpuinfo")
+    able = flags.exists() and re.search("amx_bf16|avx512_bf16|bf16mm", flags.read_text())
+    return "bfloat16" if device == "cuda" or able else "float32"
 
 
 # ---- rows ----
@@ -170,12 +182,41 @@ def tidy(text):
     return " ".join(text.translate(plain).split())
 
 
-def readable(text):
+def number_words(found, language, num2words):
+    """A match of NUMBER -> words; English has years, ordinals and money, too."""
+    sign, whole, part, size, ending = found.groups()
+    digits = re.sub(r"\D", "", whole)
+    say = functools.partial(num2words, f"{digits}.{part}" if part else int(digits), lang=language)
+    if language != "en":
+        return f"{sign or ''} {say()} {size or ''}{ending or ''}"
+    year = whole == digits and len(digits) == 4 and "1100" <= digits < "2100" and not (part or sign)
+    if ending and ending != "s":
+        return f" {say(to='ordinal')} "
+    words = say(to="year") if year else say()
+    if sign:
+        cents = f" {num2words(int(part))}" if part and len(part) == 2 and not size else ""
+        words = num2words(int(digits)) if cents else f"{words} {size}" if size else words
+        words += f" {MONEY[sign[0]]}{'s' * (words != 'one')}{cents}"
+    elif size:
+        words += f" {size}"
+    elif ending:  # 1960s
+        words = f"{words[:-1]}ies" if words.endswith("y") else f"{words}s"
+    return f" {words} "
+
+
+def readable(text, language="en"):
     """Numbers and signs as words, for engines that do not read them themselves."""
     from num2words import num2words
+    marks = (",", r"\.") if language in POINT else (r"\.", ",")  # of thousands, of decimals
+    try:
+        text = re.sub(NUMBER.format(*marks),
+                      lambda found: number_words(found, language, num2words), text)
+    except NotImplementedError as error:
+        raise ValueError(f"num2words reads no numbers in {language!r}; write them as words, or use "
+                         "an engine that reads them") from error
     signs = {"&": " and ", "%": " percent", "+": " plus ", "$": " dollars ", "°": " degrees"}
-    text = re.sub(r"(?<=\d),(?=\d{3})", "", text.translate(str.maketrans(signs)))
-    return tidy(re.sub(r"\d+(?:\.\d+)?", lambda number: f" {num2words(number[0])} ", text))
+    text = text.translate(str.maketrans(signs if language == "en" else {}))
+    return tidy(re.sub(r"\s+(?=[.,;:?!])", "", text))
 
 
 def fingerprints(text):
@@ -230,17 +271,25 @@ class Stage:
             file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
+def place():
+    """Rank of this process of torchrun, and how many there are."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def staged(args, name, rows, size, work):
     """work(batch of rows) -> records, shared by all processes -> {id: record} of all of them.
     What is done already stays; a run that is started again cuts the same batches."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = place()
     stage = Stage(args.out, name, rank)
     if world > 1:
         dist.barrier()
     done = stage.load().copy()
     rows = sorted(rows, key=lambda row: (len(row.get("prompt", "")), row["id"]))  # like lengths
-    batches = [rows[i:i + size] for i in range(0, len(rows), size)][rank::world]
-    todo = [batch for batch in batches if not done.keys() >= {row["id"] for row in batch}]
+    todo = []
+    for start in range(rank * size, len(rows), world * size):
+        batch = rows[start:start + size]
+        if not done.keys() >= {row["id"] for row in batch}:
+            todo.append(batch)
     for batch in tqdm(todo, name, unit="batch", disable=rank > 0 or not todo):
         stage.add([record for record in work(batch) if record["id"] not in done])
     if world > 1:
@@ -249,18 +298,6 @@ def staged(args, name, rows, size, work):
 
 
 # ---- prompts and answers by the teacher ----
-
-def measured_dtype(device):
-    """The one that multiplies matrices faster."""
-    def seconds(dtype):
-        a, times = torch.ones(576, 576, dtype=getattr(torch, dtype), device=device), []
-        for _ in range(20):
-            start = time.perf_counter()
-            (a @ a)[0, 0].item()  # waits for a GPU
-            times.append(time.perf_counter() - start)
-        return sorted(times)[10]
-    return min("float32", "bfloat16", key=seconds)
-
 
 def sample_prompts(teacher, tokenizer, seed, chunk):
     """SAMPLE_CHUNK prompts: the teacher goes on in its chat template where the user begins."""
@@ -276,7 +313,7 @@ def sample_prompts(teacher, tokenizer, seed, chunk):
 
 def enough_prompts(args, teacher):
     """As many usable prompts of the teacher as were asked for -> what `choose` gives."""
-    sampled, world = [], int(os.environ.get("WORLD_SIZE", 1))
+    sampled, world = [], place()[1]
     for first in range(0, 40 + args.sample_prompts // 6, world):
         todo = [{"id": first + i} for i in range(world)]
         chunks = staged(args, "prompts", todo, 1, lambda batch: [
@@ -290,13 +327,31 @@ def enough_prompts(args, teacher):
                        "another teacher")
 
 
+def prompt_ids(tokenizer, row):
+    before, after = m.chat_parts(tokenizer, row.get("system"), row.get("instruction"))
+    return before + m.text_ids(tokenizer, row["prompt"]) + after
+
+
+def unfit(args, rows, teacher):
+    """Rows that the teacher's template refuses or its context cannot hold -> bad rows."""
+    bad, answered = [], Stage(args.out, "answers", place()[0]).load()
+    for row in rows:
+        if row.get("response") or row["id"] in answered:  # where all are, no teacher is loaded
+            continue
+        try:
+            llm, tokenizer = teacher()
+            m.check_context(llm, len(prompt_ids(tokenizer, row)), args.max_new_tokens)
+        except ValueError as error:
+            bad.append({"id": row["id"], "reason": f"row {row['id']!r}: {error}"})
+    return bad
+
+
 def answer(teacher, tokenizer, rows, max_new_tokens):
     """Greedy answers to a batch of rows -> records with response and finish."""
     end, embed, prompts, records = m.end_token(tokenizer), teacher.get_input_embeddings(), [], []
     for row in rows:
-        before, after = m.chat_parts(tokenizer, row.get("system"), row.get("instruction"))
-        ids = before + m.text_ids(tokenizer, row["prompt"]) + after
-        prompts.append(embed(torch.tensor(ids, device=teacher.device)))
+        ids = torch.tensor(prompt_ids(tokenizer, row), device=teacher.device)
+        prompts.append(embed(ids))
     outputs = m.generate(teacher, prompts, max_new_tokens=max_new_tokens, eos_ids=[end])
     for row, ids in zip(rows, outputs):
         finish = "stop" if ids[-1] == end else "length"
@@ -375,14 +430,15 @@ def hf_pipeline(name):
 def hf(args, text, _voice, _speed, rng):
     speaker = hf_pipeline(args.tts_model)  # before the seed: loading draws random numbers
     torch.manual_seed(rng.getrandbits(32))
-    result = speaker(readable(text))
+    result = speaker(readable(text, args.language))
     return np.asarray(result["audio"], np.float32).reshape(-1), result["sampling_rate"]
 
 
 def command(args, text, voice, _speed, _rng):
     with tempfile.TemporaryDirectory() as folder:
         wav = os.path.join(folder, "speech.wav")
-        values = {"{text}": readable(text).lstrip("-"), "{wav}": wav, "{voice}": voice}
+        said = readable(text, args.language).lstrip("-")  # no option of the program's
+        values = {"{text}": said, "{wav}": wav, "{voice}": voice}
         words = [values.get(word, word) for word in args.tts_command]  # never through a shell
         result = subprocess.run(words, capture_output=True, text=True, errors="replace",
                                 timeout=300)
@@ -459,15 +515,28 @@ def synthesise(args, clip):
             "seconds": round(len(samples) / m.SAMPLE_RATE, 3)}
 
 
+def units(text, language, spellings):
+    """What an error rate counts, without case, punctuation and, in English, ways of writing: words,
+    or characters where words have no spaces between them."""
+    if language == "en":
+        return english_normalizer.EnglishTextNormalizer(spellings)(text).split()
+    kept = []
+    for c in unicodedata.normalize("NFKC", text.lower()):
+        kept.append(" " if unicodedata.category(c)[0] in "PS" else c)
+    words = "".join(kept).split()
+    return list("".join(words)) if language in UNSPACED else words
+
+
 def listen(args, whisper, clips):
     """What Whisper hears, and the share of words that it mishears."""
-    normalise = (english_normalizer.EnglishTextNormalizer({}) if args.language == "en"
-                 else english_normalizer.BasicTextNormalizer())
+    table = Path(whisper.folder) / "normalizer.json"  # British spelling -> American
+    spellings = json.loads(table.read_text()) if table.exists() else {}
     waveforms, records = [m.load_audio(Path(args.out) / clip["audio"]) for clip in clips], []
     for clip, heard in zip(clips, whisper.hear(waveforms, args.language)):
-        words = normalise(clip["prompt"]).split()
-        wrong = edit_distance(words, normalise(heard.text).split()) / max(1, len(words))
-        records.append({"id": clip["id"], "wer": round(wrong, 4), "heard": heard.text})
+        said = units(clip["prompt"], args.language, spellings)
+        wrong = edit_distance(said, units(heard.text, args.language, spellings))
+        records.append({"id": clip["id"], "wer": round(wrong / max(1, len(said)), 4),
+                        "heard": heard.text})
     return records
 
 
@@ -496,7 +565,8 @@ def sound_rows(rows):
         for kind, (question, replies) in QUESTIONS.items():
             given = [replies.get(take.get(kind)) for take in pair]
             if {*given} == {*replies.values()}:
-                sounds += (about(take, kind, question, a) for take, a in zip(pair, given))
+                for take, reply in zip(pair, given):
+                    sounds.append(about(take, kind, question, reply))
     return sounds
 
 
@@ -539,15 +609,18 @@ def write_results(args, rows, drops, clips):
     return 1 if reasons["no speech"] else 0
 
 
-def load_teacher(args, dtype):
-    llm, tokenizer = m.load_llm(args.teacher, getattr(torch, dtype))
+def load_teacher(args):
+    llm, tokenizer = m.load_llm(args.teacher, getattr(torch, args.dtype))
     m.check_context(llm, 1, args.max_new_tokens)
+    begun = tokenizer.decode(m.chat_parts(tokenizer)[1])  # what it has to go on from
+    if begun.count("<think>") > begun.count("</think>"):
+        raise ValueError(f"{args.teacher}: its chat template opens <think> whatever it is told; "
+                         "thoughts are no answers, use a teacher that answers at once")
     return llm.to(args.device), tokenizer
 
 
 def begin(args, raw, teacher):
-    """Try what can fail, so that it fails now and leaves no trace; refuse an OUT of other options
-    -> the precision, settled once: a run that goes on must not answer in another."""
+    """Try what can fail, so that it fails now; refuse an OUT of other options."""
     path = Path(args.out) / ".stages" / "args.json"
     plan = {key: value for key, value in vars(args).items()
             if key not in ("workers", "preview", "device", "out")}
@@ -559,24 +632,21 @@ def begin(args, raw, teacher):
                          "on, or choose another --out")
     for voice in args.voices if args.engine in ("espeak", "piper") else []:
         ENGINES[args.engine](args, "a", voice, 0, random.Random(0))
-    for name in filter(None, (args.tts_model, (args.max_wer or args.wer_sample) and args.asr)):
+    for name in filter(None, (args.tts_model, args.max_wer and args.asr)):
         m.resolve(name)
-    if path.exists():
-        return old["settled"]
-    dtype = measured_dtype(args.device) if args.dtype == "auto" else args.dtype
-    if args.answers and not (raw and all(row.get("response") for row in raw)):
-        teacher(dtype)
-    (Path(args.out) / "wav").mkdir(parents=True, exist_ok=True)
-    path.parent.mkdir(exist_ok=True)
-    m.write_atomically(path, json.dumps({**plan, "settled": dtype}))
-    return dtype
+    if not path.exists():
+        Path(args.out, "wav").mkdir(parents=True, exist_ok=True)
+        if not (raw and all(row.get("response") for row in raw)):
+            teacher()
+        path.parent.mkdir(exist_ok=True)
+        m.write_atomically(path, json.dumps(plan))
 
 
 def main(args):
     signal.signal(signal.SIGTERM, m.stop_now)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = place()
     if world > 1:
         dist.init_process_group("gloo")
         if args.device == "cuda":
@@ -587,26 +657,27 @@ def main(args):
     # ---- prompts ----
     bad = []
     raw = read_rows(args.input, args.limit, bad) if args.input else []
-    said = m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
+    m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
     if args.hub_dataset:
         from datasets import load_dataset
         stream = load_dataset(args.hub_dataset, split="train", streaming=True)
         stream = enumerate(stream.take(args.limit) if args.limit else stream)
         raw = [to_row(found, f"{args.hub_dataset}:{i}") for i, found in tqdm(stream, "hub rows")]
-    teacher = functools.cache(functools.partial(load_teacher, args))
-    settled = [begin(args, raw, teacher) if rank == 0 else None]
+    teacher = functools.cache(lambda: load_teacher(args))  # loaded when first needed, if ever
+    if rank == 0:
+        begin(args, raw, teacher)
     if world > 1:
-        dist.broadcast_object_list(settled)
-    [dtype] = settled
-    rows, drops = (enough_prompts(args, lambda: teacher(dtype)) if args.sample_prompts
-                   else choose(raw, args))
+        dist.barrier()
+    rows, drops = enough_prompts(args, teacher) if args.sample_prompts else choose(raw, args)
 
-    # ---- answers: the held-out first ----
-    wanted = sorted(rows, key=lambda row: row["split"] != "heldout")
-    wanted = wanted[:args.answers if args.answers >= 0 else None]
-    wanted = [row for row in wanted if not row.get("response")]
+    # ---- answers ----
+    bad += unfit(args, rows, teacher)
+    said = m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
+    left_out = {row["id"] for row in bad}
+    rows = [row for row in rows if row["id"] not in left_out]
+    wanted = [row for row in rows if not row.get("response")]
     answers = staged(args, "answers", wanted, min(args.batch_size, 1 + len(wanted) // world),
-                     lambda batch: answer(*teacher(dtype), batch, args.max_new_tokens))
+                     lambda batch: answer(*teacher(), batch, args.max_new_tokens))
     teacher.cache_clear()
     rows = [{**row, **answers.get(row["id"], {})} for row in rows]
 
@@ -617,10 +688,8 @@ def main(args):
         speak = functools.partial(synthesise, args)
         speech = staged(args, "speech", clips, 4 * workers, lambda batch: pool.map(speak, batch))
     clips = [{"prompt": clip["prompt"], **speech[clip["id"]]} for clip in clips]
-    share = 1.0 if args.max_wer else args.wer_sample
-    checked = [clip for clip in clips if "audio" in clip
-               and random.Random(f"wer {args.seed} {clip['id']}").random() < share]
-    whisper = functools.cache(lambda: m.load_whisper(args.asr, getattr(torch, dtype)))
+    checked = [clip for clip in clips if "audio" in clip and args.max_wer]
+    whisper = functools.cache(lambda: m.load_whisper(args.asr, getattr(torch, args.dtype)))
     heard = staged(args, "heard", checked, 32,
                    lambda batch: listen(args, whisper().to(args.device), batch))
     clips = [{**clip, **heard.get(clip["id"], {})} for clip in clips]

@@ -148,7 +148,7 @@ ARGUMENTS = {
     **numbers("train", "1e-06 to 0.999999", beta=[0, 1]), **numbers("train", "0 to 4294967296", seed=-1),
     **numbers("synth", "1 or more", workers=0, batch_size=0, max_new_tokens=0, max_words=0),
     **numbers("synth", "0 or more", heldout=-1, limit=-1, preview=-1, max_wer=-0.1, max_bad_rows=-1, sample_prompts=-1),
-    **numbers("synth", "0 to 1", wer_sample=[2.0, "nan"], noise=-0.1), **numbers("synth", "-1 or more", answers=-2),
+    **numbers("synth", "0 to 1", noise=[2.0, "nan", -0.1]),
     **numbers("vb", "1 or more", batch_size=0, max_new_tokens=0),
     **numbers("vb", "0 or more", limit=-1),
     **numbers("mmau", "1 or more", batch_size=0, max_new_tokens=-1), **numbers("mmau", "0 or more", limit=-1),

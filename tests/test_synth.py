@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,13 +77,12 @@ def options(tmp_path_factory):
     rows[0].update(system_prompt="Answer like a pirate.", response="Mice.")
     rows += [{"prompt": text} for text in ("a b c d e f g h or i", *BAD)] + [{"id": "row 3", "prompt": "Who"}]
     write(folder / "not.jsonl", [{"prompt": PROMPTS[-1].lower()}, {"prompt": "Is this—out — or not"}])
-    return ["--input", write(folder / "in.jsonl", rows), "--exclude", folder / "not.jsonl", "--heldout", 3,
-            "--answers", 11]
+    return ["--input", write(folder / "in.jsonl", rows), "--exclude", folder / "not.jsonl", "--heldout", 3]
 
 
 @pytest.fixture(scope="module")
 def reference(tiny, options, tmp_path_factory):
-    """One uninterrupted run: 20 usable prompts, 3 of them held out, 11 answered."""
+    """One uninterrupted run: 20 usable prompts, 3 of them held out."""
     out = tmp_path_factory.mktemp("reference") / "out"
     assert run(tiny.llm, out, *options) == 0
     return out
@@ -110,7 +110,7 @@ def test_a_bad_file_gets_one_line_that_names_the_place(tmp_path, content, messag
 
 
 @pytest.mark.parametrize("argv", [
-    "--sample-prompts 0", "--input a --sample-prompts 3", "--input a --engine hf", "--input a --wer-sample 2",
+    "--sample-prompts 0", "--input a --sample-prompts 3", "--input a --engine hf", "--input a --noise 2",
     "--input a --engine command --tts-command sh {text}",
     "--input a --engine command --tts-command no-such-program {text} {wav}"])
 def test_arguments_that_cannot_work_are_refused_at_once(argv):
@@ -141,6 +141,69 @@ def test_texts_are_made_plain_and_numbers_words_where_the_engine_needs_it(text, 
     assert synth.readable(tidy) == words
 
 
+@pytest.mark.parametrize("language, text, words", [
+    ("en", "the 1st of 21st, in 1984", "the first of twenty-first, in nineteen eighty-four"),
+    ("en", "the 1960s, 1900s", "the nineteen sixties, nineteen hundreds"), ("en", "$5.99", "five dollars ninety-nine"),
+    ("en", "$1, $2.5 and $1.5 million", "one dollar, two point five dollars and one point five million dollars"),
+    ("en", "1,984 years", "one thousand, nine hundred and eighty-four years"), ("en", "2500 m", "two thousand, five hundred m"),
+    ("de", "2024", "zweitausendvierundzwanzig"), ("de", "1.200", "eintausendzweihundert"), ("de", "3,5", "drei Komma fünf")])
+def test_numbers_are_read_as_people_do(language, text, words):
+    pytest.importorskip("num2words")
+    assert synth.readable(text, language) == words
+
+
+def test_a_language_whose_numbers_cannot_be_read_is_refused_where_there_are_numbers():
+    pytest.importorskip("num2words")
+    assert synth.readable("没有", "zh") == "没有"
+    with pytest.raises(ValueError, match="no numbers in 'zh'; write them as words"):
+        synth.readable("3 个", "zh")
+
+
+@pytest.mark.parametrize("language, said, heard, rate", [
+    ("zh", "你好，世界。", "你好世界", 0), ("zh", "你好世界", "你好时间", 1 / 2), ("ja", "元気ですか？", "元気 ですか", 0),
+    ("th", "สวัสดี ครับ", "สวัสดีครับ", 0), ("de", "Wie geht es, Jürgen?", "wie geht's Jürgen", 1 / 4),
+    ("hi", "आप कैसे हैं?", "आप कैसे हैं", 0), ("en", "It's 22 dogs.", "it is twenty two dogs", 0),
+    ("en", "My favourite colour", "my favorite color", 0)])
+def test_error_rates_count_words_or_characters_and_no_punctuation(tmp_path, language, said, heard, rate):
+    (tmp_path / "normalizer.json").write_text('{"favourite": "favorite", "colour": "color"}')
+    soundfile.write(tmp_path / "a.wav", np.zeros(8000), 16_000)
+    whisper = SimpleNamespace(folder=tmp_path, hear=lambda waveforms, language: [SimpleNamespace(text=heard)])
+    args = argparse.Namespace(language=language, out=tmp_path)
+    [record] = synth.listen(args, whisper, [{"id": "a", "prompt": said, "audio": "a.wav"}])
+    assert record["wer"] == pytest.approx(rate, abs=1e-4) and record["heard"] == heard
+
+
+def teacher_with(tiny, folder, before, after=""):
+    """The tiny LLM with other words before and after its chat template."""
+    shutil.copytree(tiny.llm, folder)
+    tokenizer = m.load_tokenizer(folder, "tiny")
+    tokenizer.chat_template = before + tokenizer.chat_template + after
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_rows_that_the_template_refuses_are_bad_rows_before_anything_is_spoken(tiny, tmp_path, capsys):
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+    teacher = teacher_with(tiny, tmp_path / "llm", refuses)
+    rows = [{"id": "good", "prompt": "Who are you?"}, {"id": "bad", "prompt": "Why?", "system": "Be kind."},
+            {"id": "mark", "prompt": "What is it?", "system": m.AUDIO_MARK}]
+    argv = teacher, tmp_path / "out", "--input", write(tmp_path / "in.jsonl", rows)
+    with pytest.raises(ValueError, match=r"row 'bad': .*refuses system message 'Be kind.'.*--max-bad-rows 2"):
+        run(*argv)
+    assert not list(tmp_path.glob("out/wav/*"))
+    shutil.rmtree(tmp_path / "out")
+    for _ in range(2):  # the second time all is there
+        assert run(*argv, "--max-bad-rows", 2) == 0 and "2 bad rows are left out" in capsys.readouterr().out
+        assert [row["id"] for row in read(tmp_path, "out/train.jsonl")] == ["good"]
+        assert [row["id"] for row in read(tmp_path, "out/bad_rows.jsonl")] == ["bad", "mark"]
+
+
+def test_a_teacher_that_always_thinks_is_refused(tiny, tmp_path):
+    teacher = teacher_with(tiny, tmp_path / "llm", "", "{% if add_generation_prompt %}<think>\n{% endif %}")
+    with pytest.raises(ValueError, match="opens <think> whatever it is told.*use a teacher that answers"):
+        run(teacher, tmp_path / "out", "--input", write(tmp_path / "in.jsonl", [{"prompt": "Why?"}]))
+
+
 def test_the_documented_rows_are_there_and_as_many_as_asked(reference, options):
     train, heldout = read(reference, "train.jsonl"), read(reference, "heldout.jsonl")
     for row in train + heldout:
@@ -154,8 +217,7 @@ def test_the_documented_rows_are_there_and_as_many_as_asked(reference, options):
     assert row["reference"] == "Mice." != row["response"] and row["system"] == "Answer like a pirate."
     a, b = (set().union(*(synth.fingerprints(row["prompt"]) for row in rows)) for rows in (train, heldout))
     assert not a & b and "b c d e f g h or" in a | b
-    assert len(heldout) == 3 and all(row["response"] for row in heldout)
-    assert len(train) == 17 and sum(row["response"] is not None for row in train) == 11 - 3
+    assert (len(train), len(heldout)) == (17, 3) and all(row["response"] is not None for row in train + heldout)
     assert {d["prompt"]: d["reason"] for d in read(reference, "dropped.jsonl")} == {
         PROMPTS[-1]: "near-duplicate", "Who": "duplicate id", **{synth.tidy(k): v for k, v in BAD.items()}}
     counts = {"url": 1, "code": 1, "near-duplicate": 4, "duplicate id": 1}
@@ -241,7 +303,7 @@ def test_sampled_prompts_depend_on_seed_and_chunk_alone_and_go_on(tiny, tmp_path
         part.save_pretrained(tmp_path / "llm")
     a, b, c, d = (synth.sample_prompts(llm, tokenizer, *key)["rows"] for key in ((0, 0), (0, 0), (0, 1), (1, 0)))
     assert a == b and a and len({json.dumps([row["prompt"] for row in x]) for x in (a, c, d)}) == 3
-    argv = tmp_path / "llm", tmp_path / "out", "--sample-prompts", len(a) + 1, "--answers", 0, "--heldout", 1
+    argv = tmp_path / "llm", tmp_path / "out", "--sample-prompts", len(a) + 1, "--heldout", 1
     assert run(*argv) == 0
     manifest, stage = (tmp_path / "out" / name for name in ("train.jsonl", ".stages/prompts.0.jsonl"))
     first, chunks = manifest.read_bytes(), stage.read_bytes()
@@ -319,7 +381,7 @@ def test_a_program_gets_the_text_as_one_argument_and_its_failures_are_listed(tmp
     (tmp_path / "speak.py").write_text(PROGRAM)
     command = [sys.executable, "speak.py", "log.jsonl", "{text}", "{wav}", "{voice}"]
     evil = """Say "hi"; touch a 'b' & $(touch c) `touch d` | touch e"""
-    args = argparse.Namespace(tts_command=command)
+    args = argparse.Namespace(tts_command=command, language="en")
     assert len(synth.command(args, f"--{evil}", "v 1", 0, None)[0]) == 8000
     assert read("log.jsonl") == [[evil.replace("&", "and").replace("$", "dollars "), "v 1"]]
     texts = ['A "quoted; word"', "Two cats?", "a silence", "a noise"]
@@ -366,9 +428,7 @@ def test_bad_speech_is_measured_and_dropped(real, tmp_path, monkeypatch):
     said = ["There are 22 dogs, here!", "There are twenty two cats here.", "Completely unlike it"]
     same, one, every = synth.listen(args, whisper, [{**kept[0], "prompt": text} for text in said])
     assert same["wer"] == 0 and "dogs" in same["heard"] and one["wer"] == 1 / 5 and every["wer"] >= 1
-    shutil.rmtree(tmp_path / "out")
-    rates = [row["wer"] for row in spoken(*argv, "--wer-sample", 0.5)[1] if row["wer"] is not None]
-    assert json.loads((tmp_path / "out/summary.json").read_text())["wer_measured_on"] == len(rates) in (1, 2)
+    assert json.loads((tmp_path / "out/summary.json").read_text())["wer_measured_on"] == 2
 
 
 # ---- two takes of a prompt, and questions about how they sound ----

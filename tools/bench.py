@@ -59,7 +59,7 @@ def get_args(argv=None):
     p.add_argument("--clips", type=one, help="hearing: how many")
     p.set_defaults(**SIZES[device.parse_known_args(argv)[0].device])
     args = p.parse_args(argv)
-    args.dtype = synth_speech.measured_dtype(args.device) if args.dtype == "auto" else args.dtype
+    args.dtype = synth_speech.faster_dtype(args.device) if args.dtype == "auto" else args.dtype
     return args
 
 

@@ -268,7 +268,7 @@ def commands(args, work, student):
     speech, small = work / "synth/alone/run", ["--dtype", "float32", "--device", "cpu"]
 
     def synth(folder):
-        measured = ["--wer-sample", "0.5"] if args.student == m.DEFAULT_STUDENT else []
+        measured = ["--max-wer", "9"] if args.student == m.DEFAULT_STUDENT else []
         return "synth_speech.py", ["--input", f"{work}/questions.jsonl", "--teacher", args.llm, "--heldout", "3", "--takes", "2",
                                    "--sounds", "--max-new-tokens", "12", "--batch-size", "4", "--preview", "3", *measured, *small,
                                    "--out", f"{folder}/run"], False

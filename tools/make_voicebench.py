@@ -37,7 +37,7 @@ def get_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of voices and speeds")
     p.add_argument("--tts-command", nargs=argparse.REMAINDER, default=[], metavar="WORD",
                    help="LAST option: a program, its arguments, among them {text} {wav} {voice}")
-    p.set_defaults(takes=1, noise=0)  # as of synth_speech.py
+    p.set_defaults(takes=1, noise=0, language="en")  # as of synth_speech.py
     args = p.parse_args(argv)
     needed = {"hf": {args.tts_model}, "command": {"{text}", "{wav}"}}.get(args.engine, set())
     if not needed <= {args.tts_model or "", *args.tts_command}:
