@@ -3,15 +3,15 @@
 #   models -> prompts, answers, speech -> a student that hears -> base: taught to listen, forgets -> distilled -> one table.
 #
 #   bash tools/quickstart.sh            minutes: see README.md; downloads aside
-#   SEED=2 bash tools/quickstart.sh     another seed, in data/quick-2 and out/quick-2
+#   SEED=7 bash tools/quickstart.sh     another seed, in data/quick-7 and out/quick-7
 #
 # Stopped anywhere, the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=passive
 
-seed=${SEED:-1} name=quick
-[ "$seed" = 1 ] || name=quick-$seed
+seed=${SEED:-2} name=quick   # 0 and 1 are what it was tuned on
+[ "$seed" = 2 ] || name=quick-$seed
 data=data/$name out=out/$name
 say() { printf '\n== %4d s  %s\n' $((SECONDS - started)) "$*"; }
 started=$SECONDS
@@ -51,11 +51,11 @@ synth --input "$data/heard/heldout.jsonl" --takes 2 --sounds --out "$data/unhear
 
 say "base: the ordinary first stage of a speech LLM, cross-entropy on transcripts and sounds; its dialogue suffers"
 train --data "$data"/{heard,variety}/sounds.jsonl "$data/variety/transcripts.jsonl" --channels s2t \
-    --lr-llm 5e-5 --sound-batch-size 16 --max-steps 24 --out "$out/base"
+    --lr-llm 1e-4 --sound-batch-size 16 --max-steps 24 --out "$out/base"
 
 say "distilled: by text and by speech to the text teacher, sounds beside them"
 train --student "$out/base/last" --data "$data"/{heard,variety}/{train,sounds}.jsonl --ce-weight 0 --kd-weight 1 --temperature 1 \
-    --lr-llm 5e-5 --batch-size 8 --sound-batch-size 8 --max-steps 20 --out "$out/distilled"
+    --lr-llm 5e-5 --batch-size 8 --sound-batch-size 8 --max-steps 16 --out "$out/distilled"
 
 say "teacher, cascade, base, distilled, controls"
 python tools/compare.py --base "$out/base/last" --distilled "$out/distilled/last" --cache "$data/.cache" --out "$out" \
