@@ -201,11 +201,10 @@ def number_words(found, language, num2words):
             return f" {num2words(number)}{size} {name} "
         money = num2words(str(number), to="currency", currency=code)  # an int would be cents
         return f" {money.partition(', zero')[0]} "
-    if part or not whole.isdigit():
-        return f" {num2words(number)}{size}{ending} "
-    if ending not in ("", "s"):
+    if ending not in ("", "s") and not part:
         return f" {num2words(number, to='ordinal')} "
-    words = num2words(number, to="year" if 1100 <= number < 2100 else "cardinal")
+    year = whole.isdigit() and not part and 1100 <= number < 2100
+    words = num2words(number, to="year" if year else "cardinal")
     return re.sub("ys$", "ies", f" {words}{size}{ending}") + " "
 
 

@@ -154,7 +154,7 @@ def test_texts_are_made_plain_and_numbers_words_where_the_engine_needs_it(text, 
     ("en", "the 1st of 21st, in 1984", "the first of twenty-first, in nineteen eighty-four"),
     ("en", "the 1960s, 1900s", "the nineteen sixties, nineteen hundreds"), ("en", "$5.99", "five dollars, ninety-nine cents"),
     ("en", "$1, $2.5 and $1.5 million", "one dollar, two dollars, fifty cents and one point five million dollars"),
-    ("en", "3.5th of £20", "three point fiveth of twenty pounds sterling"),
+    ("en", "1,201st", "one thousand, two hundred and first"), ("en", "3.5th of £20", "three point fiveth of twenty pounds sterling"),
     ("en", "1,984 years", "one thousand, nine hundred and eighty-four years"), ("en", "2500 m", "two thousand, five hundred m"),
     ("de", "2024", "zweitausendvierundzwanzig"), ("de", "1.200", "eintausendzweihundert"), ("de", "3,5", "drei Komma fünf")])
 def test_numbers_are_read_as_people_do(language, text, words):
