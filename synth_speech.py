@@ -32,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import regex
 import soundfile
 import torch
 import torch.distributed as dist
@@ -50,10 +51,12 @@ VOICES = {"espeak": "en-us en-us+m1 en-us+m3 en-us+m6 en-us+m7 en-us+m8 en-us+f1
 # speed 0 (slowest) to 1 (fastest) in the engines' units; Whisper-base hears all of it well
 ESPEAK_WPM, PIPER_LENGTH = (110, 180), (1.6, 0.7)  # words a minute; factor on the length of sounds
 SLOW, FAST, ESPEAK_PITCH = (0, 0.25), (0.75, 1), (35, 65)  # speeds of two takes; pitch of 0-99
-# 1st, 1984, 1960s, $5.99, 1,200; the thousands' mark and the point are the language's
-NUMBER = (r"([$€£] ?)?(\d{{1,3}}(?:{0}\d{{3}})+(?!\d)|\d+)(?:{1}(\d+))?"
-          r"(?: (thousand|million|billion|trillion)\b)?(?:(st|nd|rd|th|s)\b)?")
-MONEY, POINT = {"$": "dollar", "€": "euro", "£": "pound"}, ("en", "zh", "ja", "ko", "th", "he")
+# $5.99, 1st, 1984, 1960s, 1,200; the thousands' mark and the point are the language's
+NUMBER = (r"([$€£])? ?(\d{{1,3}}(?:{0}\d{{3}})+(?!\d)|\d+)(?:{1}(\d+))?"
+          r"( (?:thousand|million|billion|trillion)\b)?(?:(st|nd|rd|th|s)\b)?")
+MONEY = {"$": ("USD", "dollars"), "€": ("EUR", "euros"), "£": ("GBP", "pounds")}
+POINT = ("en", "zh", "ja", "ko", "th", "he")  # languages that write 3.5, not 3,5
+TAG = r"(?:<\|?(?:audio|speech)\|?>)"  # stands for the sound in other frameworks' prompts
 UNSPACED = ("zh", "yue", "ja", "th", "lo", "my", "km")  # no spaces: error rates of characters
 BACKGROUNDS, SNR_DB = ["rain", "hum", "beeps"], (12, 20)  # voice over background
 TAKE2 = "-take2"    # ends the id of a prompt's second clip
@@ -135,7 +138,8 @@ def to_row(raw, where):
     texts = {key: raw[key].strip() for key in raw if isinstance(raw[key], str)}
     prompt = texts.get("prompt") or texts.get("question")
     if not prompt and texts.get("instruction"):
-        prompt = f"{texts['instruction']}\n{texts.get('input', '')}".strip()
+        prompt = f"{texts['instruction']}\n{texts.get('input', '')}"
+    prompt = re.sub(rf"(?i)^\s*({TAG}\s*)*|(\s*{TAG})*\s*$", "", prompt or "")
     file, _, number = where.rpartition(":")
     row = {"id": str(raw.get("id") or f"{Path(file).stem}-{int(number):06d}"), "prompt": prompt}
     if "finish" in raw:  # a manifest of ours: keep the teacher's answer
@@ -153,6 +157,8 @@ def read_rows(path, limit=0, bad=None):
         row = to_row(raw, where)
         if not row["prompt"]:
             raise ValueError(f"{where}: no text under prompt, question or instruction")
+        if re.search(TAG, row["prompt"], re.IGNORECASE):
+            raise ValueError(f"{where}: <audio> or the like inside the prompt; write words alone")
         return row
     return m.json_lines(Path(path), parse, bad)[:limit or None]
 
@@ -183,25 +189,23 @@ def tidy(text):
 
 
 def number_words(found, language, num2words):
-    """A match of NUMBER -> words; English has years, ordinals and money, too."""
-    sign, whole, part, size, ending = found.groups()
+    """A match of NUMBER -> words; English has money, ordinals and years, too."""
+    sign, whole, part, size, ending = found.groups("")
     digits = re.sub(r"\D", "", whole)
-    say = functools.partial(num2words, f"{digits}.{part}" if part else int(digits), lang=language)
+    number = f"{digits}.{part}" if part else int(digits)
     if language != "en":
-        return f"{sign or ''} {say()} {size or ''}{ending or ''}"
-    year = whole == digits and len(digits) == 4 and "1100" <= digits < "2100" and not (part or sign)
-    if ending and ending != "s":
-        return f" {say(to='ordinal')} "
-    words = say(to="year") if year else say()
+        return f"{sign} {num2words(number, lang=language)}{size}{ending} "
     if sign:
-        cents = f" {num2words(int(part))}" if part and len(part) == 2 and not size else ""
-        words = num2words(int(digits)) if cents else f"{words} {size}" if size else words
-        words += f" {MONEY[sign[0]]}{'s' * (words != 'one')}{cents}"
-    elif size:
-        words += f" {size}"
-    elif ending:  # 1960s
-        words = f"{words[:-1]}ies" if words.endswith("y") else f"{words}s"
-    return f" {words} "
+        code, name = MONEY[sign]
+        if size:
+            return f" {num2words(number)}{size} {name} "
+        money = num2words(str(number), to="currency", currency=code)  # an int would be cents
+        return f" {money.partition(', zero')[0]} "
+    if ending not in ("", "s") and not part:
+        return f" {num2words(number, to='ordinal')} "
+    year = whole.isdigit() and not part and 1100 <= number < 2100
+    words = num2words(number, to="year" if year else "cardinal")
+    return re.sub("ys$", "ies", f" {words}{size}{ending}") + " "
 
 
 def readable(text, language="en"):
@@ -209,8 +213,7 @@ def readable(text, language="en"):
     from num2words import num2words
     marks = (",", r"\.") if language in POINT else (r"\.", ",")  # of thousands, of decimals
     try:
-        text = re.sub(NUMBER.format(*marks),
-                      lambda found: number_words(found, language, num2words), text)
+        text = re.sub(NUMBER.format(*marks), lambda n: number_words(n, language, num2words), text)
     except NotImplementedError as error:
         raise ValueError(f"num2words reads no numbers in {language!r}; write them as words, or use "
                          "an engine that reads them") from error
@@ -250,21 +253,21 @@ def choose(rows, args):
 
 
 class Stage:
-    """OUT/.stages/NAME.RANK.jsonl, append-only, one a process. `done` holds what any process wrote
-    so far; a half-written last line is cut off."""
+    """OUT/.stages/NAME.RANK.jsonl, append-only, one a process; a half-written last line is cut
+    off. `load` gives what all processes wrote so far."""
 
     def __init__(self, out, name, rank):
-        self.name, self.done, self.folder = name, {}, Path(out) / ".stages"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.own = self.folder / f"{name}.{rank}.jsonl"
+        self.own, self.all = Path(out) / ".stages" / f"{name}.{rank}.jsonl", f"{name}.*.jsonl"
+        self.own.parent.mkdir(parents=True, exist_ok=True)
         if self.own.exists():
             os.truncate(self.own, self.own.read_bytes().rfind(b"\n") + 1)
 
     def load(self):
-        for path in sorted(self.folder.glob(f"{self.name}.*.jsonl")):
+        done = {}
+        for path in sorted(self.own.parent.glob(self.all)):
             records = map(json.loads, path.read_text().split("\n")[:-1])
-            self.done |= {record["id"]: record for record in records}
-        return self.done
+            done |= {record["id"]: record for record in records}
+        return done
 
     def add(self, records):
         with open(self.own, "a") as file:
@@ -283,7 +286,7 @@ def staged(args, name, rows, size, work):
     stage = Stage(args.out, name, rank)
     if world > 1:
         dist.barrier()
-    done = stage.load().copy()
+    done = stage.load()
     rows = sorted(rows, key=lambda row: (len(row.get("prompt", "")), row["id"]))  # like lengths
     todo = []
     for start in range(rank * size, len(rows), world * size):
@@ -315,7 +318,7 @@ def enough_prompts(args, teacher):
     """As many usable prompts of the teacher as were asked for -> what `choose` gives."""
     sampled, world = [], place()[1]
     for first in range(0, 40 + args.sample_prompts // 6, world):
-        todo = [{"id": first + i} for i in range(world)]
+        todo = [{"id": chunk} for chunk in range(first, first + world)]
         chunks = staged(args, "prompts", todo, 1, lambda batch: [
             sample_prompts(*teacher(), args.seed, batch[0]["id"])])
         for row in todo:
@@ -365,11 +368,11 @@ def answer(teacher, tokenizer, rows, max_new_tokens):
 def espeak(_args, text, voice, speed, rng):
     import _ctypes
     import espeakng_loader
-    data, chunks = espeakng_loader.get_data_path(), []
+    data, chunks = espeakng_loader.get_data_path(), [np.zeros(0, np.int16)]
 
     @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
     def collect(samples, count, _events):
-        if samples and count:
+        if samples:
             chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
 
@@ -386,11 +389,10 @@ def espeak(_args, text, voice, speed, rng):
         library.espeak_SetParameter(1, round(np.interp(speed, (0, 1), ESPEAK_WPM)), 0)
         library.espeak_SetParameter(3, rng.randint(*ESPEAK_PITCH), 0)
         library.espeak_Synth(text.encode(), len(text.encode()) + 1, 0, 1, 0, 1, None, None)
-        library.espeak_Synchronize()
         library.espeak_Terminate()
     finally:
         _ctypes.dlclose(library._handle)
-    return np.concatenate([*chunks, np.zeros(0)]).astype(np.float32) / 32768, rate_hz
+    return np.concatenate(chunks).astype(np.float32) / 32768, rate_hz
 
 
 @functools.cache
@@ -520,10 +522,8 @@ def units(text, language, spellings):
     or characters where words have no spaces between them."""
     if language == "en":
         return english_normalizer.EnglishTextNormalizer(spellings)(text).split()
-    kept = []
-    for c in unicodedata.normalize("NFKC", text.lower()):
-        kept.append(" " if unicodedata.category(c)[0] in "PS" else c)
-    words = "".join(kept).split()
+    text = unicodedata.normalize("NFKC", text.lower())
+    words = regex.sub(r"[\p{P}\p{S}]", " ", text).split()
     return list("".join(words)) if language in UNSPACED else words
 
 
@@ -546,7 +546,7 @@ def preview(rows):
     for row in rows:
         cell = {key: html.escape(str(value)) for key, value in row.items()}
         page += ("<p><audio controls src='{audio}'></audio> {voice}, word error rate {wer}"
-                 "<br><b>{prompt}</b><br>{response}\n").format(**cell)
+                 "<br><b>{prompt}</b><br>{response}\n").format_map(cell)
     return page
 
 
@@ -597,11 +597,12 @@ def write_results(args, rows, drops, clips):
         if content or name in ("train", "dropped"):
             lines = "".join(json.dumps(row) + "\n" for row in content)
             m.write_atomically(Path(args.out) / f"{name}.jsonl", lines)
-    measured = [row["wer"] for row in kept if row["wer"] is not None]
+    rates = [row["wer"] for row in kept if row["wer"] is not None]
+    seconds = sum(row["seconds"] for row in kept)
     summary = {"rows": {name: len(content) for name, content in files.items()},
-               "hours": round(sum(row["seconds"] for row in kept) / 3600, 3),
-               "mean_wer": round(float(np.mean(measured)), 4) if measured else None,
-               "wer_measured_on": len(measured), "dropped": reasons}
+               "hours": round(seconds / 3600, 3),
+               "mean_wer": round(float(np.mean(rates)), 4) if rates else None,
+               "wer_measured_on": len(rates), "dropped": reasons}
     m.write_atomically(Path(args.out) / "summary.json", json.dumps(summary, indent=1))
     if args.preview:
         m.write_atomically(Path(args.out) / "preview.html", preview(kept[:args.preview]))
@@ -612,10 +613,7 @@ def write_results(args, rows, drops, clips):
 def load_teacher(args):
     llm, tokenizer = m.load_llm(args.teacher, getattr(torch, args.dtype))
     m.check_context(llm, 1, args.max_new_tokens)
-    begun = tokenizer.decode(m.chat_parts(tokenizer)[1])  # what it has to go on from
-    if begun.count("<think>") > begun.count("</think>"):
-        raise ValueError(f"{args.teacher}: its chat template opens <think> whatever it is told; "
-                         "thoughts are no answers, use a teacher that answers at once")
+    m.chat_parts(tokenizer)  # refuses a template that opens <think> whatever it is told
     return llm.to(args.device), tokenizer
 
 

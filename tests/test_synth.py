@@ -109,6 +109,15 @@ def test_a_bad_file_gets_one_line_that_names_the_place(tmp_path, content, messag
     assert not (tmp_path / "out").exists()
 
 
+def test_another_frameworks_tag_is_stripped_at_the_ends_and_a_bad_row_inside(tmp_path):
+    texts = ["<audio>\nWho?", "Who? <|AUDIO|> <Speech>", "<|audio|><speech> Who?", "Who <audio> is it?", "<audio>"]
+    write(tmp_path / "in.jsonl", [{"prompt": text} for text in texts])
+    bad = []
+    rows = synth.read_rows(tmp_path / "in.jsonl", bad=bad)
+    assert [row["prompt"] for row in rows] == ["Who?"] * 3
+    assert [re.sub(".*jsonl:", "", row["reason"])[:10] for row in bad] == ["4: <audio>", "5: no text"]
+
+
 @pytest.mark.parametrize("argv", [
     "--sample-prompts 0", "--input a --sample-prompts 3", "--input a --engine hf", "--input a --noise 2",
     "--input a --engine command --tts-command sh {text}",
@@ -143,8 +152,9 @@ def test_texts_are_made_plain_and_numbers_words_where_the_engine_needs_it(text, 
 
 @pytest.mark.parametrize("language, text, words", [
     ("en", "the 1st of 21st, in 1984", "the first of twenty-first, in nineteen eighty-four"),
-    ("en", "the 1960s, 1900s", "the nineteen sixties, nineteen hundreds"), ("en", "$5.99", "five dollars ninety-nine"),
-    ("en", "$1, $2.5 and $1.5 million", "one dollar, two point five dollars and one point five million dollars"),
+    ("en", "the 1960s, 1900s", "the nineteen sixties, nineteen hundreds"), ("en", "$5.99", "five dollars, ninety-nine cents"),
+    ("en", "$1, $2.5 and $1.5 million", "one dollar, two dollars, fifty cents and one point five million dollars"),
+    ("en", "1,201st", "one thousand, two hundred and first"), ("en", "3.5th of £20", "three point fiveth of twenty pounds sterling"),
     ("en", "1,984 years", "one thousand, nine hundred and eighty-four years"), ("en", "2500 m", "two thousand, five hundred m"),
     ("de", "2024", "zweitausendvierundzwanzig"), ("de", "1.200", "eintausendzweihundert"), ("de", "3,5", "drei Komma fünf")])
 def test_numbers_are_read_as_people_do(language, text, words):
@@ -200,7 +210,7 @@ def test_rows_that_the_template_refuses_are_bad_rows_before_anything_is_spoken(t
 
 def test_a_teacher_that_always_thinks_is_refused(tiny, tmp_path):
     teacher = teacher_with(tiny, tmp_path / "llm", "", "{% if add_generation_prompt %}<think>\n{% endif %}")
-    with pytest.raises(ValueError, match="opens <think> whatever it is told.*use a teacher that answers"):
+    with pytest.raises(ValueError, match="opens <think> though .*choose a model that answers"):
         run(teacher, tmp_path / "out", "--input", write(tmp_path / "in.jsonl", [{"prompt": "Why?"}]))
 
 
