@@ -646,9 +646,9 @@ def main(args):
     logging.disable_progress_bar()
     rank, world = place()
     if world > 1:
-        dist.init_process_group("gloo")
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo")
         # torchrun sets one thread a process
         torch.set_num_threads(max(1, m.cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
 

@@ -175,10 +175,11 @@ def read_manifest(path, seen=None, bad=None):
         if lost:
             raise ValueError(f"{where}: no {', '.join(lost)}; expected {', '.join(KEYS[:4])}")
         m.check_texts(row, where, *KEYS[1:])
-        row["id"] = f"{path.resolve().parent.name}/{row['id']}"
-        if seen.setdefault(row["id"], where) != where:
-            raise ValueError(f"{where}: id {row['id']!r} is also that of {seen[row['id']]}; "
-                             "every row needs its own")
+        name = f"{path.resolve().parent.name}/{row['id']}"
+        if not isinstance(row["id"], str | int) or seen.setdefault(name, where) != where:
+            raise ValueError(f"{where}: id {row['id']!r} is no text, or also that of "
+                             f"{seen.get(name)}; every row needs its own")
+        row["id"] = name
         if not (row.get("audio") if row["prompt"] is None else row["prompt"].strip()):
             raise ValueError(f"{where}: neither prompt nor audio, or a blank prompt; expected text,"
                              " or null where none stands for the sound")
@@ -362,7 +363,7 @@ def fill_cache(folder, things, compute, what, ranks):
         batch = names[start:start + 32]
         if any(f"{name}.safetensors" not in there for name in batch):
             todo.append(batch)
-    for batch in tqdm(todo, desc=f"{what}, 32 a step", disable=rank > 0 or not todo):
+    for batch in tqdm(todo, desc=what, unit="batch", disable=rank > 0 or not todo):
         for name, value in zip(batch, compute([things[name] for name in batch])):
             if value and f"{name}.safetensors" not in there:
                 temporary = folder / f"{name}.{os.getpid()}"

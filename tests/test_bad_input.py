@@ -246,10 +246,6 @@ MANIFESTS = {
     "instruction a list": ({"instruction": []}, r":2: instruction is '\[\]', expected text or null"),
     "finish a truth value": ({"finish": True}, r":2: finish is 'True', expected text or null"),
     "audio a number": ({"audio": 3}, r":2: audio is '3', expected text or null"),
-    "seconds a text": ({"seconds": "1.5"}, r":2: seconds is '1.5', expected 0 to 600"),
-    "seconds negative": ({"seconds": -1}, r":2: seconds is -1, expected 0 to 600"),
-    "seconds not a number": (b'{"id": "x", "prompt": "a", "response": "b", "seconds": NaN}', r":2: seconds is nan, expected 0 to"),
-    "an hour by the manifest": ({"seconds": 3600}, r":2: seconds is 3600, expected 0 to 600"),
     "id twice": ({"id": "train-000"}, r":2: id 'train-000' .*also that of .*train.jsonl:1; every row needs its own"),
     "id twice, as number": ({"id": 7}, r"other.jsonl:1: id '7' .*also that of .*train.jsonl:2"),
     "prompt blank": ({"prompt": " \n"}, r":2: neither prompt nor audio, or a blank prompt; expected text, or null"),
@@ -260,10 +256,10 @@ MANIFESTS = {
     "path with ..": ({"audio": "../outside.flac"}, r":2: audio file '../outside.flac' leads out of"),
     "link that leads out": ({"audio": "wav/out.flac"}, r":2: audio file 'wav/out.flac' leads out of"),
     "folder that leads out": ({"audio": "linked/outside.flac"}, r":2: audio file 'linked/outside.flac' leads out of"),
-    "mark in a system message": ({"system": "a<|audio|>b"}, r":2: <\|audio\|> stands in system or instruction; it is the place"),
+    "mark in a system message": ({"system": "a<|audio|>b"}, r"row 'box/train-001': <\|audio\|> stands in a system message or instruction"),
     "a language that Whisper does not know": ({"language": "tlh"}, r"language 'tlh': this Whisper knows en"),
-    "prompt over the context": ({"prompt": "What? " * 5000}, r"row 'box/train-001': \d{4,} tokens .* context is 4096; shorten"),
-    "system over the context": ({"system": "Sing. " * 5000}, r"row 'box/train-001': \d{4,} tokens .* context is 4096"),
+    "prompt over the context": ({"prompt": "What? " * 5000}, r"row 'box/train-001': \d{4,} tokens .* the models have room for 4096; shorten"),
+    "system over the context": ({"system": "Sing. " * 5000}, r"row 'box/train-001': \d{4,} tokens .* the models have room for 4096"),
     "two bad rows": ((b"oops", b"oops"), r":2: not JSON.*bad rows: 2; mend them, or leave them out by --max-bad-rows 2"),
 }
 
@@ -313,14 +309,14 @@ IFEVAL = {"prompt": "?", "audio": "wav/train-001.flac", "instruction_id_list": [
 ITEM = {"id": "train-001", "question": "What?", "choices": ["a bus", "a tram"], "answer": "a bus"}
 FILES = {
     "manifest missing": ("train", lambda box: box.manifest.unlink(), r"train.jsonl: no such manifest; synth_speech.py writes one"),
-    "manifest empty": ("train", put("train.jsonl", b""), r"train.jsonl: none of 0 rows has response; synth_speech.py writes it"),
+    "manifest empty": ("train", put("train.jsonl", b""), r"train.jsonl: none of 0 rows has prompt and response, which channel t2t needs"),
     "manifest gzipped": ("train", put("train.jsonl", gzip.compress(b"{}")), r"train.jsonl:1: not JSON in UTF-8 .*byte 0x8b"),
-    "no answers": ("train", every(response=None), r"none of 5 rows has response; synth_speech.py writes it"),
-    "empty answers": ("train", every(response=""), r"none of 5 rows has response"),
-    "no references": ("train-labels", every(), r"none of 5 rows has reference"),
-    **{f"audio under {key}": ("train", rename("audio", key), r"no row has audio and response, which the channel s2t needs; rename the key")
+    "no answers": ("train", every(response=None), r"none of 5 rows has prompt and response, which channel t2t needs"),
+    "empty answers": ("train", every(response=""), r"none of 5 rows has prompt and response"),
+    "no references": ("train-labels", every(), r"none of 5 rows has prompt and reference"),
+    **{f"audio under {key}": ("train", rename("audio", key), r"none of 5 rows has audio and response, which channel s2t needs; unknown keys: .*" + key)
        for key in ("audio_path", "audios", "wav")},
-    "nothing to measure on": ("train-eval", bench("eval", {"id": "a", "prompt": "a", "response": "b"}), r"none of 1 rows has prompt, audio and"),
+    "nothing to measure on": ("train-eval", bench("eval", {"id": "a", "prompt": "a", "response": "b"}), r"no row can be measured; that needs prompt, audio and"),
     "fewer rows about sound than a step": ("train", soundless, r"1 rows without a teacher .*fewer than the 8 of one step"),
     "bad manifest to measure on": ("train-eval", put("eval.jsonl", b"{}"), r"eval.jsonl:1: no id, prompt, response"),
     "input missing": ("synth", lambda box: box.questions.unlink(), r"No such file.*questions.json"),
@@ -523,7 +519,7 @@ MACHINE = {
     **{f"{script}: no GPU for torchrun": (script, TORCHRUN, ["--device", "cuda"], "NVIDIA|CUDA") for script in ("train", "synth")},
     "port taken": ("train", {**TORCHRUN, "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "TAKEN"}, [], r"address already in use"),
     "torchrun without a world": ("train", {"RANK": "0"}, [], r"environment variable WORLD_SIZE expected"),
-    **{f"{script}: OUT a file": (script, {}, ["--out", "FILE"], r"File exists: .*FILE") for script in ("train", "synth", "compare", "vb", "mmau")},
+    **{f"{script}: OUT a file": (script, {}, ["--out", "FILE"], r"(File exists|Not a directory): .*FILE") for script in ("train", "synth", "compare", "vb", "mmau")},
     "OUT below a file": ("train", {}, ["--out", "FILE/run"], r"Not a directory: .*FILE/run"),
     "OUT read-only": ("train", {}, ["--out", "READONLY/run"], r"(Permission denied|No such file|Read-only|not permitted).*run"),
     "OUT of another run": ("train", {}, ["--out", "DONE"], r"ckpt-000001-0.pt exists: add --resume to go on, or choose another --out"),
@@ -616,7 +612,7 @@ def test_bad_rows_up_to_the_limit_are_left_out_listed_and_said(box, monkeypatch,
     assert f"3 bad rows are left out, listed in {box.out}/bad_rows.jsonl" in said and "rows: 2 by text, 2 by speech" in said
     listed = [json.loads(line) for line in (box.out / "bad_rows.jsonl").read_text().splitlines()]
     assert [row["id"] for row in listed] == [f"{box.manifest}:1", "box/train-001", "box/train-002"]
-    assert [bool(re.search(p, row["reason"])) for p, row in zip(("not JSON", "001.flac: not a readable", "context"), listed)] == [True] * 3
+    assert [bool(re.search(p, row["reason"])) for p, row in zip(("not JSON", "001.flac: not a readable", "room for"), listed)] == [True] * 3
 
 
 def test_one_bad_row_more_than_the_limit_is_an_error_that_counts_and_lists_them(box, monkeypatch, capsys):

@@ -87,7 +87,7 @@ def prepare(args):
     rows = train_kd.read_manifest(args.data[0], {})
     heard_of = train_kd.hear_all(args, student, rows, (0, 1))
     items = train_kd.Rows(rows, student, tokenizer, args, heard_of)
-    plan = train_kd.plan_steps(rows.rows, args)
+    plan = train_kd.plan_steps(rows, args)
     return student.train(), teacher, tokenizer, ([items[k] for k in step[0]] for step in plan)
 
 
