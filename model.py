@@ -60,6 +60,7 @@ LORA_SCALE = 2.0                   # alpha / rank, as most papers have it
 TOP_K = 50                         # tokens among which one is drawn
 PACKED_POSITIONS = 4096            # of one packed row at most: its mask is quadratic
 AUDIO_MARK = "<|audio|>"           # stands for the speech in the rendered template
+TAG = re.compile(r"<\|?(?:audio|speech)\|?>", re.IGNORECASE)  # the same in others' prompts
 TODAY = datetime.date(2025, 1, 1)  # in templates that tell the date: a run that goes on next day,
                                    # its teacher and its evaluation read the same
 FILLER = "user"                    # a sound begins as this: of 20 tokens tried, the one that
@@ -130,6 +131,17 @@ def check_texts(row, where, *keys):
     for key in keys:
         if not isinstance(row.get(key), str | None):
             raise ValueError(f"{where}: {key} is {str(row[key])[:60]!r}, expected text or null")
+
+
+def untagged(prompt, where):
+    """A prompt without other frameworks' tags for the sound, which stand at its ends.
+    Raises ValueError if one stands inside."""
+    if not TAG.search(prompt):
+        return prompt
+    words = [part.strip() for part in TAG.split(prompt) if part.strip()]
+    if len(words) > 1:
+        raise ValueError(f"{where}: <audio> or the like inside the prompt; write words alone")
+    return "".join(words)
 
 
 def leave_out(bad, limit, out, write=True):

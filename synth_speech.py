@@ -56,7 +56,6 @@ NUMBER = (r"([$€£])? ?(\d{{1,3}}(?:{0}\d{{3}})+(?!\d)|\d+)(?:{1}(\d+))?"
           r"( (?:thousand|million|billion|trillion)\b)?(?:(st|nd|rd|th|s)\b)?")
 MONEY = {"$": ("USD", "dollars"), "€": ("EUR", "euros"), "£": ("GBP", "pounds")}
 POINT = ("en", "zh", "ja", "ko", "th", "he")  # languages that write 3.5, not 3,5
-TAG = r"(?:<\|?(?:audio|speech)\|?>)"  # stands for the sound in other frameworks' prompts
 UNSPACED = ("zh", "yue", "ja", "th", "lo", "my", "km")  # no spaces: error rates of characters
 BACKGROUNDS, SNR_DB = ["rain", "hum", "beeps"], (12, 20)  # voice over background
 TAKE2 = "-take2"    # ends the id of a prompt's second clip
@@ -139,7 +138,7 @@ def to_row(raw, where):
     prompt = texts.get("prompt") or texts.get("question")
     if not prompt and texts.get("instruction"):
         prompt = f"{texts['instruction']}\n{texts.get('input', '')}"
-    prompt = re.sub(rf"(?i)^\s*({TAG}\s*)*|(\s*{TAG})*\s*$", "", prompt or "")
+    prompt = m.untagged(prompt or "", where).strip()
     file, _, number = where.rpartition(":")
     row = {"id": str(raw.get("id") or f"{Path(file).stem}-{int(number):06d}"), "prompt": prompt}
     if "finish" in raw:  # a manifest of ours: keep the teacher's answer
@@ -157,8 +156,6 @@ def read_rows(path, limit=0, bad=None):
         row = to_row(raw, where)
         if not row["prompt"]:
             raise ValueError(f"{where}: no text under prompt, question or instruction")
-        if re.search(TAG, row["prompt"], re.IGNORECASE):
-            raise ValueError(f"{where}: <audio> or the like inside the prompt; write words alone")
         return row
     return m.json_lines(Path(path), parse, bad)[:limit or None]
 

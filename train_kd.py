@@ -180,6 +180,8 @@ def read_manifest(path, seen=None, bad=None):
             raise ValueError(f"{where}: id {row['id']!r} is no text, or also that of "
                              f"{seen.get(name)}; every row needs its own")
         row["id"] = name
+        if row["prompt"]:
+            row["prompt"] = m.untagged(row["prompt"], where)
         if not (row.get("audio") if row["prompt"] is None else row["prompt"].strip()):
             raise ValueError(f"{where}: neither prompt nor audio, or a blank prompt; expected text,"
                              " or null where none stands for the sound")

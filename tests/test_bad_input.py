@@ -256,6 +256,7 @@ MANIFESTS = {
     "path with ..": ({"audio": "../outside.flac"}, r":2: audio file '../outside.flac' leads out of"),
     "link that leads out": ({"audio": "wav/out.flac"}, r":2: audio file 'wav/out.flac' leads out of"),
     "folder that leads out": ({"audio": "linked/outside.flac"}, r":2: audio file 'linked/outside.flac' leads out of"),
+    "another framework's tag inside": ({"prompt": "Hear <speech> and answer."}, r":2: <audio> or the like inside the prompt"),
     "mark in a system message": ({"system": "a<|audio|>b"}, r"row 'box/train-001': <\|audio\|> stands in a system message or instruction"),
     "a language that Whisper does not know": ({"language": "tlh"}, r"language 'tlh': this Whisper knows en"),
     "prompt over the context": ({"prompt": "What? " * 5000}, r"row 'box/train-001': \d{4,} tokens .* the models have room for 4096; shorten"),
