@@ -669,6 +669,13 @@ def make_optimizer(args, student):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
 
+def set_rates(args, optimizer, done, warm):
+    """Linear warm-up, then a cosine to zero. done, warm: shares of the steps, of the warm-up."""
+    for group in optimizer.param_groups:
+        peak = getattr(args, f"lr_{group['part']}")
+        group["lr"] = peak * min(1.0, warm) * 0.5 * (1 + math.cos(math.pi * done))
+
+
 def update(args, optimizer, scaler, step):
     """Clip each part's gradient by itself, step the optimizer -> norms for the log."""
     scaler.unscale_(optimizer)  # clip the true gradient
@@ -730,25 +737,25 @@ def run_identity(args, rows, world):
 def save_checkpoint(args, student, optimizer, scaler, progress):
     """Trainable weights and everything else that a bit-exact continuation needs; complete or not
     there. Every rank must call it, the first one writes. Raises OSError if it cannot be written."""
+    (step, best, identity), out = progress, Path(args.out)
     weights, moments = get_state_dict(student, optimizer, options=LOADED)
     if int(os.environ.get("RANK", 0)):
         return
     for name, parameter in student.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:  # torch leaves out one of two names of a tied head
             weights.pop(name, None)
-    out = Path(args.out)
     temporary = out / "ckpt.tmp"
     try:
         with open(temporary, "wb") as file:
             torch.save({"model": weights, "optimizer": moments, "scaler": scaler.state_dict(),
-                        **progress}, file)
+                        "step": step, "best": best, "identity": identity}, file)
             file.flush()
             os.fsync(file.fileno())
     except (RuntimeError, OSError) as error:  # torch does not say why, the system not where
         raise OSError(f"{temporary} cannot be written ({error}): "
                       f"{shutil.disk_usage(out).free / 2**30:.2f} GiB are free there") from error
     # torch.load does not see a flipped bit: the name tells what the bytes must be
-    path = out / f"ckpt-{progress['step']:06d}-{m.digest(temporary)[:16]}.pt"
+    path = out / f"ckpt-{step:06d}-{m.digest(temporary)[:16]}.pt"
     os.replace(temporary, path)
     for old in checkpoints(out)[KEEP:]:
         old.unlink()
@@ -795,6 +802,15 @@ def append(path, record):
         file.write(json.dumps(record) + "\n")
 
 
+def begin_logs(args, step, world):
+    """args.json, and the logs of what was done before this step."""
+    for name in ("log.jsonl", "samples.jsonl"):
+        cut_back(Path(args.out, name), step)
+    about = {**vars(args), "processes": world, "torch": torch.__version__,
+             "transformers": transformers.__version__}
+    m.write_atomically(Path(args.out, "args.json"), json.dumps(about, indent=1))
+
+
 def cut_back(path, step):
     """Leave the lines before a step's evaluation, which is repeated: they are as they would be
     without a stop."""
@@ -804,6 +820,11 @@ def cut_back(path, step):
         if record["step"] < step or record["step"] == step and "loss" in record:
             kept.append(line)
     m.write_atomically(path, "".join(kept))
+
+
+def print_record(record, *more):
+    """One line for people."""
+    print(*[f"{key} {value:.4g}" for key, value in record.items()], *more, sep=" | ", flush=True)
 
 
 def resources(device):
@@ -904,11 +925,7 @@ def main(args):
         step, best, more = load_checkpoint(args, student, optimizer, scaler, identity)
         said += more
     if master:
-        for name in ("log.jsonl", "samples.jsonl"):
-            cut_back(out / name, step)
-        about = {**vars(args), "processes": world, "torch": torch.__version__,
-                 "transformers": transformers.__version__}
-        m.write_atomically(out / "args.json", json.dumps(about, indent=1))
+        begin_logs(args, step, world)
         weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
         few = " (fewer than half: the rest has no audio)" * (counts["t2t"] > 2 * counts["s2t"] > 0)
         print(*said, f"rows: {counts['t2t']} by text, {counts['s2t']} by speech{few}, "
@@ -922,9 +939,7 @@ def main(args):
     if world > 1 and not args.shard:
         model = DistributedDataParallel(student, gradient_as_bucket_view=True,
                                         device_ids=None if device.index is None else [device.index])
-    todo = []
-    for micro_batches in plan[step:]:
-        todo += micro_batches[rank::world]
+    todo = list(itertools.chain(*[batches[rank::world] for batches in plan[step:]]))
     stream = iter(DataLoader(rows, batch_sampler=todo, num_workers=args.workers, collate_fn=list,
                              worker_init_fn=outlive_sigterm,
                              multiprocessing_context="fork" if args.workers else None))
@@ -943,15 +958,12 @@ def main(args):
                 save_folder(student, out / "best", dtype)
             if master:
                 append(out / "log.jsonl", {"step": step, **record})
-                print("eval  " + " | ".join(f"{k[5:]} {v:.3f}" for k, v in record.items()))
+                print_record({"step": step, **record})
             if master and not args.shard:  # sharded ranks would lose step
                 write_samples(student, eval_set.rows, out / "samples.jsonl", step)
         if last:
             break
-        factor = (min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
-                  * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = getattr(args, f"lr_{group['part']}") * factor
+        set_rates(args, optimizer, step / steps, (step + 1) / max(1, args.lr_warmup_steps))
 
         # -------- one optimizer step --------
         started = time.perf_counter()
@@ -994,18 +1006,17 @@ def main(args):
                 sums[CHANNELS.index(channel)] += torch.stack([loss.detach(), *parts])
         if world > 1:
             dist.all_reduce(sums)
+        total = float(sums[:, 0].sum())
         if not sums.isfinite().all():
             names = [item["id"] for item in itertools.chain(*micro_batches)]
-            raise RuntimeError(f"loss {float(sums[:, 0].sum())} in step {step + 1}, factor of the "
-                               f"learning rate {factor:.3f}; rows of rank {rank}: {names}; "
-                               f"the newest checkpoint of {out} keeps the last good state")
+            raise RuntimeError(f"loss {total} in step {step + 1}; rows of rank {rank}: "
+                               f"{names}; the newest checkpoint of {out} keeps the last good state")
         norms = update(args, optimizer, scaler, step + 1)
         step += 1
-        # ------------------------------------
 
         if master:
             seconds = time.perf_counter() - started
-            record = {"step": step, "loss": float(sums[:, 0].sum())}
+            record = {"step": step, "loss": total}
             for (channel, count), (_, ce, kd) in zip(counted.items(), sums.tolist()):
                 if count:
                     record |= {f"ce_{channel}": ce / count, f"kd_{channel}": kd / count}
@@ -1013,17 +1024,13 @@ def main(args):
                        "tokens_per_s": counted["tokens"] / seconds, "seconds": seconds,
                        "hours": (time.perf_counter() - begun) / 3600, **resources(device)}
             append(out / "log.jsonl", record)
-            cells = [f"{key} {value:.4g}" for key, value in record.items()]
-            cells.append(f"{seconds * (steps - step) / 60:.1f} minutes left")
-            print(*cells, sep=" | ", flush=True)
+            print_record(record, f"{seconds * (steps - step) / 60:.1f} minutes left")
         if step % args.save_every == 0 or step == steps:
-            save_checkpoint(args, student, optimizer, scaler,
-                            {"step": step, "best": best, "identity": identity})
+            save_checkpoint(args, student, optimizer, scaler, (step, best, identity))
 
     # ---- the student ----
     if 0 < step < steps:  # before the first step, saving would count one in the optimizer
-        save_checkpoint(args, student, optimizer, scaler,
-                        {"step": step, "best": best, "identity": identity})
+        save_checkpoint(args, student, optimizer, scaler, (step, best, identity))
     elif step == steps:
         save_folder(student, out / "last", dtype)
     if master:

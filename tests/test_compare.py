@@ -26,7 +26,7 @@ def test_the_table_has_every_condition_and_the_records_means(report):
     lines = (out / "report.md").read_text().splitlines()
     assert lines[0] == "|  | KL8, heard | KL8, human | topic recall, human | sounds right, voices |"
     table = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in lines[2:10]}
-    assert list(table) == list(record["results"]["heard"]) and len(table) == 8
+    assert list(table) == list(record["results"]["human"]) and len(table) == 8
     for label, cells in table.items():
         rows = record["results"]["human"][label]["kl8_rows"]
         assert cells[1] == f"{sum(rows) / 6:.2f}"
@@ -46,7 +46,7 @@ def test_damage_by_speech_is_paired_with_the_cascade(report):
 
 def test_the_controls_hear_nothing_or_another_clip(report):
     _, record = report
-    of = record["results"]["heard"]
+    of = record["results"]["human"]
     by_speech, silent, other = (of[label]["kl8_rows"] for label in ("distilled by speech", compare.SILENT, compare.OTHER))
     assert all(a != b and a != c and b != c for a, b, c in zip(by_speech, silent, other))
 

@@ -154,11 +154,13 @@ def measure(args):
     for label, student, way in tqdm(plan, desc="measuring", unit="condition"):
         known = {}
         for name, questions in dialogue.items():
+            if way in ("silent", "other") and name not in args.topics:
+                continue  # one set shows what the controls show
             prompts = [getattr(q, way) for q in questions]
             results[name][label] = {"kl8_rows": kl8(student, teacher, prompts, questions, known)}
             if name in args.topics:
                 results[name][label]["answers"] = answers_to(student, prompts, args.max_new_tokens)
-        if way == "by_speech" or label == CASCADE:
+        if way == "by_speech":  # words alone cannot tell
             for path in args.sounds:
                 answers = answers_to(student, [getattr(q, way) for q in sounds[set_name(path)]], 6)
                 right = [a.strip() == r["response"] for a, r in zip(answers, rows_of[path])]
@@ -183,8 +185,10 @@ def table(results, heard):
     heads = [*(f"KL8, {name}" for name in results), *(f"topic recall, {name}" for name in topic_sets),
              *(f"sounds right, {name}" for name in heard)]
     lines = [f"| {' | '.join(['', *heads])} |", "|---" * (1 + len(heads)) + "|"]
-    for label in next(iter(results.values())):
-        cells = [f"{mean_of(of[label]['kl8_rows']):.2f}" for of in results.values()]
+    for label in max(results.values(), key=len):
+        cells = []
+        for of in results.values():
+            cells.append(f"{mean_of(of[label]['kl8_rows']):.2f}" if label in of else "")
         cells += [f"{mean_of(results[name][label]['topic_rows']):.2f}" for name in topic_sets]
         for of in heard.values():
             cells.append(f"{mean_of([right for _, right, _ in of[label]]):.2f}" if label in of else "")

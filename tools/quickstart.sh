@@ -9,8 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-seed=${SEED:-2} name=quick   # 0 and 1 are what it was tuned on
-[ "$seed" = 2 ] || name=quick-$seed
+seed=${SEED:-3} name=quick   # 0 to 2 are what it was tuned on
+[ "$seed" = 3 ] || name=quick-$seed
 data=data/$name out=out/$name
 say() { printf '\n== %4d s  %s\n' $((SECONDS - started)) "$*"; }
 started=$SECONDS
@@ -36,8 +36,8 @@ train() { python train_kd.py --cache "$data/.cache" --seed "$seed" --dtype $dtyp
 say "40 questions that people wrote: answers and speech"
 synth --input tools/questions.jsonl --limit 40 --engine piper --max-new-tokens 24 --out "$data/human"
 
-say "100 prompts that the teacher invents, its answers, and each prompt spoken twice by a neural voice"
-synth --sample-prompts 100 --heldout 20 --exclude tools/questions.jsonl --max-words 18 --max-new-tokens 16 \
+say "80 prompts that the teacher invents, its answers, and each prompt spoken twice by a neural voice"
+synth --sample-prompts 80 --heldout 20 --exclude tools/questions.jsonl --max-words 18 --max-new-tokens 16 \
     --engine piper --takes 2 --sounds --preview 40 --out "$data/heard"
 
 say "half of them again in espeak's voices, men and women"
@@ -54,7 +54,7 @@ train --data "$data"/{heard,variety}/sounds.jsonl "$data/variety/transcripts.jso
 
 say "distilled: by text and by speech to the text teacher, sounds beside them"
 train --student "$out/base/last" --data "$data"/{heard,variety}/{train,sounds}.jsonl --ce-weight 0 --kd-weight 1 --temperature 1 \
-    --lr-llm 5e-5 --batch-size 8 --sound-batch-size 8 --max-steps 22 --out "$out/distilled"
+    --lr-llm 5e-5 --batch-size 8 --sound-batch-size 8 --max-steps 20 --out "$out/distilled"
 
 say "teacher, cascade, base, distilled, controls"
 python tools/compare.py --base "$out/base/last" --distilled "$out/distilled/last" --cache "$data/.cache" --out "$out" \
