@@ -40,13 +40,12 @@ say "80 prompts that the teacher invents, its answers, and each prompt spoken tw
 synth --sample-prompts 80 --heldout 20 --exclude tools/questions.jsonl --max-words 18 --max-new-tokens 16 \
     --engine piper --takes 2 --sounds --preview 40 --out "$data/heard"
 
-say "half of them again in espeak's voices, men and women"
-synth --input "$data/heard/train.jsonl" --limit 80 --takes 2 --sounds --out "$data/variety" \
-    --voices en-us+m1 en-us+m3 en-us+m6 en-us+m7 en-us+m8 en-us+f1 en-us+f2 en-us+f5
-
-say "the held-out prompts in espeak voices that are never trained on"
+say "the same in espeak's voices, men and women; the held-out prompts in espeak voices that are never trained on"
+synth --input "$data/heard/train.jsonl" --limit 120 --takes 2 --sounds --out "$data/variety" \
+    --voices en-us+m1 en-us+m3 en-us+m6 en-us+m7 en-us+m8 en-us+f1 en-us+f2 en-us+f5 &
 synth --input "$data/heard/heldout.jsonl" --takes 2 --sounds --out "$data/unheard" \
     --voices en-us+klatt2 en-us+klatt4 en-us+klatt6 en-us+m4 en-us+m5 en-us+f3 en-us+f4
+wait $!
 
 say "base: the ordinary first stage of a speech LLM, cross-entropy on transcripts and sounds; its dialogue suffers"
 train --data "$data"/{heard,variety}/sounds.jsonl "$data/variety/transcripts.jsonl" --channels s2t \
@@ -54,7 +53,7 @@ train --data "$data"/{heard,variety}/sounds.jsonl "$data/variety/transcripts.jso
 
 say "distilled: by text and by speech to the text teacher, sounds beside them"
 train --student "$out/base/last" --data "$data"/{heard,variety}/{train,sounds}.jsonl --ce-weight 0 --kd-weight 1 --temperature 1 \
-    --lr-llm 5e-5 --batch-size 8 --sound-batch-size 8 --max-steps 20 --out "$out/distilled"
+    --lr-llm 5e-5 --batch-size 8 --sound-batch-size 8 --max-steps 22 --out "$out/distilled"
 
 say "teacher, cascade, base, distilled, controls"
 python tools/compare.py --base "$out/base/last" --distilled "$out/distilled/last" --cache "$data/.cache" --out "$out" \
