@@ -87,7 +87,7 @@ def test_only_a_teacher_of_equal_weights_is_shared(tiny, data, tmp_path):
 
     def shared(*options):
         args = train_kd.get_args([*arguments(tiny, data, tmp_path), *options])
-        return train_kd.load_teacher(args, student, torch.float32)[0] is student
+        return train_kd.load_teacher(args, student, torch.float32)[0] is student.llm
     assert shared(*LORA) and not shared() and not shared(*LORA, "--teacher-cache", str(tmp_path))
     student.llm.model.norm.weight.data[0] += 1
     assert not shared(*LORA)

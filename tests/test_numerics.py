@@ -55,7 +55,7 @@ def test_sounds_that_are_not_numbers_stop_the_run_with_the_rows(run, tmp_path):
     for path in (tmp_path / "heard").rglob("*.safetensors"):
         heard = load_file(path)
         save_file({**heard, "sound": heard["sound"] * math.nan}, path)
-    with pytest.raises(RuntimeError, match=r"loss nan in step 1,.*/train-00\d'.*last good state"):
+    with pytest.raises(RuntimeError, match=r"loss nan in step 1;.*/train-00\d'.*last good state"):
         run("--max-steps", "2")
 
 

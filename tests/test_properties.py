@@ -71,7 +71,7 @@ def test_bad_rows_and_good_rows_are_all_rows(folder, lines):
     path.write_bytes(b"\n".join([b'{"id": "x", "prompt": "a", "response": "b"}', *lines]))
     rows = train_kd.read_manifest(path, bad=bad)
     kept = [line for line in path.read_bytes().split(b"\n") if line.removeprefix(b"\xef\xbb\xbf").strip()]
-    assert len(rows) + len(bad) == len(kept) and rows[0]["id"] == "x" and all(str(path) in row["reason"] for row in bad)
+    assert len(rows) + len(bad) == len(kept) and rows[0]["id"].endswith("/x") and all(str(path) in row["reason"] for row in bad)
 
 
 # ---- texts ----
