@@ -49,6 +49,7 @@ def test_the_controls_hear_nothing_or_another_clip(report):
     of = record["results"]["human"]
     by_speech, silent, other = (of[label]["kl8_rows"] for label in ("distilled by speech", compare.SILENT, compare.OTHER))
     assert all(a != b and a != c and b != c for a, b, c in zip(by_speech, silent, other))
+    assert len(set(silent)) > 1  # the same prompt, but each question's own answer
 
 
 def test_sounds_are_right_where_the_answer_is_word_for_word(report):

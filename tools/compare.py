@@ -105,17 +105,17 @@ def set_name(path):
 
 @torch.inference_mode()
 def kl8(student, teacher, prompts, questions, known):
-    """-> (B,) mean KL8 of each question. known: {token ids: KL8} of prompts that hear nothing, which the sets before had as well."""
+    """-> (B,) mean KL8 of each question. known: {the question's tokens: KL8} of prompts that hear nothing, which the sets before had as well."""
     todo = []
     for prompt, question in zip(prompts, questions):
-        if tuple(prompt.before) not in known or prompt.words:
+        if tuple(question.item["teacher"]) not in known or prompt.words:
             todo.append({**question.item, "s2t": prompt})
     found, values = [], []
     for start in range(0, len(todo), BATCH):
         found += train_kd.measure(student, teacher, todo[start:start + BATCH], ["s2t"], contextlib.nullcontext)["s2t"]
     means = iter([float(kl.mean()) for kl, _ in found])
-    for prompt in prompts:
-        key = tuple(prompt.before)
+    for prompt, question in zip(prompts, questions):
+        key = tuple(question.item["teacher"])
         if key not in known or prompt.words:
             known[key] = next(means)
         values.append(known[key])
