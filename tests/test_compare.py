@@ -3,6 +3,7 @@ import json
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -56,3 +57,21 @@ def test_sounds_are_right_where_the_answer_is_word_for_word(report):
     _, record = report
     answers = record["sounds"]["voices"]["base by speech"]
     assert len(answers) == 4 and all(right == (answer.strip() == "Fast.") for _, right, answer in answers)
+
+
+def test_each_question_has_its_own_kl_also_where_one_comes_twice(tiny):
+    """Two takes of a prompt are one question by text, and another set may ask it again."""
+    import model as m
+    student, (teacher, _) = m.load_student(str(tiny.student_folder)), m.load_llm(tiny.llm)
+    with torch.no_grad():
+        student.llm.model.norm.weight.mul_(1.5)
+    questions = []
+    for ids in ([3, 4, 5], [3, 4, 5], [6, 7], [8, 9, 10, 11]):
+        item = {"answer": [12, 13], "teacher": ids}
+        questions.append(compare.Question({**item, "s2t": student.unheard(ids)}))
+        questions[-1].item["taught"] = compare.train_kd.teacher_rows(teacher, [item])[0]
+    prompts, known = [q.by_speech for q in questions], {}
+    alone = [compare.kl8(student, teacher, [p], [q], {})[0] for p, q in zip(prompts, questions)]
+    for _ in range(2):
+        assert compare.kl8(student, teacher, prompts, questions, known) == pytest.approx(alone, rel=1e-4)
+    assert len(known) == len(set(alone)) == 3

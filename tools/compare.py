@@ -105,21 +105,19 @@ def set_name(path):
 
 @torch.inference_mode()
 def kl8(student, teacher, prompts, questions, known):
-    """-> (B,) mean KL8 of each question. known: {the question's tokens: KL8} of prompts that hear nothing, which the sets before had as well."""
-    todo = []
+    """-> (B,) mean KL8 of each question. known: {the question's tokens: KL8} of prompts that hear nothing: sets may share them."""
+    keys, todo, found = [], {}, []
     for prompt, question in zip(prompts, questions):
-        if tuple(question.item["teacher"]) not in known or prompt.words:
-            todo.append({**question.item, "s2t": prompt})
-    found, values = [], []
-    for start in range(0, len(todo), BATCH):
-        found += train_kd.measure(student, teacher, todo[start:start + BATCH], ["s2t"], contextlib.nullcontext)["s2t"]
-    means = iter([float(kl.mean()) for kl, _ in found])
-    for prompt, question in zip(prompts, questions):
-        key = tuple(question.item["teacher"])
-        if key not in known or prompt.words:
-            known[key] = next(means)
-        values.append(known[key])
-    return values
+        hears = prompt.words or len(prompt.sound)
+        keys.append(id(prompt) if hears else tuple(question.item["teacher"]))
+        if keys[-1] not in known:
+            todo[keys[-1]] = {**question.item, "s2t": prompt}
+    items = list(todo.values())
+    for start in range(0, len(items), BATCH):
+        found += train_kd.measure(student, teacher, items[start:start + BATCH], ["s2t"], contextlib.nullcontext)["s2t"]
+    for key, (kl, _) in zip(todo, found):
+        known[key] = float(kl.mean())
+    return [known[key] for key in keys]
 
 
 def answers_to(student, prompts, max_new_tokens):
