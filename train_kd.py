@@ -943,6 +943,8 @@ def main(args):
     stream = iter(DataLoader(rows, batch_sampler=todo, num_workers=args.workers, collate_fn=list,
                              worker_init_fn=outlive_sigterm,
                              multiprocessing_context="fork" if args.workers else None))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a dead worker is told by next(stream): torch's
+    # handler would raise wherever the main thread is just then
     autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
     channel_weights = {"t2t": args.t2t_weight, "s2t": 1.0, "sound": args.sound_weight}
     channels = [c for c in CHANNELS[::-1] if counts[c] and (c != "t2t" or "llm" in args.train)]
@@ -1047,7 +1049,6 @@ if __name__ == "__main__":
         sys.exit(main(get_args()))
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         print("train_kd.py:", *str(error).split(), file=sys.stderr)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()  # of the loader: Python would wait for what outlives SIGTERM
         sys.exit(2)
