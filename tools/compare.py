@@ -47,7 +47,7 @@ def get_args(argv=None):
     p.add_argument("--topics", nargs="+", default=["human"], help="sets on which topic recall is measured")
     p.add_argument("--cache", help="what Whisper heard, as of train_kd.py; default: .cache beside the first manifest")
     p.add_argument("--limit", type=m.number(int, 1), default=64, help="rows of each manifest")
-    p.add_argument("--max-new-tokens", type=m.number(int, 1), default=24, help="of the answers for topic recall")
+    p.add_argument("--max-new-tokens", type=m.number(int, 1), default=16, help="of the answers for topic recall")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     p.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     p.add_argument("--out", required=True, help="folder of the report")
@@ -129,6 +129,18 @@ def answers_to(student, prompts, max_new_tokens):
     return texts
 
 
+def teach(teacher, items):
+    """Give each item the teacher's hidden rows, once for all conditions; what is asked in several voices is read once."""
+    unique = {tuple(item["teacher"]): item for item in items}
+    found, todo = {}, list(unique.values())
+    for start in range(0, len(todo), BATCH):
+        some = todo[start:start + BATCH]
+        for item, rows in zip(some, train_kd.teacher_rows(teacher, some)):
+            found[tuple(item["teacher"])] = rows
+    for item in items:
+        item["taught"] = found[tuple(item["teacher"])]
+
+
 @torch.inference_mode()
 def measure(args):
     """-> {set: {condition: {kl8_rows, topic_rows, answers}}}, {set: {condition: {kind: right or wrong}}}, the rows of each."""
@@ -139,9 +151,7 @@ def measure(args):
         rows_of[path] = [row for row in train_kd.read_manifest(path, {}) if row.get("audio") and row["response"]][:args.limit]
     heard_of = train_kd.hear_all(args, start, [row for rows in rows_of.values() for row in rows], (0, 1))
     dialogue, sounds = (questions_of(args, start, tokenizer, paths, heard_of, rows_of) for paths in (args.data, args.sounds))
-    for questions in dialogue.values():
-        for q in questions:  # once for all conditions
-            q.item["taught"] = train_kd.teacher_rows(teacher, [q.item])[0]
+    teach(teacher, [question.item for questions in dialogue.values() for question in questions])
     plan = [(CASCADE, start, "words")]
     for name in ("base", "distilled"):
         student = m.load_student(getattr(args, name)).to(args.device)

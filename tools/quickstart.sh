@@ -49,11 +49,11 @@ wait $!
 
 say "base: the ordinary first stage of a speech LLM, cross-entropy on transcripts and sounds; its dialogue suffers"
 train --data "$data"/{heard,variety}/sounds.jsonl "$data/variety/transcripts.jsonl" --channels s2t \
-    --lr-llm 1e-4 --sound-batch-size 16 --max-steps 24 --out "$out/base"
+    --lr-llm 1e-4 --sound-batch-size 12 --max-steps 24 --out "$out/base"
 
 say "distilled: by text and by speech to the text teacher, sounds beside them"
 train --student "$out/base/last" --data "$data"/{heard,variety}/{train,sounds}.jsonl --ce-weight 0 --kd-weight 1 --temperature 1 \
-    --lr-llm 5e-5 --batch-size 8 --sound-batch-size 8 --max-steps 22 --out "$out/distilled"
+    --lr-llm 5e-5 --batch-size 8 --sound-batch-size 4 --max-steps 22 --out "$out/distilled"
 
 say "teacher, cascade, base, distilled, controls"
 python tools/compare.py --base "$out/base/last" --distilled "$out/distilled/last" --cache "$data/.cache" --out "$out" \
