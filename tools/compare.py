@@ -131,14 +131,15 @@ def answers_to(student, prompts, max_new_tokens):
 
 def teach(teacher, items):
     """Give each item the teacher's hidden rows, once for all conditions; what is asked in several voices is read once."""
-    unique = {tuple(item["teacher"]): item for item in items}
-    found, todo = {}, list(unique.values())
-    for start in range(0, len(todo), BATCH):
-        some = todo[start:start + BATCH]
-        for item, rows in zip(some, train_kd.teacher_rows(teacher, some)):
-            found[tuple(item["teacher"])] = rows
+    same = collections.defaultdict(list)
     for item in items:
-        item["taught"] = found[tuple(item["teacher"])]
+        same[tuple(item["teacher"]), tuple(item["answer"])].append(item)
+    groups = list(same.values())
+    for start in range(0, len(groups), BATCH):
+        some = groups[start:start + BATCH]
+        for group, rows in zip(some, train_kd.teacher_rows(teacher, [group[0] for group in some])):
+            for item in group:
+                item["taught"] = rows
 
 
 @torch.inference_mode()
