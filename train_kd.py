@@ -147,9 +147,9 @@ def get_args(argv=None):
         p.error("--shard needs torchrun, and does not go with --dtype float16")
     if not args.kd_weight + args.ce_weight:
         p.error("--kd-weight 0 and --ce-weight 0 leave nothing to learn; set one of them")
-    args.cache = args.cache or str(Path(args.data[0]).parent / ".cache")
+    args.cache = args.cache or str(Path(args.data[0]).parent / ".cache")  # shared by its runs
     world = int(os.environ.get("WORLD_SIZE", 1))
-    at_once = args.batch_size * world
+    at_once = args.batch_size * world  # rows of one forward on all GPUs
     args.global_batch_size = args.global_batch_size or at_once
     if args.global_batch_size % at_once:
         p.error(f"--global-batch-size {args.global_batch_size} is not a multiple of --batch-size "
@@ -175,7 +175,7 @@ def read_manifest(path, seen=None, bad=None):
         if lost:
             raise ValueError(f"{where}: no {', '.join(lost)}; expected {', '.join(KEYS[:4])}")
         m.check_texts(row, where, *KEYS[1:])
-        name = f"{path.resolve().parent.name}/{row['id']}"
+        name = f"{path.resolve().parent.name}/{row['id']}"  # ids are unique within a folder
         if not isinstance(row["id"], str | int) or seen.setdefault(name, where) != where:
             raise ValueError(f"{where}: id {row['id']!r} is no text, or also that of "
                              f"{seen.get(name)}; every row needs its own")
@@ -195,9 +195,9 @@ def read_manifest(path, seen=None, bad=None):
 def channels_of(row, args):
     """The channels that a row serves: those of --channels, or "sound"."""
     if not row.get(args.labels):
-        return []
+        return []  # no answer to learn
     if row["prompt"] is None:
-        return ["sound"]
+        return ["sound"]  # nothing that a teacher could read
     return [c for c in args.channels if c == "t2t" or row.get("audio")]
 
 
@@ -210,7 +210,7 @@ def usable_rows(args, rows):
     for row in rows:
         channels = channels_of(row, args)
         used += [row] if channels else []
-        strange |= row.keys() - set(KEYS)
+        strange |= row.keys() - set(KEYS)  # `audio` under another name, for instance
         for channel in channels:
             counts[channel] += 1
     spoken_only = counts["sound"] == len(used) > 0
@@ -230,7 +230,7 @@ def read_data(args):
     for path in args.data:
         train_rows += read_manifest(path, seen, bad)
     for path in args.eval_data:
-        eval_rows += read_manifest(path, {}, bad)
+        eval_rows += read_manifest(path, {}, bad)  # may be a part of the training data
     return train_rows, [r for r in eval_rows if channels_of(r, args) == args.channels], bad
 
 
@@ -263,7 +263,7 @@ class Rows(Dataset):
                                      self.args.max_answer_tokens)}
         for channel in channels_of(row, self.args):
             if channel == "t2t":
-                item["t2t"] = self.student.prompt({**row, "audio": None})
+                item["t2t"] = self.student.prompt({**row, "audio": None})  # reads, hears nothing
             else:
                 item[channel] = self.student.prompt(row, self.heard_of(row))
         if row["prompt"] is not None:
@@ -272,7 +272,7 @@ class Rows(Dataset):
             item["teacher"] = before + m.text_ids(self.teacher_tokenizer, row["prompt"]) + after
             if self.taught_of:
                 item["taught"] = self.taught_of(item)
-        sizes = [len(item["teacher"] or [])]
+        sizes = [len(item["teacher"] or [])]  # in tokens, the teacher's first
         sizes += [m.positions(item[channel]) for channel in CHANNELS if channel in item]
         size = max(sizes) + max(len(item["answer"]), self.new_tokens)
         if size > self.context:
@@ -284,7 +284,7 @@ class Rows(Dataset):
         """Make every item once, before anything trains; rows that fail leave and are added to
         `bad`."""
         (rank, world), found = ranks, {}
-        for k in range(rank, len(self), world):
+        for k in range(rank, len(self), world):  # each process tries its share
             try:
                 self[k]
             except ValueError as error:
@@ -320,10 +320,11 @@ def plan_steps(rows, args):
             sounds.setdefault(row.get("instruction"), []).append(k)
         else:
             taught.append(k)
-    parts, found = args.global_batch_size // args.batch_size, len(rows) - len(taught)
+    parts = args.global_batch_size // args.batch_size  # micro-batches of all processes
     sizes = {"with": parts * args.batch_size, "without": parts * args.sound_batch_size}
     kinds = {"with": (len(taught), itertools.cycle([drawn(taught)])),
-             "without": (found, itertools.cycle([drawn(numbers) for numbers in sounds.values()]))}
+             "without": (len(rows) - len(taught),
+                         itertools.cycle([drawn(numbers) for numbers in sounds.values()]))}
     kinds = {kind: (count, turns) for kind, (count, turns) in kinds.items() if count}
     for kind, (count, _) in kinds.items():
         if count < sizes[kind]:
@@ -336,7 +337,7 @@ def plan_steps(rows, args):
         step = [[] for _ in range(parts)]
         for kind, (_, turns) in kinds.items():
             for k in range(sizes[kind]):
-                step[k % parts].append(next(next(turns)))
+                step[k % parts].append(next(next(turns)))  # the next question's next row
         plan.append(step)
     return plan
 
@@ -347,7 +348,7 @@ def fingerprint(model, *more):
     """Twelve characters that change with a model's weights, and with what else is named."""
     digest = hashlib.sha1(repr(more).encode())
     for value in model.state_dict().values():  # a few of every tensor: a merged LoRA is seen
-        some = value.flatten()[::max(1, value.numel() // 256)]
+        some = value.flatten()[::max(1, value.numel() // 256)]                    # (256,) or so
         digest.update(some.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
@@ -372,7 +373,7 @@ def fill_cache(folder, things, compute, what, ranks):
                 save_file({k: v.contiguous().cpu() for k, v in value.items()}, temporary)
                 os.replace(temporary, folder / f"{name}.safetensors")
     if world > 1:
-        dist.barrier()
+        dist.barrier()  # all read what all wrote
 
 
 def hear_all(args, student, rows, ranks):
@@ -385,6 +386,7 @@ def hear_all(args, student, rows, ranks):
         return lambda row: None
     folder, names, clips = Path(args.cache) / fingerprint(student.whisper, "mean so far"), {}, {}
     spoken = [row for row in rows if row.get("audio")]
+    # like sizes together: what Whisper hears at once should end at once
     for row in sorted(spoken, key=lambda row: (os.path.getsize(row["audio"]), row["id"])):
         key = row["audio"], row.get("language")
         if key not in names:
@@ -399,7 +401,7 @@ def hear_all(args, student, rows, ranks):
                 waveforms[k] = m.load_audio(row["audio"])
                 spoken.append(row.get("language"))
         for k, heard in zip(waveforms, student.hear(list(waveforms.values()), spoken)):
-            found[k] = {"ids": heard.ids, "states": heard.states.half(),
+            found[k] = {"ids": heard.ids, "states": heard.states.half(),  # 16 bits are enough
                         "sound": heard.sound.half()}
         return found
 
@@ -427,15 +429,15 @@ def align_sounds(student, rows, heard_of):
     sounds, targets = {}, {}
     for found in answers.values():
         counts = collections.Counter(ids for _, ids in found)
-        kept = [(row, ids) for row, ids in found if counts[ids] > 1]
+        kept = [(row, ids) for row, ids in found if counts[ids] > 1]  # no transcripts
         common = set.intersection(*[set(ids) for _, ids in kept]) if kept else set()
         vectors = []                                                              # (H,) each
         for _, ids in kept:
             own = [token for token in ids if token not in common]
             vectors.append(table[own].mean(0) if own else torch.zeros_like(table[0]))
         for (row, _), vector in zip(kept, vectors):
-            clip, offset = row["audio"], vector - torch.stack(vectors).mean(0)
-            targets[clip] = targets.get(clip, 0) + offset
+            clip, offset = row["audio"], vector - torch.stack(vectors).mean(0)    # (H,)
+            targets[clip] = targets.get(clip, 0) + offset  # several questions ask about a clip
             sounds[clip] = heard_of(row).sound.to(student.device)
     if sounds:
         student.adapter.align(list(sounds.values()), torch.stack([targets[c] for c in sounds]))
@@ -482,7 +484,7 @@ def teacher_rows(teacher, items):
     rows = [torch.tensor(item["teacher"] + item["answer"], device=teacher.device)
             for item in items]
     lengths = [len(item["answer"]) for item in items]
-    shared = len(os.path.commonprefix([item["teacher"] for item in items]))
+    shared = len(os.path.commonprefix([item["teacher"] for item in items]))  # template's tokens
     with lora_off(teacher) if hasattr(teacher, "peft_config") else contextlib.nullcontext():
         return m.answer_states(teacher, rows, lengths, shared).split(lengths)
 
@@ -518,6 +520,7 @@ def channel_loss(args, channel, llms, hidden, items):
     transcript of twelve tokens would drown "Fast.".
     """
     (llm, teacher), ce_weight, kd_weight = llms, args.ce_weight, args.kd_weight
+    # a stand-in of passes_of has an answer of no token                         (n_i, H') each
     taught = [item["taught"][:len(item["answer"])] for item in items if "taught" in item]
     row_weights = None
     if channel == "sound":
@@ -547,11 +550,11 @@ def measure(student, teacher, items, channels, autocast):
     lengths = [len(answer) for answer in answers]
     heads = [whole(llm.get_output_embeddings().weight).to(student.device)
              for llm in (student.llm, teacher)]
-    taught = torch.cat(list(teacher_rows(teacher, items))).to(student.device)
+    taught = torch.cat(list(teacher_rows(teacher, items))).to(student.device)     # (N, H')
     for channel in channels:
         prompts = [item[channel] for item in items]
         with autocast():
-            hidden = student(prompts, answers)
+            hidden = student(prompts, answers)                                    # (N, H)
         kl, agree = losses.token_kl(
             student_hidden=hidden, student_weight=heads[0], teacher_hidden=taught,
             teacher_weight=heads[1], student_logit_scale=m.logit_scale(student.llm),
@@ -569,18 +572,18 @@ def evaluate(args, student, teacher, rows, ranks, autocast):
     share = -(-len(rows) // world)  # as many on every rank: sharded models work together
     for start in range(0, share, EVAL_ROWS):
         numbers = [rank + world * k for k in range(start, min(start + EVAL_ROWS, share))]
-        items = [rows[k % len(rows)] for k in numbers]
+        items = [rows[k % len(rows)] for k in numbers]  # beyond the last: read, not counted
         found = measure(student, teacher, items, args.channels, autocast)
         for c, channel in enumerate(args.channels):
             for k, (kl, agree) in zip(numbers, found[channel]):
                 for part, first in enumerate([len(kl), EARLY] if k < len(rows) else []):
-                    sums[c, part, 0] += kl[:first].sum()
+                    sums[c, part, 0] += kl[:first].sum()  # nats
                     sums[c, part, 1] += agree[:first].sum()
                     sums[c, part, 2] += len(kl[:first])
     student.train(training)
     if world > 1:
         sums = sums.to(student.device)
-        dist.all_reduce(sums)
+        dist.all_reduce(sums)  # of counts and sums, so that the mean is exact
     record = {}
     for channel, parts in zip(args.channels, sums.tolist()):
         for suffix, (kl, agree, tokens) in zip(("", "8"), parts):
@@ -593,7 +596,7 @@ def evaluate(args, student, teacher, rows, ranks, autocast):
 
 def write_samples(student, rows, path, step):
     """The student's answers by speech to a few rows, for whoever would rather read than count."""
-    rows = sorted(rows, key=lambda row: len(row["prompt"]))[:3]
+    rows = sorted(rows, key=lambda row: len(row["prompt"]))[:3]  # short ones are read at a glance
     answers = student.generate(rows, max_new_tokens=SAMPLE_TOKENS)
     for row, text in zip(rows, answers):
         append(path, {"step": step, "prompt": row["prompt"], "by_speech": text,
@@ -630,7 +633,7 @@ def load_teacher(args, student, dtype):
     own = student.llm.state_dict()
     same = all(k in own and torch.equal(own[k].to(v), v) for k, v in teacher.state_dict().items())
     if same and args.lora_rank and not args.teacher_cache and not args.shard:
-        teacher = student.llm
+        teacher = student.llm  # asked with its adapters off: one copy in memory
     return teacher.requires_grad_(False), tokenizer
 
 
@@ -640,7 +643,7 @@ def choose_what_trains(args, student, dtype):
     if missing:
         raise ValueError(f"--train {missing[0]}: {args.student} trains "
                          f"{', '.join(student.parts())}; its Whisper stays as it is")
-    student.requires_grad_(False)
+    student.requires_grad_(False)  # then what --train names
     for name in args.train:
         for part in student.parts()[name]:
             part.requires_grad_(True)
@@ -664,7 +667,7 @@ def make_optimizer(args, student):
         for part in student.parts()[name]:
             trained += [p for p in part.parameters() if p.requires_grad]
         for decay, matrices in ((WEIGHT_DECAY, True), (0.0, False)):
-            chosen = [p for p in trained if (p.dim() >= 2) == matrices]
+            chosen = [p for p in trained if (p.dim() >= 2) == matrices]  # no norms, biases
             groups.append({"params": chosen, "weight_decay": decay, "part": name})
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
@@ -690,8 +693,8 @@ def update(args, optimizer, scaler, step):
             raise RuntimeError(f"gradient norm {norm} of {name} in step {step}; lower the learning "
                                f"rate, or --dtype bfloat16; the newest checkpoint of {args.out} "
                                "keeps the last good state")
-    scaler.step(optimizer)
-    scaler.update()
+    scaler.step(optimizer)  # does nothing if an fp16 gradient overflowed
+    scaler.update()         # and then halves the scale
     optimizer.zero_grad(set_to_none=True)
     return norms
 
@@ -757,7 +760,7 @@ def save_checkpoint(args, student, optimizer, scaler, progress):
     # torch.load does not see a flipped bit: the name tells what the bytes must be
     path = out / f"ckpt-{step:06d}-{m.digest(temporary)[:16]}.pt"
     os.replace(temporary, path)
-    for old in checkpoints(out)[KEEP:]:
+    for old in checkpoints(out)[KEEP:]:  # after the new one is in place
         old.unlink()
 
 
@@ -781,6 +784,7 @@ def load_checkpoint(args, student, optimizer, scaler, identity):
     if changed:
         raise ValueError(f"{path} was written by another run; changed: {', '.join(changed)}; "
                          "repeat the old ones, or start afresh in another --out")
+    # torch names both by parameter: DDP, FSDP2 and one process read each other's
     set_state_dict(student, optimizer, model_state_dict=saved["model"],
                    optim_state_dict=saved["optimizer"], options=LOADED)
     scaler.load_state_dict(saved["scaler"])
@@ -790,7 +794,7 @@ def load_checkpoint(args, student, optimizer, scaler, identity):
 def save_folder(student, folder, dtype):
     """The student as a folder of transformers. Every rank must call it, the first one writes."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(student, options=options)
+    state = get_model_state_dict(student, options=options)  # gathered, if it is sharded
     if not int(os.environ.get("RANK", 0)):
         m.save_student(student, folder, dtype, state)
 
@@ -809,6 +813,15 @@ def begin_logs(args, step, world):
     about = {**vars(args), "processes": world, "torch": torch.__version__,
              "transformers": transformers.__version__}
     m.write_atomically(Path(args.out, "args.json"), json.dumps(about, indent=1))
+
+
+def announce(said, counts, measured, steps, student):
+    """What happens now, for people, before the first step."""
+    weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    few = " (fewer than half: the rest has no audio)" * (counts["t2t"] > 2 * counts["s2t"] > 0)
+    print(*said, f"rows: {counts['t2t']} by text, {counts['s2t']} by speech{few}, "
+          f"{counts['sound']} without a teacher, {measured} to measure on; {steps} steps; "
+          f"{weights / 1e6:.1f} M weights train", sep="\n", flush=True)
 
 
 def cut_back(path, step):
@@ -868,19 +881,19 @@ def main(args):
     out, dtype, steps_done = Path(args.out), getattr(torch, args.dtype), checkpoints(args.out)
     if steps_done and not args.resume:
         raise ValueError(f"{steps_done[0]} exists: add --resume to go on, or choose another --out")
-    rank, world, device = start_processes(args)
+    rank, world, device = start_processes(args)  # world: processes, one a GPU
     ranks, master = (rank, world), rank == 0
     train_rows, eval_rows, bad = read_data(args)
     m.leave_out(bad, args.max_bad_rows, out, master)
     train_rows, counts = usable_rows(args, train_rows)
-    out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)  # fails now, not after the first steps
 
     # ---- student, teacher ----
-    student = m.load_student(args.student)
+    student = m.load_student(args.student)  # in float32, on the CPU
     teacher, teacher_tokenizer = None, student.tokenizer
     if args.kd_weight and counts["t2t"] + counts["s2t"] or eval_rows:
         teacher, teacher_tokenizer = load_teacher(args, student, dtype)
-    choose_what_trains(args, student, dtype)
+    choose_what_trains(args, student, dtype)  # before DDP and optimizer, which read the flags
     if args.gradient_checkpointing:
         student.llm.gradient_checkpointing_enable()
     if not args.shard:  # else they move piece by piece
@@ -897,13 +910,13 @@ def main(args):
     eval_set.new_tokens = SAMPLE_TOKENS
     for part in (rows, eval_set):
         part.context = min(filter(None, contexts), default=math.inf)
-        part.leave_out_bad(bad, ranks)
+        part.leave_out_bad(bad, ranks)  # every row is made once before the first step
     said = [m.leave_out(bad, args.max_bad_rows, out, master)] if bad else []
     rows.rows, counts = usable_rows(args, rows.rows)
     if args.eval_data and not len(eval_set):
         raise ValueError(f"--eval-data {' '.join(args.eval_data)}: no row can be measured; that "
                          f"needs prompt, audio and {args.labels}")
-    if isinstance(student, m.SpeechLLM) and not student.adapter.listens:
+    if isinstance(student, m.SpeechLLM) and not student.adapter.listens:  # untrained so far
         aligned = align_sounds(student, rows.rows, heard_of)
         student.adapter.listens.fill_(True)
         said += [f"sound layer: begins with {aligned} clips, in closed form"] * (aligned > 0)
@@ -912,13 +925,13 @@ def main(args):
     if args.teacher_cache and teacher is not None:
         rows.taught_of = eval_set.taught_of = teach_all(args, teacher, [rows, eval_set], ranks)
         teacher.base_model.to("meta")  # its body leaves memory, its head stays
-    plan = plan_steps(rows.rows, args)
+    plan = plan_steps(rows.rows, args)  # all steps, known before the first
 
     # ---- optimizer, resume, log ----
     if args.shard:
         shard(student, teacher, dtype, device)
     optimizer = make_optimizer(args, student)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # bf16 needs none
     identity = run_identity(args, rows.rows + eval_set.rows, world)
     step, best, steps = 0, None, len(plan)
     if steps_done:
@@ -926,12 +939,8 @@ def main(args):
         said += more
     if master:
         begin_logs(args, step, world)
-        weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
-        few = " (fewer than half: the rest has no audio)" * (counts["t2t"] > 2 * counts["s2t"] > 0)
-        print(*said, f"rows: {counts['t2t']} by text, {counts['s2t']} by speech{few}, "
-              f"{counts['sound']} without a teacher, {len(eval_set)} to measure on; {steps} steps; "
-              f"{weights / 1e6:.1f} M weights train", sep="\n", flush=True)
-    stopped = []
+        announce(said, counts, len(eval_set), steps, student)
+    stopped = []  # filled by SIGTERM; the step is finished first
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
 
     # ---- the loop ----
@@ -939,14 +948,15 @@ def main(args):
     if world > 1 and not args.shard:
         model = DistributedDataParallel(student, gradient_as_bucket_view=True,
                                         device_ids=None if device.index is None else [device.index])
+    # micro-batches go to the processes in turn: the plan knows nothing of their number
     todo = list(itertools.chain(*[batches[rank::world] for batches in plan[step:]]))
     stream = iter(DataLoader(rows, batch_sampler=todo, num_workers=args.workers, collate_fn=list,
                              worker_init_fn=outlive_sigterm,
                              multiprocessing_context="fork" if args.workers else None))
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a dead worker is told by next(stream): torch's
-    # handler would raise wherever the main thread is just then
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in mid-step
     autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
     channel_weights = {"t2t": args.t2t_weight, "s2t": 1.0, "sound": args.sound_weight}
+    # by text the adapter has no part: without the LLM nothing would train there
     channels = [c for c in CHANNELS[::-1] if counts[c] and (c != "t2t" or "llm" in args.train)]
     student.train()
     begun = time.perf_counter()
@@ -969,6 +979,7 @@ def main(args):
 
         # -------- one optimizer step --------
         started = time.perf_counter()
+        # a worker that has died raises here
         micro_batches = [next(stream) for _ in range(len(plan[step]) // world)]
         # Mean over ALL supervised tokens of the step, per channel: a mean per micro-batch would
         # weight a 3-token answer like a 300-token one. DDP averages over ranks, hence `world`.
@@ -982,7 +993,7 @@ def main(args):
         if world > 1:
             dist.all_reduce(shared)
         counted = dict(zip(counted, shared.tolist()))
-        if counted["stopped"]:  # SIGTERM came to one of the processes
+        if counted["stopped"]:  # SIGTERM came to one of the processes: all stop at one step
             break
         # after the fetch: a new DataLoader iterator draws from this generator
         torch.manual_seed(args.seed + 100_003 * step + rank)
@@ -1004,7 +1015,7 @@ def main(args):
                         loss, *parts = channel_loss(args, channel, (student.llm, teacher), hidden,
                                                     chosen)
                     loss = channel_weights[channel] / max(1, counted[channel]) * loss
-                    scaler.scale(loss * world).backward()
+                    scaler.scale(loss * world).backward()  # frees this channel before the next
                 sums[CHANNELS.index(channel)] += torch.stack([loss.detach(), *parts])
         if world > 1:
             dist.all_reduce(sums)
@@ -1013,7 +1024,7 @@ def main(args):
             names = [item["id"] for item in itertools.chain(*micro_batches)]
             raise RuntimeError(f"loss {total} in step {step + 1}; rows of rank {rank}: "
                                f"{names}; the newest checkpoint of {out} keeps the last good state")
-        norms = update(args, optimizer, scaler, step + 1)
+        norms = update(args, optimizer, scaler, step + 1)  # {norm_PART}, before clipping
         step += 1
 
         if master:
@@ -1041,7 +1052,7 @@ def main(args):
     if world > 1:
         dist.barrier()  # torchrun kills all when one has ended otherwise
         dist.destroy_process_group()
-    return 0 if step == steps else 143
+    return 0 if step == steps else 143  # 128 + SIGTERM, as a shell has it
 
 
 if __name__ == "__main__":
