@@ -141,11 +141,12 @@ def faster_dtype(device):
 
 def text_of(value, where):
     """A text, a number, null or a list of text parts -> str; all else is refused, not cut away."""
-    parts = value if isinstance(value, list) else [value]
-    texts = [part.get("text", part) if isinstance(part, dict) else part for part in parts]
-    if not all(isinstance(text, str | int | float | None) for text in texts):
-        raise ValueError(f"{where}: {str(value)[:60]!r}, expected text")
-    return "\n".join(str(text) for text in texts if text is not None).strip()
+    if isinstance(value, list):
+        return "\n".join(text_of(part, where) for part in value)
+    text = value.get("text", value) if isinstance(value, dict) else value
+    if not isinstance(text, str | int | float | None):
+        raise ValueError(f"{where}: {str(text)[:60]!r}, expected text")
+    return "" if text is None else str(text).strip()
 
 
 def of_chat(messages, where):
@@ -275,8 +276,8 @@ def readable(text, language="en"):
     except (NotImplementedError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"num2words reads no numbers in {language!r}; write them as words, or use "
                          "an engine that reads them") from error
-    signs = {"&": " and ", "%": " percent", "+": " plus ", "°": " degrees",
-             "$": " dollars ", "€": " euros ", "£": " pounds "}
+    signs = {"&": " and ", "%": " percent", "+": " plus ", "°": " degrees"}
+    signs |= {sign: f" {name} " for sign, (_, name) in MONEY.items()}
     text = text.translate(str.maketrans(signs if language == "en" else {}))
     return tidy(re.sub(r"\s+(?=[.,;:?!])", "", text))
 
@@ -647,7 +648,7 @@ def write_results(args, rows, drops, clips):
     kept = files["train"] + files["heldout"]
     reasons = collections.Counter(drop["reason"] for drop in drops)
     if not kept:
-        raise RuntimeError(f"no row is left of {len(clips)}: {reasons}")
+        raise RuntimeError(f"no row is left of {len(clips)} clips: {reasons}; {drops[-1:]}")
     if args.sounds:
         files["sounds"], files["sounds-heldout"] = map(sound_rows, files.values())
         files["transcripts"] = [about(row, "transcript", "Repeat what you hear.", row["prompt"])
@@ -712,16 +713,14 @@ def main(args):
         torch.set_num_threads(max(1, m.cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
 
     # ---- prompts ----
-    raw, bad = [], []
-    if args.input:
-        raw = read_rows(args.input, args.limit, bad)
-    elif args.hub_dataset:
+    bad = []
+    raw = read_rows(args.input, args.limit, bad) if args.input else []
+    if args.hub_dataset:
         raw = hub_rows(args)
     rows, drops = choose(raw, args)
-    if not (rows or args.sample_prompts):
-        counts = dict(collections.Counter(drop["reason"] for drop in drops))
-        raise ValueError(f"no row is left of {len(raw) + len(bad)}: "
-                         f"{bad[0]['reason'] if bad else counts}")
+    if not (rows or args.sample_prompts):  # before OUT is there
+        reasons = bad[0]["reason"] if bad else collections.Counter(drop["reason"] for drop in drops)
+        raise ValueError(f"no row is left of {len(raw) + len(bad)}: {reasons}")
     m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
     teacher = functools.cache(lambda: load_teacher(args))  # loaded when first needed, if ever
     if rank == 0:

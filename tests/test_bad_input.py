@@ -195,7 +195,10 @@ ARGUMENTS = {
     "answers too long, synth": ("synth", ["--max-new-tokens", "5000"], r"exceed the LLM's context of 4096.*--max-new-tokens"),
     **numbers("ask", "1 or more", max_new_tokens=0), **numbers("compare", "1 or more", limit=0),
     "no question": ("ask-only", ["--student", "x"], r"the following arguments are required: questions"),
-    "a question in a file that is not there": ("ask", ["nope.wav"], r"nope.wav: no such file; .*"),
+    **{f"{name}, which is not there": ("ask", [name], rf"{name}: no such file; give the path of a clip, or a question in words")
+       for name in ("nope.wav", "nope.flac", "nope.m4a", "a/nope.webm", "my nope.opus", "nope.WMA", "nope.txt")},
+    "a folder": ("ask", [ROOT / "tests"], r"tests: a folder; give the path of a clip"),
+    "asked in words, and a folder": ("ask", ["What is 3.5 times 2.", "Why?", "/"], r"error: /: a folder;"),
     "nobody to ask": ("ask", ["--student", "nobody/nothing"], r"'nobody/nothing' is no local folder"),
     "nothing to compare": ("compare", ["--data", "nowhere.jsonl"], r"nowhere.jsonl: no such manifest; synth_speech.py"),
 }

@@ -422,6 +422,11 @@ def test_a_manifest_as_input_keeps_its_answers_in_other_voices(reference, tmp_pa
     assert "<script" not in page and "&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt; &amp; more" in page
 
 
+def test_rows_that_are_dropped_need_no_teacher(tmp_path):
+    rows = [{"prompt": "Who is it?", "response": "Ann.", "finish": "stop"}, {"prompt": "Run `ls`"}]
+    assert run("no/teacher", tmp_path / "out", "--input", write(tmp_path / "in.jsonl", rows)) == 0
+
+
 def test_sampled_prompts_depend_on_seed_and_chunk_alone_and_go_on(tiny, tmp_path):
     llm, tokenizer = m.load_llm(tiny.llm)  # made to say plain letters only, and to end its turn now and then
     weight = llm.get_input_embeddings().weight.data
@@ -518,6 +523,13 @@ def test_a_program_gets_the_text_as_one_argument_and_its_failures_are_listed(tmp
     assert [(d["prompt"], d["reason"]) for d in dropped] == [(text, "no speech") for text in texts[2:]]
     assert "exited 1: cannot say that" in dropped[0]["detail"] and "speech.wav" in dropped[1]["detail"]
     assert {p.name for p in tmp_path.iterdir()} == {"speak.py", "log.jsonl", "in.jsonl", "out"}
+
+
+def test_where_all_clips_fail_the_line_says_why(tmp_path):
+    pytest.importorskip("num2words")
+    command = "--engine command --language zh --tts-command cat {text} {wav}"
+    with pytest.raises(RuntimeError, match="no row is left of 1 clips: .*'no speech': 1.*no numbers in 'zh'; write them as words"):
+        spoken(tmp_path, ["3 个"], *command.split())
 
 
 def test_flite_speaks(tmp_path):
