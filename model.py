@@ -60,7 +60,7 @@ LORA_SCALE = 2.0                   # alpha / rank, as most papers have it
 TOP_K = 50                         # tokens among which one is drawn
 PACKED_POSITIONS = 4096            # of one packed row at most: its mask is quadratic
 AUDIO_MARK = "<|audio|>"           # stands for the speech in the rendered template
-TAG = re.compile(r"</?\|?\w*(?:audio|speech|sound)\w*\|?>|\[audio\]", re.I)  # others' for it
+TAG = re.compile(r"</?\|?\w*(?:audio|speech|sound)\w*\|?>|\[audio\]", re.I)  # others' marks
 # what soundfile cannot read, by a mark among its first bytes -> what it is, and what to do
 FOREIGN = {"git-lfs": "a Git-LFS pointer: git lfs pull", "^$": "empty: fetch it again",
            "(?i)html|<[?]xml": "a web page: fetch the clip", "ftyp": "m4a: ffmpeg -i {0} {0}.wav",

@@ -141,12 +141,13 @@ def faster_dtype(device):
 
 def text_of(value, where):
     """A text, a number, null or a list of text parts -> str; all else is refused, not cut away."""
-    if isinstance(value, list):
-        return "\n".join(text_of(part, where) for part in value)
-    text = value.get("text", value) if isinstance(value, dict) else value
-    if not isinstance(text, str | int | float | None):
-        raise ValueError(f"{where}: {str(text)[:60]!r}, expected text")
-    return "" if text is None else str(text).strip()
+    texts = []
+    for part in value if isinstance(value, list) else [value]:
+        text = part.get("text", part) if isinstance(part, dict) else part
+        if not isinstance(text, str | int | float | None):
+            raise ValueError(f"{where}: {str(text)[:60]!r}, expected text")
+        texts.append("" if text is None else str(text).strip())
+    return "\n".join(texts)
 
 
 def of_chat(messages, where):
@@ -210,8 +211,7 @@ def hub_rows(args):
         try:
             rows.append(to_row(raw, f"{args.hub_dataset}:{i}"))
         except ValueError as error:
-            _, _, reason = str(error).partition(": ")
-            rows.append({"id": f"{i:06d}", "prompt": "", "drop": reason})
+            rows.append({"id": f"{i:06d}", "prompt": "", "drop": str(error).partition(": ")[2]})
     return rows
 
 
@@ -245,9 +245,6 @@ def number_words(found, language, num2words):
     sign, whole, part, size, ending = found.groups("")
     digits = re.sub(r"\D", "", whole)
     number = f"{digits}.{part}" if part else int(digits)
-    if digits[0] == "0" != digits and not part:  # 007
-        words = " ".join(num2words(int(digit), lang=language) for digit in digits)
-        return f"{sign} {words}{size}{ending} "
     if language != "en":
         return f"{sign} {num2words(number, lang=language)}{size}{ending} "
     if sign:
@@ -268,6 +265,7 @@ def readable(text, language="en"):
     """Numbers and signs as words, for engines that do not read them themselves."""
     from num2words import num2words
     marks = (",", r"\.") if language in POINT else ("[. ]", ",")  # of thousands, of decimals
+    text = re.sub(r"(?<![\d.,])0\d+(?![.,]?\d)", lambda n: " ".join(n[0]), text)  # 007
     if language == "en":
         text = re.sub(r"(?<![\w)])-(?=[$€£]?\d)", "minus ", text)
         text = re.sub(r"(?<=\d):(?=\d\d(?!\d))", " ", text.replace(":00", " o'clock "))  # 12:30
@@ -323,11 +321,10 @@ class Stage:
             os.truncate(self.own, self.own.read_bytes().rfind(b"\n") + 1)
 
     def load(self):
-        done = {}
+        records = []
         for path in sorted(self.own.parent.glob(self.all)):
-            records = map(json.loads, path.read_text().split("\n")[:-1])
-            done |= {record["id"]: record for record in records}
-        return done
+            records += map(json.loads, path.read_text().split("\n")[:-1])
+        return {record["id"]: record for record in records}
 
     def add(self, records):
         with open(self.own, "a") as file:
@@ -658,9 +655,8 @@ def write_results(args, rows, drops, clips):
             lines = "".join(json.dumps(row) + "\n" for row in content)
             m.write_atomically(Path(args.out) / f"{name}.jsonl", lines)
     rates = [row["wer"] for row in kept if row["wer"] is not None]
-    seconds = sum(row["seconds"] for row in kept)
     summary = {"rows": {name: len(content) for name, content in files.items()},
-               "hours": round(seconds / 3600, 3),
+               "hours": round(sum(row["seconds"] for row in kept) / 3600, 3),
                "mean_wer": round(float(np.mean(rates)), 4) if rates else None,
                "wer_measured_on": len(rates), "dropped": reasons}
     m.write_atomically(Path(args.out) / "summary.json", json.dumps(summary, indent=1))

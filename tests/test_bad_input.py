@@ -197,7 +197,7 @@ ARGUMENTS = {
     "no question": ("ask-only", ["--student", "x"], r"the following arguments are required: questions"),
     **{f"{name}, which is not there": ("ask", [name], rf"{name}: no such file; give the path of a clip, or a question in words")
        for name in ("nope.wav", "nope.flac", "nope.m4a", "a/nope.webm", "my nope.opus", "nope.WMA", "nope.txt")},
-    "a folder": ("ask", [ROOT / "tests"], r"tests: a folder; give the path of a clip"),
+    "a folder": ("ask", [str(ROOT / "tests")], r"tests: a folder; give the path of a clip"),
     "asked in words, and a folder": ("ask", ["What is 3.5 times 2.", "Why?", "/"], r"error: /: a folder;"),
     "nobody to ask": ("ask", ["--student", "nobody/nothing"], r"'nobody/nothing' is no local folder"),
     "nothing to compare": ("compare", ["--data", "nowhere.jsonl"], r"nowhere.jsonl: no such manifest; synth_speech.py"),
@@ -404,8 +404,9 @@ def first_bytes(head):
 TONE = sound(0.8).numpy()
 AUDIO = {
     "zero bytes": (lambda path: path.write_bytes(b""), r"001.flac: not a readable audio file .* it is empty: fetch it again \(bad"),
-    "text": (lambda path: path.write_text("no sound at all"), r"001.flac: not a readable audio file .* it is cut, or of a kind to convert \(bad"),
-    "a Git-LFS pointer": (first_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"), r"it is a Git-LFS pointer: git lfs pull \(bad"),
+    "text": (lambda path: path.write_text("no sound at all"), r"not a readable audio file .* it is cut, or of a kind to convert \(bad"),
+    "a Git-LFS pointer": (first_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"),
+                          r"it is a Git-LFS pointer: git lfs pull \(bad"),
     "m4a": (first_bytes(b"\0\0\0\x20ftypM4A \0\0\0\0M4A mp42isom"), r"it is m4a: ffmpeg -i (\S+001.flac) \1.wav \(bad"),
     "webm": (first_bytes(b"\x1aE\xdf\xa3\x9fB\x86\x81\1B\xf7\x81\1B\x82\x84webm"), r"it is webm: ffmpeg -i (\S+001.flac) \1.wav \(bad"),
     "a web page": (first_bytes(b"\n<!DOCTYPE html>\n<html><body>Sign in"), r"it is a web page: fetch the clip \(bad"),
@@ -421,7 +422,8 @@ AUDIO = {
     "WAV's header alone": (cut(0.0017, format="WAV"), r"001.flac: 0 samples|not a readable audio file"),
     "odd rate": (wave(TONE, 16_001), r"12800 samples at 16001 Hz, expected .*rate in steps of 25 Hz; cut or resample it"),
     "one hour": (wave(np.zeros(3600 * 100), 100), r"360000 samples at 100 Hz, expected 20 ms to 600 s"),
-    "opposite phases": (wave(np.stack([TONE, -TONE], 1)), None), "8 channels": (wave(np.stack([TONE] * 8, 1)), None), "8 kHz": (wave(TONE[::2], 8_000), None),
+    "opposite phases": (wave(np.stack([TONE, -TONE], 1)), None),
+    "8 channels": (wave(np.stack([TONE] * 8, 1)), None), "8 kHz": (wave(TONE[::2], 8_000), None),
     "192 kHz": (wave(np.repeat(TONE, 12), 192_000), None), "24 bits": (wave(TONE, subtype="PCM_24"), None),
     "8 bits": (wave(TONE, subtype="PCM_U8"), None), "64-bit float": (wave(TONE, subtype="DOUBLE"), None),
     "silence": (wave(0 * TONE), None), "MP3": (cut(1, format="MP3"), None), "OGG": (cut(1, format="OGG"), None),

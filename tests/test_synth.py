@@ -130,7 +130,8 @@ PARTS = [{"type": "text", "text": "Look:"}, {"type": "text", "text": "why?"}]
     *(({"instruction": "Why?", "input": empty, "output": "So."}, {"prompt": "Why?", "reference": "So."}) for empty in (
         "Noinput", "No input", "N/A", "None", "nan", "<noinput>", "NO INPUT.", "<no input>", "n/a.", "(none)", "NULL", "[]", " ", "",
         None, float("nan"), [], "No input required", "not applicable")),
-    ({"instruction": "Double it.", "input": 5}, {"prompt": "Double it.\n5"}), ({"instruction": "Say:", "input": "!"}, {"prompt": "Say:\n!"}),
+    ({"instruction": "Double it.", "input": 5}, {"prompt": "Double it.\n5"}),
+    ({"instruction": "Say:", "input": "!"}, {"prompt": "Say:\n!"}),
     ({"instruction": "Name it.", "input": "Nan, the nurse"}, {"prompt": "Name it.\nNan, the nurse"}),
     ({"input": "Why?", "output": "So."}, {"prompt": "Why?", "reference": "So."}),
     ({"question": "Who?", "context": "Ann came."}, {"prompt": "Who?\nAnn came."}),  # Dolly's and SQuAD's
@@ -140,12 +141,14 @@ PARTS = [{"type": "text", "text": "Look:"}, {"type": "text", "text": "why?"}]
     ({"messages": [{"role": "system", "content": "Be kind."}, ASK, {"role": "assistant", "content": "So."}]},
      {"prompt": "Why?", "system": "Be kind.", "reference": "So."}),
     ({"conversations": [{"from": "human", "value": "Why?"}, SAY], "system": ""}, {"prompt": "Why?", "reference": "So."}),
-    ({"conversations": [{"from": "system", "value": "Be kind."}, {"from": "Human", "value": " Why? "}]}, {"prompt": "Why?", "system": "Be kind."}),
+    ({"conversations": [{"from": "system", "value": "Be kind."}, {"from": "Human", "value": " Why? "}]},
+     {"prompt": "Why?", "system": "Be kind."}),
     ({"messages": [{"role": "user", "content": PARTS}]}, {"prompt": "Look:\nwhy?"}),
     ({"prompt": [ASK], "chosen": [ASK, SAY], "rejected": [ASK, {"from": "gpt", "value": "No."}]}, {"prompt": "Why?", "reference": "So."}),
     ({"prompt": "Why?", "messages": [ASK, SAY, ASK, SAY]}, {"prompt": "Why?", "drop": "several turns"}),
     ({"messages": [ASK, SAY, ASK]}, {"prompt": "Why?", "drop": "several turns"}),
-    ({"conversations": [SAY, ASK, SAY]}, {"prompt": "Why?", "drop": "several turns"}), ({"turns": [ASK, ASK]}, {"prompt": "Why?", "drop": "several turns"}),
+    ({"conversations": [SAY, ASK, SAY]}, {"prompt": "Why?", "drop": "several turns"}),
+    ({"turns": [ASK, ASK]}, {"prompt": "Why?", "drop": "several turns"}),
     ({"instruction": "Why?", "history": [["Who?", "Ann."]]}, {"prompt": "Why?", "drop": "history"}),
     ({"instruction": "Why?", "history": "Who? Ann."}, {"prompt": "Why?", "drop": "history"})])
 def test_inputs_that_say_they_are_empty_are_and_one_turn_of_a_chat_is_a_row(raw, row):
@@ -153,10 +156,13 @@ def test_inputs_that_say_they_are_empty_are_and_one_turn_of_a_chat_is_a_row(raw,
 
 
 @pytest.mark.parametrize("raw, said", [
-    ({"messages": [{"role": "narrator", "content": "Once"}, ASK]}, "message of 'narrator', expected of system, user, human, assistant, gpt"),
-    ({"messages": [ASK, "So."]}, "a message of 'So.'"), ({"messages": [SAY]}, "nor one turn in messages or conversations; its keys are messages"),
+    ({"messages": [{"role": "narrator", "content": "Once"}, ASK]},
+     "message of 'narrator', expected of system, user, human, assistant, gpt"),
+    ({"messages": [ASK, "So."]}, "a message of 'So.'"),
+    ({"messages": [SAY]}, "nor one turn in messages or conversations; its keys are messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "image_url.*, expected text"),
-    ({"instruction": "Why?", "input": {"a": 1}}, "{'a': 1}\", expected text"), ({"dialog": ["Hi", "Ho"]}, "no text under .*; its keys are dialog"),
+    ({"instruction": "Why?", "input": {"a": 1}}, "{'a': 1}\", expected text"),
+    ({"instruction": "Why?", "input": [["a"]]}, "expected text"), ({"dialog": ["Hi", "Ho"]}, "no text under .*; its keys are dialog"),
     ({"text": "a", "label": 1}, "no text under prompt, question or instruction, nor .*; its keys are text, label"),
     ({"context": "Ann came."}, "no text under .*; its keys are context")])
 def test_a_row_of_another_make_is_refused_and_its_keys_are_named(raw, said):
@@ -197,7 +203,8 @@ def test_hub_data_is_read_of_the_config_and_split_that_were_asked_for(tmp_path, 
     assert run("no/teacher", tmp_path / "out", *argv) == 0
     assert asked == [(("org/name", "small"), {"split": "test", "streaming": True})]
     assert [row["id"] for row in read(tmp_path, "out/train.jsonl")] == ["name-000000"]
-    assert [row["reason"][:30] for row in read(tmp_path, "out/dropped.jsonl")] == ["no text under prompt, question", "<audio> or the like inside the"]
+    reasons = [row["reason"][:20] for row in read(tmp_path, "out/dropped.jsonl")]
+    assert reasons == ["no text under prompt", "<audio> or the like "]
     rows[:] = [{"text": "a", "label": 1}] * 4
     with pytest.raises(ValueError, match="no row is left of 4: .*its keys are text, label': 4"):
         run("no/teacher", tmp_path / "none", *argv[:2])
@@ -240,7 +247,8 @@ def test_texts_are_made_plain_and_numbers_words_where_the_engine_needs_it(text, 
     ("en", "the 1st of 21st, in 1984", "the first of twenty-first, in nineteen eighty-four"),
     ("en", "the 1960s, 1900s", "the nineteen sixties, nineteen hundreds"), ("en", "$5.99", "five dollars ninety-nine"),
     ("en", "$1, $2.5 and $1.5 million", "one dollar, two dollars fifty and one point five million dollars"),
-    ("en", "£20, $0.50, £1,200.50 and $3.999", "twenty pounds, fifty cents, one thousand, two hundred pounds fifty and three point nine nine nine dollars"),
+    ("en", "£20, $0.50, £1,200.50", "twenty pounds, fifty cents, one thousand, two hundred pounds fifty"),
+    ("en", "$3.999 and 20€", "three point nine nine nine dollars and twenty euros"),
     ("en", "the 3rd of May at 12:30, 10%", "the third of May at twelve thirty, ten percent"), ("en", "at 3:00", "at three o'clock"),
     ("en", "-5, -$5 and 10 - 12", "minus five, minus five dollars and ten - twelve"), ("en", "007", "zero zero seven"),
     ("fr", "1 200", "mille deux cents"), ("de", "007", "null null sieben"), ("ja", "3.5", "三点五"),
