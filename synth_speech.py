@@ -265,10 +265,11 @@ def readable(text, language="en"):
     """Numbers and signs as words, for engines that do not read them themselves."""
     from num2words import num2words
     marks = (",", r"\.") if language in POINT else ("[. ]", ",")  # of thousands, of decimals
-    text = re.sub(r"(?<![\d.,])0\d+(?![.,]?\d)", lambda n: " ".join(n[0]), text)  # 007
     if language == "en":
         text = re.sub(r"(?<![\w)])-(?=[$€£]?\d)", "minus ", text)
-        text = re.sub(r"(?<=\d):(?=\d\d(?!\d))", " ", text.replace(":00", " o'clock "))  # 12:30
+        text = re.sub(r"(?<=\d):(?=\d\d(?!\d))", "  ", text.replace(":00", " o'clock "))  # 12:30
+    # 007, but not the end of 1 007
+    text = re.sub(r"(?<![\d.,])(?<!\d )0\d+(?![.,]?\d)", lambda n: " ".join(n[0]), text)
     try:
         text = re.sub(NUMBER.format(*marks), lambda n: number_words(n, language, num2words), text)
     except (NotImplementedError, AttributeError, LookupError, TypeError) as error:
