@@ -60,7 +60,11 @@ LORA_SCALE = 2.0                   # alpha / rank, as most papers have it
 TOP_K = 50                         # tokens among which one is drawn
 PACKED_POSITIONS = 4096            # of one packed row at most: its mask is quadratic
 AUDIO_MARK = "<|audio|>"           # stands for the speech in the rendered template
-TAG = re.compile(r"<\|?(?:audio|speech)\|?>", re.IGNORECASE)  # the same in others' prompts
+TAG = re.compile(r"</?\|?\w*(?:audio|speech|sound)\w*\|?>|\[audio\]", re.I)  # others' marks
+# what soundfile cannot read, by a mark among its first bytes -> what it is, and what to do
+FOREIGN = {"git-lfs": "a Git-LFS pointer: git lfs pull", "^$": "empty: fetch it again",
+           "(?i)html|<[?]xml": "a web page: fetch the clip", "ftyp": "m4a: ffmpeg -i {0} {0}.wav",
+           "\x1aE\xdf\xa3": "webm: ffmpeg -i {0} {0}.wav", "": "cut, or of a kind to convert"}
 TODAY = datetime.date(2025, 1, 1)  # in templates that tell the date: a run that goes on next day,
                                    # its teacher and its evaluation read the same
 FILLER = "user"                    # a sound begins as this: of 20 tokens tried, the one that
@@ -134,14 +138,11 @@ def check_texts(row, where, *keys):
 
 
 def untagged(prompt, where):
-    """A prompt without other frameworks' tags for the sound, which stand at its ends.
-    Raises ValueError if one stands inside."""
-    if not TAG.search(prompt):
-        return prompt
+    """A prompt without others' tags for the sound at its ends; ValueError if one is inside."""
     words = [part.strip() for part in TAG.split(prompt) if part.strip()]
     if len(words) > 1:
         raise ValueError(f"{where}: <audio> or the like inside the prompt; write words alone")
-    return "".join(words)
+    return "".join(words) if TAG.search(prompt) else prompt
 
 
 def leave_out(bad, limit, out, write=True):
@@ -304,24 +305,28 @@ def audio_seconds(path):
     try:
         header = soundfile.info(str(path))
     except (RuntimeError, TypeError, OSError) as error:
-        raise ValueError(f"{path}: not a readable audio file ({error})") from error
-    frames, rate = header.frames, header.samplerate
-    if rate % 25 or not 0.02 <= frames / rate <= MAX_SECONDS:  # odd rates: a huge kernel
-        raise ValueError(f"{path}: {frames} samples at {rate} Hz, expected 20 ms to {MAX_SECONDS} "
-                         "s at a rate in steps of 25 Hz; cut or resample it")
-    return frames / rate
+        head = Path(path).read_bytes()[:64].decode("latin-1") if os.path.isfile(path) else "none"
+        what = next(text for mark, text in FOREIGN.items() if re.search(mark, head)).format(path)
+        raise ValueError(f"{path}: not a readable audio file ({error}); it is {what}") from error
+    if header.samplerate % 25 or not 0.02 <= header.duration <= MAX_SECONDS:  # a huge kernel
+        raise ValueError(f"{path}: {header.frames} samples at {header.samplerate} Hz, expected 20 "
+                         f"ms to {MAX_SECONDS} s at a rate in steps of 25 Hz; cut or resample it")
+    return header.duration
 
 
 def load_audio(path):
-    """Audio file -> waveform (S,) float32 at 16 kHz, mono.
-    Raises ValueError if it is no usable audio."""
+    """Audio file -> waveform (S,) float32 at 16 kHz, mono: the mean of its channels, or the loudest
+    one where they cancel each other out. Raises ValueError if it is no usable audio."""
     from torchaudio.functional import resample
     seconds = audio_seconds(path)
     try:
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
     except RuntimeError as error:
         raise ValueError(f"{path}: not a readable audio file ({error})") from error
-    waveform = torch.from_numpy(samples).mean(dim=1)
+    channels = torch.from_numpy(samples)                                          # (S, C)
+    waveform = channels.mean(dim=1)
+    if waveform.square().mean() < 0.01 * channels.square().mean():  # one is the other's opposite
+        waveform = channels[:, channels.square().sum(dim=0).argmax()]
     if len(waveform) < 0.95 * seconds * rate:
         raise ValueError(f"{path}: cut: {len(waveform)} of {seconds * rate:.0f} samples are there")
     if not waveform.abs().max() < 100:

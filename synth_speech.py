@@ -5,8 +5,8 @@ Turn text instructions into training data: teacher answers and speech, checked b
   python synth_speech.py --input alpaca.json --out data/alpaca --max-wer 0.3
   torchrun --nproc_per_node=8 synth_speech.py --hub-dataset Open-Orca/OpenOrca --out data/orca
 
-Reads   JSON lines or a JSON list; keys: prompt | instruction (+ input) | question
-        (+ system_prompt), response or output
+Reads   JSON lines or a JSON list; keys: prompt | question | instruction (+ input or context)
+        (+ system_prompt), response or output; or messages | conversations of one turn
 Writes  OUT/train.jsonl (the manifest), heldout.jsonl, wav/*.flac (16 kHz mono), summary.json;
         --sounds: sounds.jsonl, sounds-heldout.jsonl, transcripts.jsonl
 Stop it at any moment; the same command goes on. Nothing is made twice.
@@ -56,6 +56,11 @@ NUMBER = (r"([$€£])? ?(\d{{1,3}}(?:{0}\d{{3}})+(?!\d)|\d+)(?:{1}(\d+))?"
           r"( (?:thousand|million|billion|trillion)\b)?(?:(st|nd|rd|th|s)\b)?")
 MONEY = {"$": ("USD", "dollars"), "€": ("EUR", "euros"), "£": ("GBP", "pounds")}
 POINT = ("en", "zh", "ja", "ko", "th", "he")  # languages that write 3.5, not 3,5
+# who speaks in messages and conversations -> key of a row; how a row says that it has no input
+ROLES = {"system": "system", "user": "prompt", "human": "prompt", "assistant": "reference",
+         "gpt": "reference", "bot": "reference", "model": "reference"}
+NO_INPUT = re.compile(r"(?i)|\[\]|[\W_]*(no[\W_]?input( (provided|needed|required|given))?|none|"
+                      r"null|n\W?a|nan|not applicable)[\W_]*")
 UNSPACED = ("zh", "yue", "ja", "th", "lo", "my", "km")  # no spaces: error rates of characters
 BACKGROUNDS, SNR_DB = ["rain", "hum", "beeps"], (12, 20)  # voice over background
 TAKE2 = "-take2"    # ends the id of a prompt's second clip
@@ -74,6 +79,8 @@ def get_args(argv=None):
     add = p.add_argument_group("prompts").add_argument
     add("--input", help="JSON lines or JSON list")
     add("--hub-dataset", help="data set id of the hub, streamed (needs the package datasets)")
+    add("--hub-config", help="of the data set, where it has more than one")
+    add("--hub-split", default="train", help="of the data set")
     add("--sample-prompts", type=zero, default=0, help="prompts that the teacher invents")
     add("--limit", type=zero, default=0, help="read at most so many rows; 0 = all")
     add("--max-bad-rows", type=zero, default=0, help="leave so many out, into OUT/bad_rows.jsonl")
@@ -132,15 +139,55 @@ def faster_dtype(device):
 
 # ---- rows ----
 
+def text_of(value, where):
+    """A text, a number, null or a list of text parts -> str; all else is refused, not cut away."""
+    texts = []
+    for part in value if isinstance(value, list) else [value]:
+        text = part.get("text", part) if isinstance(part, dict) else part
+        if not isinstance(text, str | int | float | None):
+            raise ValueError(f"{where}: {str(text)[:60]!r}, expected text")
+        texts.append("" if text is None else str(text).strip())
+    return "\n".join(texts)
+
+
+def of_chat(messages, where):
+    """OpenAI's [{"role", "content"}] or ShareGPT's [{"from", "value"}] -> texts by the keys of a
+    row; is that all of it, or were there several turns?"""
+    texts, order = {}, ""
+    for message in messages:
+        name = message.get("role", message.get("from")) if isinstance(message, dict) else message
+        key = ROLES.get(str(name).lower())
+        if key is None:
+            raise ValueError(f"{where}: a message of {name!r}, expected of {', '.join(ROLES)}")
+        texts.setdefault(key, text_of(message.get("content", message.get("value")), where))
+        order += key[0]
+    return texts, bool(re.fullmatch("s?pr?", order))
+
+
 def to_row(raw, where):
-    """One input object with any of the common key sets -> row, still without answer and speech."""
-    texts = {key: raw[key].strip() for key in raw if isinstance(raw[key], str)}
-    prompt = texts.get("prompt") or texts.get("question")
-    if not prompt and texts.get("instruction"):
-        prompt = f"{texts['instruction']}\n{texts.get('input', '')}"
-    prompt = m.untagged(prompt or "", where).strip()
+    """One input object with any of the common key sets -> row, still without answer and speech;
+    `drop` where the prompt alone would not be all that was said. ValueError if there is none."""
+    texts = {key: x.strip() for key, x in raw.items() if isinstance(x, str) and x.strip()}
+    drop = "" if NO_INPUT.fullmatch(str(raw.get("history"))) else "history"
+    for value in raw.values():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            if value[0].keys() & {"role", "from"}:
+                said, whole = of_chat(value, where)
+                texts, drop = said | texts, drop if whole else "several turns"
+    prompt = texts.get("prompt") or texts.get("question") or texts.get("instruction", "")
+    for key in ("input", "context"):
+        more = text_of(raw.get(key), where)
+        known = NO_INPUT.fullmatch(more) or more in texts.get("prompt", "")
+        if not known and (prompt or key == "input"):
+            prompt = f"{prompt}\n{more}"
+    prompt = m.untagged(prompt.strip(), where)
+    if not prompt:
+        raise ValueError(f"{where}: no text under prompt, question or instruction, nor one turn in "
+                         f"messages or conversations; its keys are {', '.join(raw)}")
     file, _, number = where.rpartition(":")
     row = {"id": str(raw.get("id") or f"{Path(file).stem}-{int(number):06d}"), "prompt": prompt}
+    if drop:
+        return row | {"drop": drop}
     if "finish" in raw:  # a manifest of ours: keep the teacher's answer
         keys = ("system", "instruction", "response", "finish", "reference", "source")
         m.check_texts(raw, where, *keys)
@@ -152,12 +199,20 @@ def to_row(raw, where):
 
 def read_rows(path, limit=0, bad=None):
     """JSON lines or JSON list -> rows; raises ValueError that names the line, or adds it to bad."""
-    def parse(raw, where):
-        row = to_row(raw, where)
-        if not row["prompt"]:
-            raise ValueError(f"{where}: no text under prompt, question or instruction")
-        return row
-    return m.json_lines(Path(path), parse, bad)[:limit or None]
+    return m.json_lines(Path(path), to_row, bad)[:limit or None]
+
+
+def hub_rows(args):
+    """Rows of --hub-dataset; one that cannot be read, which nobody can mend there, is dropped."""
+    from datasets import load_dataset
+    stream = load_dataset(args.hub_dataset, args.hub_config, split=args.hub_split, streaming=True)
+    rows = []
+    for i, raw in enumerate(tqdm(stream.take(args.limit) if args.limit else stream, "hub rows")):
+        try:
+            rows.append(to_row(raw, f"{args.hub_dataset}:{i}"))
+        except ValueError as error:
+            rows.append({"id": f"{i:06d}", "prompt": "", "drop": str(error).partition(": ")[2]})
+    return rows
 
 
 UNSPEAKABLE = {
@@ -194,10 +249,11 @@ def number_words(found, language, num2words):
         return f"{sign} {num2words(number, lang=language)}{size}{ending} "
     if sign:
         code, name = MONEY[sign]
-        if size:
+        if size or len(part) > 2:
             return f" {num2words(number)}{size} {name} "
-        money = num2words(str(number), to="currency", currency=code)  # an int would be cents
-        return f" {money.partition(', zero')[0]} "
+        money = num2words(f"{digits}.{part or 0}", to="currency", currency=code)
+        money = re.sub(r"^zero \w+, (?!zero)|, zero \w+$", "", money.replace(" sterling", ""))
+        return " " + re.sub(r"(.*), (.*) (cents?|pence|penny)$", r"\1 \2", money) + " "
     if ending not in ("", "s") and not part:
         return f" {num2words(number, to='ordinal')} "
     year = whole.isdigit() and not part and 1100 <= number < 2100
@@ -208,13 +264,19 @@ def number_words(found, language, num2words):
 def readable(text, language="en"):
     """Numbers and signs as words, for engines that do not read them themselves."""
     from num2words import num2words
-    marks = (",", r"\.") if language in POINT else (r"\.", ",")  # of thousands, of decimals
+    marks = (",", r"\.") if language in POINT else ("[. ]", ",")  # of thousands, of decimals
+    if language == "en":
+        text = re.sub(r"(?<![\w)])-(?=[$€£]?\d)", "minus ", text)
+        text = re.sub(r"(?<=\d):(?=\d\d(?!\d))", "  ", text.replace(":00", " o'clock "))  # 12:30
+    # 007, but not the end of 1 007
+    text = re.sub(r"(?<![\d.,])(?<!\d )0\d+(?![.,]?\d)", lambda n: " ".join(n[0]), text)
     try:
         text = re.sub(NUMBER.format(*marks), lambda n: number_words(n, language, num2words), text)
-    except NotImplementedError as error:
+    except (NotImplementedError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"num2words reads no numbers in {language!r}; write them as words, or use "
                          "an engine that reads them") from error
-    signs = {"&": " and ", "%": " percent", "+": " plus ", "$": " dollars ", "°": " degrees"}
+    signs = {"&": " and ", "%": " percent", "+": " plus ", "°": " degrees"}
+    signs |= {sign: f" {name} " for sign, (_, name) in MONEY.items()}
     text = text.translate(str.maketrans(signs if language == "en" else {}))
     return tidy(re.sub(r"\s+(?=[.,;:?!])", "", text))
 
@@ -232,8 +294,8 @@ def choose(rows, args):
     for row in read_rows(args.exclude) if args.exclude else []:
         seen |= fingerprints(tidy(row["prompt"]))
     for row in rows:
-        text, row_id = tidy(row["prompt"] or ""), row["id"].removesuffix(TAKE2)
-        reason = unspeakable(row["prompt"] or "", args.max_words, args.language)
+        text, row_id = tidy(row["prompt"]), row["id"].removesuffix(TAKE2)
+        reason = row.get("drop") or unspeakable(row["prompt"], args.max_words, args.language)
         marks = fingerprints(text)
         if not reason and (marks & seen or row_id in ids):
             reason = "near-duplicate" if marks & seen else "duplicate id"
@@ -260,11 +322,10 @@ class Stage:
             os.truncate(self.own, self.own.read_bytes().rfind(b"\n") + 1)
 
     def load(self):
-        done = {}
+        records = []
         for path in sorted(self.own.parent.glob(self.all)):
-            records = map(json.loads, path.read_text().split("\n")[:-1])
-            done |= {record["id"]: record for record in records}
-        return done
+            records += map(json.loads, path.read_text().split("\n")[:-1])
+        return {record["id"]: record for record in records}
 
     def add(self, records):
         with open(self.own, "a") as file:
@@ -585,7 +646,7 @@ def write_results(args, rows, drops, clips):
     kept = files["train"] + files["heldout"]
     reasons = collections.Counter(drop["reason"] for drop in drops)
     if not kept:
-        raise RuntimeError(f"no row is left of {len(clips)}: {reasons}")
+        raise RuntimeError(f"no row is left of {len(clips)} clips: {reasons}; {drops[-1:]}")
     if args.sounds:
         files["sounds"], files["sounds-heldout"] = map(sound_rows, files.values())
         files["transcripts"] = [about(row, "transcript", "Repeat what you hear.", row["prompt"])
@@ -595,9 +656,8 @@ def write_results(args, rows, drops, clips):
             lines = "".join(json.dumps(row) + "\n" for row in content)
             m.write_atomically(Path(args.out) / f"{name}.jsonl", lines)
     rates = [row["wer"] for row in kept if row["wer"] is not None]
-    seconds = sum(row["seconds"] for row in kept)
     summary = {"rows": {name: len(content) for name, content in files.items()},
-               "hours": round(seconds / 3600, 3),
+               "hours": round(sum(row["seconds"] for row in kept) / 3600, 3),
                "mean_wer": round(float(np.mean(rates)), 4) if rates else None,
                "wer_measured_on": len(rates), "dropped": reasons}
     m.write_atomically(Path(args.out) / "summary.json", json.dumps(summary, indent=1))
@@ -614,7 +674,7 @@ def load_teacher(args):
     return llm.to(args.device), tokenizer
 
 
-def begin(args, raw, teacher):
+def begin(args, raw, rows, teacher):
     """Try what can fail, so that it fails now; refuse an OUT of other options."""
     path = Path(args.out) / ".stages" / "args.json"
     plan = {key: value for key, value in vars(args).items()
@@ -631,7 +691,7 @@ def begin(args, raw, teacher):
         m.resolve(name)
     if not path.exists():
         Path(args.out, "wav").mkdir(parents=True, exist_ok=True)
-        if not (raw and all(row.get("response") for row in raw)):
+        if not (rows and all(row.get("response") for row in rows)):
             teacher()
         path.parent.mkdir(exist_ok=True)
         m.write_atomically(path, json.dumps(plan))
@@ -652,18 +712,20 @@ def main(args):
     # ---- prompts ----
     bad = []
     raw = read_rows(args.input, args.limit, bad) if args.input else []
-    m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
     if args.hub_dataset:
-        from datasets import load_dataset
-        stream = load_dataset(args.hub_dataset, split="train", streaming=True)
-        stream = enumerate(stream.take(args.limit) if args.limit else stream)
-        raw = [to_row(found, f"{args.hub_dataset}:{i}") for i, found in tqdm(stream, "hub rows")]
+        raw = hub_rows(args)
+    rows, drops = choose(raw, args)
+    if not (rows or args.sample_prompts):  # before OUT is there
+        reasons = bad[0]["reason"] if bad else collections.Counter(drop["reason"] for drop in drops)
+        raise ValueError(f"no row is left of {len(raw) + len(bad)}: {reasons}")
+    m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
     teacher = functools.cache(lambda: load_teacher(args))  # loaded when first needed, if ever
     if rank == 0:
-        begin(args, raw, teacher)
+        begin(args, raw, rows, teacher)
     if world > 1:
         dist.barrier()
-    rows, drops = enough_prompts(args, teacher) if args.sample_prompts else choose(raw, args)
+    if args.sample_prompts:
+        rows, drops = enough_prompts(args, teacher)
 
     # ---- answers ----
     bad += unfit(args, rows, teacher)

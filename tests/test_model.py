@@ -447,6 +447,14 @@ def test_audio_becomes_mono_at_16_khz(tmp_path):
     assert_close(waveform[200:-200], 0.4 * expected[200:-200], rtol=0, atol=2e-3)  # 16 bits, and the filter
 
 
+@pytest.mark.parametrize("share, expected", [([1, -1], 1), ([-0.9, 1], 1), ([0, 1, -1], 1), ([1, 0], 0.5), ([1, 1], 1), ([0, 0], 0),
+                                             ([0, 0, 0, 0, 0, 0, 0, 1], 1 / 8)])
+def test_channels_of_opposite_phase_are_not_heard_as_silence(tmp_path, share, expected):
+    tone = sound(0.5)
+    soundfile.write(tmp_path / "clip.wav", torch.stack([k * tone for k in share], 1).numpy(), 16_000, subtype="FLOAT")
+    assert_close(m.load_audio(tmp_path / "clip.wav").abs(), expected * tone.abs())
+
+
 @pytest.mark.parametrize("content", [None, "", ENGLISH * 100, [], [0.1] * 160, [0.1] * 800 + [float("nan")]],
                          ids=["no file", "no bytes", "text", "no samples", "10 ms", "not a number"])
 def test_unusable_audio_is_an_error_that_names_the_file(tmp_path, content):

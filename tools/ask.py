@@ -3,15 +3,15 @@ Ask a student, by speech or by text.
 
   python tools/ask.py --student out/quick/last question.wav "What is the capital of France?"
 
-What names a file, or ends like an audio file, is played to it; anything else is read to it.
+What names a file is played to it, and anything else is read to it. What looks like a file's name
+and is none, or is a folder, is refused.
 """
 import argparse
 import os
+import re
 import sys
 import time
 from pathlib import Path
-
-import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as m
@@ -27,10 +27,12 @@ def get_args(argv=None):
                    help="longest answer in tokens")
     p.add_argument("questions", nargs="+", help="audio files or texts")
     args = p.parse_args(argv)
-    suffixes = {f".{name.lower()}" for name in soundfile.available_formats()} - {".raw"}
     for question in args.questions:
-        if not os.path.isfile(question) and Path(question).suffix.lower() in suffixes:
-            p.error(f"{question}: no such file; give the path of a clip, or a question in words")
+        # one word that ends like "x.wav", or words that end in an extension of sound
+        named = re.fullmatch(r"(?i)\S+\.[a-z]\w*|.*\.(wav|flac|mp[34]|m4a|ogg|opus|webm)", question)
+        if os.path.isdir(question) or named and not os.path.isfile(question):
+            what = "a folder" if os.path.isdir(question) else "no such file"
+            p.error(f"{question}: {what}; give the path of a clip, or a question in words")
     return args
 
 

