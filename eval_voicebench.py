@@ -454,8 +454,8 @@ IFEVAL = {  # instruction, without its group: whether text t follows it, given i
     "existence": lambda t, keywords: all(times(re.escape(word), t) for word in keywords),
     "frequency": lambda t, keyword, relation, frequency: RELATES[relation](
         times(re.escape(keyword.strip()), t), frequency),
-    "forbidden_words": lambda t, forbidden_words: not any(
-        times(rf"\b{re.escape(word)}\b", t) for word in forbidden_words),
+    "forbidden_words": lambda t, forbidden_words: not times(
+        rf"\b(?:{'|'.join(map(re.escape, forbidden_words))})\b", t),
     "letter_frequency": lambda t, letter, let_relation, let_frequency: RELATES[let_relation](
         t.lower().count(letter.strip().lower()), let_frequency),  # officially "#" is a random one
     "response_language": is_language,
@@ -471,9 +471,9 @@ IFEVAL = {  # instruction, without its group: whether text t follows it, given i
     "number_bullet_lists": lambda t, num_bullets: times(
         r"^\s*\*[^*].*$", t) + times(r"^\s*-.*$", t) == num_bullets,
     "constrained_response": lambda t: re.search(r"My answer is (?:yes|no|maybe)\.", t),
-    "number_highlighted_sections": lambda t, num_highlights: num_highlights <= len([  # not blank
-        part for part in re.findall(r"\*[^\n*]*\*", t) + re.findall(r"\*\*[^\n*]*\*\*", t)
-        if part.strip("*").strip()]),
+    "number_highlighted_sections": lambda t, num_highlights: num_highlights <= len(list(filter(
+        re.compile(r"[^\s*]").search,  # *this* and **this**, where more than blanks is inside
+        re.findall(r"\*[^\n*]*\*", t) + re.findall(r"\*\*[^\n*]*\*\*", t)))),
     "multiple_sections": lambda t, section_spliter, num_sections: len(
         re.findall(rf"{re.escape(section_spliter.strip())}\s?\d+", t)) >= num_sections,
     "json_format": is_json,  # a bare number is JSON, too
