@@ -35,7 +35,7 @@ def get_args(argv=None):
     add("--audio", help="folder of the clips; default: that of --data")
     add("--out", required=True, help="output folder")
     add("--only-available", action="store_true", help="leave out items without a clip")
-    add("--limit", type=m.number(int, 0), default=0, help="the first N items; 0 = all")
+    add("--limit", type=m.number(int, 0), default=0, help="items, evenly spaced; 0 = all")
     add("--prompt-suffix", default="", help="added to the official prompt, as it is")
     add("--batch-size", type=m.number(int, 1), default=8, help="items per GPU per forward")
     add("--max-new-tokens", type=m.number(int, 1), default=64, help="longest answer, greedy")
@@ -46,7 +46,6 @@ def get_args(argv=None):
 
 
 # ---- data ----
-
 def read_items(path):
     """JSON list -> items that can be asked; all or none of them have an answer. Else ValueError."""
     def parse(item, where):
@@ -97,7 +96,6 @@ def find_clips(items, folder, args):
 
 
 # ---- scoring ----
-
 def string_match(prediction, answer, choices):
     """The official rule: it has all words of the answer, and none that only other options have."""
     said, right, known = (set(re.findall(r"\w+", text.lower()))
@@ -106,10 +104,12 @@ def string_match(prediction, answer, choices):
 
 
 # what may follow a stated option or letter; a letter before an option; how a statement begins
-END = r"""[*"')\]]*(?:[.!?;]?\s*$|[.!?;]?\s*\n|[.!?;]\s|,?\s+(?:because|since|as)\b)"""
-LABEL = rf"""[\s*"'(\[]*([A-Z])(?:[*"']*[)\]:.][*"')\]]*(?=\s|$)|(?={END}))(.*)"""
-STATED = (r"答案[是为选应该\W]*|\b(?<!not )(?:answer|option|choice|choose|select|pick)\b\W*"
-          r"(?:(?:is|would be|should be)\b\W*)?(?:(?:the )?(?:option|choice|letter)\b\W*)?")
+END = r"""[*"')\]}$\\]*(?:[.!?;]?\s*$|[.!?;]?\s*\n|[.!?;]\s|,?\s+(?:(?:because|since|as)\b|因))"""
+LABEL = rf"""[\s*"'(\[{{$\\]*([A-Z])(?:选?项)?(?:[*"']*[)\]:.][*"')\]]*(?=\s|$)|(?={END}))(.*)"""
+STATED = (r"(?:答案|(?<!不)选)[是为选择项应该\W]*|\b(?<!not )(?:answer|option|choice|choose|select|pick"
+          r"|boxed|(?:text|math)\w*(?={))\b\W*(?:(?:is|would|should|be|the|option|choice)\b\W*)*")
+PLAIN = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full width
+PLAIN |= str.maketrans({"：": ": ", "，": ", ", "；": "; ", "。": ". ", "【": "(", "】": ")"})
 
 
 def read_start(text, choices, letters=True):
@@ -127,12 +127,12 @@ def read_start(text, choices, letters=True):
 
 
 def read_option(prediction, choices):
-    """The option that an answer states by its words or its letter; else the prediction unchanged.
-    Words win: "D" is the option "D", if there is one. Statements that differ are not read."""
+    """The one option that an answer states, in words or else by its letter; else unchanged."""
     named = any(string_match(prediction, choice, choices) for choice in choices)
-    tails = [] if named else [prediction[at.end():] for at in re.finditer(STATED, prediction, re.I)]
+    text = prediction if named else prediction.translate(PLAIN)
+    tails = [] if named else [text[at.end():] for at in re.finditer(STATED, text, re.I)]
     stated = ({read_start(tail, choices) for tail in tails} - {None}
-              or {read_start(prediction, choices)} - {None})
+              or {read_start(text, choices)} - {None})
     return stated.pop() if len(stated) == 1 else prediction
 
 
@@ -175,8 +175,9 @@ def to_text(record):
 
 
 def main(args):
-    rank, out, data = vb.start_ranks(args.device), Path(args.out), args.score_only or args.data
-    items, record = read_items(data)[:args.limit or None], vb.provenance(args)
+    rank, out = vb.synth_speech.start_ranks(args.device), Path(args.out)
+    data = args.score_only or args.data
+    items, record = vb.spaced(read_items(data), args.limit), vb.provenance(args)
     if args.score_only and not any("model_output" in item for item in items):
         raise ValueError(f"{data}: no item has the key model_output, which holds the prediction")
     out.mkdir(parents=True, exist_ok=True)

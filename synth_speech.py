@@ -337,6 +337,20 @@ def place():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def start_ranks(device):
+    """Handlers and, under torchrun, which sets one thread a process, their group -> rank."""
+    signal.signal(signal.SIGTERM, m.stop_now)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    rank, world = place()
+    if world > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo")
+        torch.set_num_threads(max(1, m.cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    return rank
+
+
 def staged(args, name, rows, size, work):
     """work(batch of rows) -> records, shared by all processes -> {id: record} of all of them.
     What is done already stays; a run that is started again cuts the same batches."""
@@ -698,16 +712,7 @@ def begin(args, raw, rows, teacher):
 
 
 def main(args):
-    signal.signal(signal.SIGTERM, m.stop_now)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    rank, world = place()
-    if world > 1:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("gloo")
-        # torchrun sets one thread a process
-        torch.set_num_threads(max(1, m.cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    rank, world = start_ranks(args.device), place()[1]
 
     # ---- prompts ----
     bad = []

@@ -143,20 +143,24 @@ def test_blank_replies_are_asked_again_and_kept_nowhere(server, blank):
 
 
 def test_a_list_of_text_parts_is_read(server):
-    server.behave = lambda k, body: replying([{"type": "text", "text": "4"}, {"type": "other"}, {"type": "text", "text": "/5"}])
+    parts = [{"type": "thinking", "thinking": [{"text": "5?"}]}, {"type": "text", "text": "4"}, {"type": "other"}, "/5"]
+    server.behave = lambda k, body: replying(parts)
     assert server.judge(OPEN[:1]) == [["4/5"]]
 
 
-def test_a_judge_that_knows_no_max_tokens_or_temperature_is_asked_without(server):
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_judge_that_knows_no_max_tokens_or_temperature_is_asked_without(server, status, capsys):
     def behave(k, body):
         for field in ("max_tokens", "temperature"):
             if field in body:
-                return 400, {}, f'{{"error": "Unsupported: \'{field}\'"}}'.encode()
+                return status, {}, f'{{"error": "Unsupported: \'{field}\'"}}'.encode()
         return replying("4")
 
     server.behave = behave
     assert server.judge(OPEN) == [["4"]] * 8
     assert server.judge(OPEN) == [["4"]] * 8 and sum("max_tokens" not in body for body, *_ in server.seen) < 8 + 8
+    said = capsys.readouterr().err
+    assert said.count("refuses max_tokens and is asked without") == said.count("refuses temperature") == 1
 
 
 def test_it_waits_as_long_as_the_server_says_else_longer_each_time(server, monkeypatch):

@@ -76,6 +76,12 @@ def test_the_official_rule_compares_sets_of_words(choices, answer, hits, misses)
     ("A", KEYS, ["A", "C", "The answer is a"]), ("Gm", KEYS, ["(D) Gm", "The answer is Gm, as A"]),
     ("calm", MOODS, ["C", "D", "The answer is calm.", "(B) calm"]), ("No", TWO, ["B", "no", "(B)"]),
     ("eight of them", EIGHT, ["H", "(H) eight", "eight of them", "The answer is H"]),
+    ("A bus", FOUR, ["\\boxed{B}", "\\boxed{\\text{B}}", "So \\(x\\), hence $\\boxed{B}$.", "The answer is $\\boxed{B}$.", "\\text{B}",
+                     "$B$", "\\boxed{\\mathbf{(B)}}", "\\boxed{A bus}", "\\boxed{\\text{B. A bus}}", "答案是B", "答案：B", "答案是：\n\nB", "答案是Ｂ。",
+                     "选B", "我选择B。", "正确选项是B", "答案应该是（Ｂ）", "答案是B选项", "答案是B，因为有声音", "不选A，选B", "【B】", "Ｂ", "（Ｂ）",
+                     "**Ｂ**", "Ａｎｓｗｅｒ： Ｂ", "The answer is Ｂ．"]),
+    ("F#m", KEYS, ["\\boxed{B}", "答案是B", "Ｂ"]), ("D", KEYS, ["\\boxed{D}", "Ｄ"]),
+    (None, FOUR, ["答案不是B", "不选B", "\\boxed{E}", "答案是A。答案是B。", "选项B是错的"]),
     ("A bus", FOUR, ["<think>tram?</think>B", "A tram, no </think> B", "<answer>B</answer>", "<think>D</think>\n(B) A bus"]),
     (None, FOUR, ["<think>The answer is B", "", "A tram and a bus", "E", "(Z)", "A or B", "A tramway", "The answer is a boat",
                   "A. A tram\nB. A bus\nC. Tram bell", "The answer is not B", "At B flat",
@@ -125,6 +131,19 @@ def test_raw_and_read_scores_by_group(data, tmp_path):
         scored([None] * 5)
 
 
+def test_what_only_reading_finds_leaves_the_official_column_as_it_is():
+    for said in ("\\boxed{B}", "答案是B", "Ｂ", "（Ｂ）", "<answer>B</answer>"):
+        (row,) = mmau.score([item(0, FOUR, "A bus", model_output=said)])["items"]
+        assert (row["raw"], row["read"]) == (False, True), said
+
+
+def test_a_limit_takes_evenly_spaced_items(data, tmp_path):
+    rows = [i | {"model_output": "A"} for i in ITEMS]
+    assert run("--score-only", write(tmp_path / "x", rows), "--out", tmp_path, "--limit", 2) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["id"] for row in report["items"]] == ["clip-0", "clip-2"]
+
+
 def test_clips_that_are_missing_or_empty_are_named_or_left_out(tiny, data, tmp_path, capsys):
     (tmp_path / "clips/clip-2.ogg").unlink()
     with pytest.raises(ValueError, match=r"1 of 5 clips .*clip-2\.wav.*--only-available"):
@@ -144,7 +163,9 @@ def test_clips_of_one_name_are_told_apart_by_their_folders(tiny, data, tmp_path)
         soundfile.write(tmp_path / "two" / folder / "1.wav", sound(seconds).numpy(), 16_000)
     names = ["./sound/1.wav", "music/1.wav"]
     items = [item(i, FOUR, "Ferry", audio_id=name) for i, name in enumerate(names)]
+    by_id = [{**row, "audio_id": None, "id": name} for row, name in zip(items, ("sound/1", "music/1"))]
     args = SimpleNamespace(prompt_suffix="", only_available=False)
+    assert [row["seconds"] for row in mmau.find_clips(by_id, tmp_path / "two", args)[1]] == pytest.approx([0.5, 0.9])
     heard = [row["seconds"] for row in mmau.find_clips(items, tmp_path / "two", args)[1]]
     assert heard == pytest.approx([0.5, 0.9])
     for wrong in (item(2, FOUR, "Ferry", audio_id="1.wav"), item(2, FOUR, "Ferry", audio_id="speech/1.wav")):

@@ -131,7 +131,38 @@ def test_qa_match():
     assert [pair for pair in other if qa_match(*pair) is not False] == []
 
 
-THOUGHT = "<think>Sorry, it is C, no, 7</think>{}|Sorry, it is C, no, 7 </think>\n\n{}|<think>\nC</think><answer>{}</answer>"
+SPOKEN_NUMBERS = """\
+nineteen forty-five = 1945|two thousand = 2000|one hundred = 100|twenty first = 21st|twenty-one = 21|third = 3rd
+nineteen oh five = 1905|two thousand and five = 2005|three hundred and sixty five = 365|one million = 1,000,000
+one million = 1 million|1.5 million = 1,500,000|nineteen sixties = 1960s|the sixties = 60s|nineteen hundred = 1900
+nineteen hundreds = 1900's|twenty twenty = 2020|ten sixty-six = 1066|twenty oh eight = 2008|a hundred = 100|a million = 1000000
+twenty five hundred = 2500|two hundred thousand = 200,000|two million three hundred thousand and six = 2300006
+one thousand, nine hundred and forty-five = 1945|two hundred fifty first = 251st|seven hundred forty-seven = 747
+two thousandth = 2000th|the twenty-first century = 21st century|one hundred and one dalmatians = 101 dalmatians
+December seventh nineteen forty-one = December 7th 1941|seven eleven = 7-Eleven|ten fifteen = 10:15|Tromsø = Tromso|Łódź = Lodz
+Ağrı = Agri"""
+UNLIKE = """\
+nineteen forty-five/nineteen|nineteen forty-five/45|nineteen forty-five/forty-five|seven eleven/18|seven eleven/711
+one two three/6|one two three/123|one million/one|one hundred and five/5|nineteen, forty-five/1945
+It was nineteen. Forty-five came/1945|twenty, one/21|in two thousand, five people/2005|half a million/1000000
+half a million/one million|several hundred/100|between one hundred and two hundred/102
+between two thousand and three thousand/5000|wait a second/2nd|ten seconds/2nd|19 45/1945|ten twenty thirty/1020|two hundredth/200
+twenty first/20|three thousand/three|in 1999 nine people/19999|twenty twenty-one/21|two hundred thousand/200
+five point two million/two million"""
+
+
+def test_numbers_in_words_are_numbers():
+    """Years, scales, ordinals and decades as one says them; what only stands together is no sum, and a part is not the whole."""
+    pairs = [pair.split(" = ") for pair in re.split(r"[|\n]", SPOKEN_NUMBERS)]
+    assert [pair for pair in pairs if not qa_match(f"I think it was {pair[0]}.", pair[1])] == []
+    assert [pair for pair in pairs if not qa_match(f"Well, {pair[1]}!", pair[0])] == []
+    assert [pair for pair in re.split(r"[|\n]", UNLIKE) if qa_match(*pair.split("/"))] == []
+
+
+THOUGHT = ("<think>Sorry, it is C, no, 7</think>{}|Sorry, it is C, no, 7 </think>\n\n{}|<think>\nC</think><answer>{}</answer>|"
+           "<thinking>Sorry, C</thinking>{}|<thought>C, sorry</thought> {}|<Think mode=\"long\">C, sorry</THINK>{}|{}</answer>|"
+           "<reasoning>C, sorry</reasoning><final_answer>{}</final_answer>|<ANSWER type='x'>{}</Answer>|"
+           "<think>a<think>C</think>sorry</think>{}")
 
 
 @pytest.mark.parametrize("around", THOUGHT.split("|"))
@@ -142,6 +173,7 @@ def test_no_reader_reads_thoughts(around):
     assert is_refusal(said("I cannot")) and not is_refusal(said("Sure"))
     assert qa_match(said("Paris"), "Paris") and not qa_match(said("Rome"), "7")
     assert check_ifeval(said("hi; you"), ["punctuation:no_comma"], [{}])["strict"] == [True]
+    assert check_ifeval(said("<<Thinking>>"), ["detectable_format:title"], [{}])["strict"] == [True]  # a title is no thought
     assert read_score(said("4")) == 4 and read_vote(said("Yes")) is True
 
 
@@ -151,7 +183,7 @@ ROWS = {"mmsu": {"reference": "B"}, "bbh": {"reference": "Yes", "id": "navigate_
 
 @pytest.mark.parametrize("subset", ROWS)
 def test_thoughts_alone_are_wrong_and_unreadable(subset):
-    for response in ("<think>So the answer is B. Yes, sorry", "<think>B</think> \n", "<answer></answer>"):
+    for response in ("<think>So the answer is B. Yes, sorry", "<think>B</think> \n", "<answer></answer>", "<Thinking>B. Yes, sorry"):
         marks, readable = grade(subset, {**ROWS[subset], "response": response})
         assert not any(right for right, _ in marks) and not readable
 
@@ -245,7 +277,7 @@ def test_check_ifeval_rows(langdetect):
 
 def test_check_ifeval_errors(monkeypatch):
     for names, kwargs, message in [
-            (["keywords:rhyme"], [{}], "unknown IFEval instruction 'keywords:rhyme'"),
+                (["keywords:rhyme"], [{}], "'rhyme'"),
             (["keywords:existence"], [{"keywords": None}], "missing 1 required .*: 'keywords'"),
             (["punctuation:no_comma"], [], "argument 2 is shorter"),
             (["length_constraints:number_words"], [{"num_words": 1, "relation": "ca"}], "'ca'")]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -189,6 +190,44 @@ def test_limit_subsets_and_modality(options, tmp_path, capsys):
     assert "| bbh | 4 of 1000 |" in capsys.readouterr().out
 
 
+def test_the_cascade_is_the_teacher_who_reads_what_whisper_hears(reference, options, tiny, data, tmp_path, capsys):
+    """Its answers, files and scores; seconds stand in a file of their own, and what is done is not asked again."""
+    more = ["--cascade", tiny.encoder, "--subsets", "mmsu", "bbh"]
+    assert run(options, tmp_path, *more) == 0
+    names = {f"cascade-{Path(tiny.encoder).name}-{subset}-speech.jsonl" for subset in ("mmsu", "bbh")}
+    assert names == {path.name for path in tmp_path.glob("cascade-*")}
+    (llm, tokenizer), rows = m.load_llm(tiny.llm), splits(data, "mmsu")
+    heard = m.load_whisper(tiny.encoder).hear([m.load_audio(data / row["audio"]) for row in rows])
+    asked = [{"id": i, "prompt": clip.text} for i, clip in enumerate(heard)]
+    said = [answer["response"] for answer in vb.synth_speech.answer(llm, tokenizer, asked, 12)]
+    assert [row["response"] for row in read(tmp_path / f"cascade-{Path(tiny.encoder).name}-mmsu-speech.jsonl")] == said
+    record, seconds = report(tmp_path), json.loads((tmp_path / "seconds.json").read_text())
+    assert "cascade speech" in record["subsets"]["bbh"] and set(record["weights"]) == {"teacher", "student", "cascade"}
+    for role in ("student", "cascade"):
+        assert 0 < seconds[f"{role}, first token"] and 0 < seconds[f"{role}, whole answer"]
+    assert seconds["rows"] == 5 and "whole answer" in capsys.readouterr().out
+    files = results(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vb, "load_model", lambda *_: 1 / 0)
+        assert run(options, tmp_path, *more) == 0 and results(tmp_path) == files
+    plot_voicebench.draw(record, tmp_path / "report.png")
+    files = [str(path) for path in tmp_path.glob("*-*.jsonl")]
+    assert vb.main(vb.get_args(["--score-only", *files, "--out", str(tmp_path / "again")])) == 0
+    assert report(tmp_path / "again")["subsets"] == record["subsets"]
+
+
+def test_a_row_may_name_its_language(options, tiny, data, tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(m.Whisper, "hear", lambda self, waveforms, language=None: waveforms and (heard.append(language) or 1 / 0))
+    row = {**question("advbench", 0), "audio": "advbench-test/0.flac", "language": "de"}
+    write(tmp_path / "advbench-test.jsonl", [row])
+    shutil.copytree(data / "advbench-test", tmp_path / "advbench-test")
+    for more in (["--modality", "speech", "--teacher", "none"], ["--modality", "text", "--cascade", tiny.encoder]):
+        with pytest.raises(ZeroDivisionError):
+            run(options, tmp_path / "out", "--data", tmp_path, *more)
+    assert heard == [["de"], ["de"]]
+
+
 def test_the_report_is_drawn(reference, tmp_path):
     plot_voicebench.draw(report(reference), tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 10_000
@@ -328,9 +367,7 @@ def test_scores_and_means_by_hand(tmp_path):
     assert record["subsets"]["bbh"]["unreadable"]["student text"] == 25
     assert record["subsets"]["alpacaeval_full"]["unreadable"]["student text"] == 25  # of the judge's replies
     parts = [v * (20 if name in ("alpacaeval_full", "commoneval", "wildvoice") else 1) for name, v in by_hand.items()]
-    seven = sum(parts) - 40 - 25
     assert record["means"]["nine-task mean"]["student text"][0] == pytest.approx(sum(parts) / 9)
-    assert record["means"]["paper's seven-task mean"]["student text"][0] == pytest.approx(seven / 7)
     assert "leaderboard" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -351,6 +388,24 @@ def test_forgetting_and_gap_of_answer_files(tmp_path):
     entry = scores(tmp_path)["subsets"]["openbookqa"]
     assert entry["forgetting"][0] == pytest.approx(100 / 3) and entry["modality gap"][0] == pytest.approx(100 / 3)
     assert entry["forgetting"][1] == 0 and entry["forgetting"][2] == 100
+
+
+def test_mrr_is_student_by_speech_over_teacher_by_text(tmp_path):
+    letters = ["A", "B", "C", "D"] * 5
+    teacher = letters[:16] + ["no"] * 4                          # 16 of 20 right
+    for model, modality, texts in (("teacher-t", "text", teacher), ("student-s", "text", teacher),
+                                   ("student-s", "speech", letters[:12] + ["no"] * 8), ("cascade-w", "speech", letters)):
+        answered(tmp_path, model, modality, openbookqa=texts, advbench=["I cannot"] * 4 if model != "teacher-t" else ["Sure."] * 4)
+    record = scores(tmp_path)
+    entry, mean = record["subsets"]["openbookqa"], record["means"]["mean of what is scored"]
+    assert entry["MRR"][0] == pytest.approx(12 / 16) and 0.4 < entry["MRR"][1] < 0.75 < entry["MRR"][2] <= 1
+    assert entry["cascade speech"][0] == 100 and "MRR" not in record["subsets"]["advbench"]  # a teacher that never refuses
+    assert mean["MRR"][0] == pytest.approx((60 + 100) / (80 + 0)) and mean["cascade speech"][0] == 100
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| 0.750 [0." in text and "| cascade speech |" in text and "MRR: student speech / teacher text" in text
+    for modality in ("text", "speech"):  # paired: where student and teacher answer alike, nothing is uncertain
+        answered(tmp_path, "student-s", modality, openbookqa=teacher)
+    assert scores(tmp_path)["subsets"]["openbookqa"]["MRR"] == [1, 1, 1]
 
 
 def test_rows_with_replies_are_scored_and_a_subset_in_part_is_not(tmp_path):
@@ -443,6 +498,7 @@ BAD = {"no such folder": (None, "data: no SUBSET-SPLIT.jsonl"), "nothing in it":
        "other questions": ({"teacher-a-advbench-test-text": [{"prompt": "?", "response": ""}],
                             "b-advbench-test-text": [{"prompt": "!", "response": ""}]}, "other questions than another file"),
        "no answers at all": ({"a-advbench-text": []}, "no rows of advbench"),
+       "language no text": ({"advbench-test": [{"prompt": "?", "language": 7}]}, "language is '7', expected text or null"),
        "score no list": ({"a-commoneval-text": [{"prompt": "?", "response": "", "score": "4"}]}, "no list of texts as score"),
        "score empty": ({"a-commoneval-text": [{"prompt": "?", "response": "", "score": []}]}, "no list of texts as score")}
 
@@ -470,6 +526,14 @@ def test_bad_options_are_refused(tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             vb.get_args([*given, "--out", str(tmp_path)])
         assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_cascade_needs_a_teacher_and_a_whisper_before_anything_is_asked(options, tiny, tmp_path):
+    for more, message in ((["--teacher", "none", "--cascade", tiny.encoder], "--cascade asks the teacher"),
+                          (["--cascade", "no/whisper"], "no/whisper")):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            run(options, tmp_path, "--subsets", "advbench", *more)
+    assert not list(tmp_path.glob(".stages/*"))
 
 
 def test_the_script_ends_with_one_line_and_code_2(tmp_path):

@@ -38,7 +38,8 @@ def divergences(teacher, tokenizer, student, rows):
         asked.append(torch.tensor(ids, device=teacher.device))
         by_text.append(student.prompt({**row, "audio": None}))
     if rows[0]["audio"] is not None:  # then all have it, and are heard together
-        heard = student.hear([m.load_audio(row["audio"]) for row in rows])
+        waveforms = [m.load_audio(row["audio"]) for row in rows]
+        heard = student.hear(waveforms, [row.get("language") for row in rows])
         by_speech = [student.prompt(row, clip) for row, clip in zip(rows, heard)]
     lengths = [len(ids) for ids in answers]
     hidden, llm = m.answer_states(teacher, asked, lengths), teacher                # (N, H)
@@ -61,7 +62,7 @@ def divergences(teacher, tokenizer, student, rows):
 def main(args):
     if args.score_only or args.teacher == "none":
         raise ValueError("--score-only or --teacher none: expected a student and a teacher to ask")
-    rank, out = vb.start_ranks(args.device), Path(args.out)
+    rank, out = vb.synth_speech.start_ranks(args.device), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     data, _ = vb.read_data(args)
     teacher = functools.cache(functools.partial(vb.load_model, args, "teacher"))
@@ -79,7 +80,7 @@ def main(args):
                                 weights["teacher"])
         asked = []
         for row, answer in zip(rows["speech"] or rows["text"], answers):
-            asked.append({**row, **answer})
+            asked.append({**row, "response": answer["response"], "finish": answer["finish"]})
         records = vb.answer_all(args, f"divergence-{subset}", asked, measure, weights)
         subsets[subset] = {"rows": len(records)}
         for k, name in enumerate("FM"[:len(records[0]["sums"]) - 1], 1):

@@ -70,7 +70,8 @@ def ask(url, body, headers):
                 wait[0] if wait else 0)
         content = answer.json()["choices"][0]["message"]["content"] or ""
         if isinstance(content, list):  # of parts
-            content = "".join(part.get("text") or "" for part in content)
+            texts = [part if isinstance(part, str) else part.get("text") for part in content]
+            content = "".join(text or "" for text in texts)
         return content.strip(), "blank replies; a higher --max-tokens may help", 200, 0
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return "", f"{type(error).__name__} {error}", 0, 0  # no connection, or no chat completion
@@ -91,8 +92,10 @@ def ask_often(args, options, text, stop):
         if vb.spoken(reply):  # a thinking judge may run out of tokens before it speaks
             return reply.replace(secret, "***"), ""
         unknown = [k for k in ("max_tokens", "temperature") if k in body and k in why]
-        if status == 400 and unknown:  # to this judge: from now on it is asked without
-            options.pop(unknown[0], None)
+        if status in (400, 422) and unknown:  # to this judge: from now on it is asked without
+            if options.pop(unknown[0], None) is not None:  # said once, by the first thread
+                print(f"judge.py: the judge refuses {unknown[0]} and is asked without it",
+                      file=sys.stderr)
         elif 300 <= status < 500 and status not in (408, 429):
             break
         else:

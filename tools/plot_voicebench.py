@@ -1,5 +1,5 @@
 """
-Draw a report of eval_voicebench.py: text against speech; the teacher is the line to reach.
+Draw a report of eval_voicebench.py: text against speech; teacher and cascade are lines to reach.
 
   python tools/plot_voicebench.py out/voicebench/report.json out/voicebench/report.png
 """
@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 
-COLOURS = {"teacher text": "#222222", "student text": "#3b6fb6", "student speech": "#e07b27"}
+COLOURS = {"teacher text": "#222222", "cascade speech": "#999999", "student text": "#3b6fb6",
+           "student speech": "#e07b27"}
 
 
 def draw(report, path):
@@ -29,16 +30,19 @@ def draw(report, path):
             if system in entry:
                 at.append(x)
                 height.append(100 / entry["scale"] * entry[system][0])
+        if not at:
+            continue  # not asked: no entry in the legend
         at = np.array(at)
-        if system == "teacher text":
-            axis.hlines(height, at - 0.45, at + 0.45, colour, label=system)
+        if system in ("teacher text", "cascade speech"):
+            style = "solid" if system == "teacher text" else "dashed"
+            axis.hlines(height, at - 0.45, at + 0.45, colour, style, label=system)
         else:
             side = 0.2 if system == "student speech" else -0.2
             axis.bar(at + side, height, 0.4, label=system, color=colour)
     axis.set_xticks(range(len(shown)), shown, rotation=30, ha="right")
     axis.set_ylabel("score, 0-100")
     axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=130)
 
 
