@@ -41,6 +41,7 @@ TRUTH = {"mcq": {"a": "A", "b": "B", "c": "C", "d": "D"},  # what a reference st
          "bbh": {"yes": 1, "no": 0, "(a)": 0, "(b)": 1}}
 JUDGED = ("open", "qa")  # kinds that a judge scores, qa beside qa_match
 NINE = [subset for subset in SUBSETS if subset != "alpacaeval"]  # what the leaderboard averages
+SEVEN = [subset for subset in NINE if subset not in ("wildvoice", "bbh")]  # and the paper
 SYSTEMS = ("teacher text", "student text", "student speech", "cascade speech")
 COMPARED = {"forgetting": (np.subtract, "teacher text", "student text"),
             "modality gap": (np.subtract, "student text", "student speech"),
@@ -627,8 +628,8 @@ def score_subset(subset, answered):
     for system in SYSTEMS:
         if system not in answered or (kind == "open" and not judged):
             continue
-        graded = [grade(subset, row, row["score"] if judged else None) for row in answered[system]]
-        parts, shares = zip(*graded)
+        parts, shares = zip(*[grade(subset, row, row["score"] if judged else None)
+                              for row in answered[system]])
         draws[system] = bootstrap(parts, seed)  # nan: 0 / 0
         if np.isnan(draws[system][0]):
             raise RuntimeError(f"{subset}, {system}: none of the judge's replies can be read")
@@ -639,7 +640,8 @@ def score_subset(subset, answered):
 def score_means(subsets, draws):
     """The means over subsets, 0-100, each where all of its parts are there."""
     means, scored = {}, [s for s in NINE if s in subsets and subsets[s]["counts"]]
-    for name, parts in (("mean of what is scored", scored), ("nine-task mean", NINE)):
+    for name, parts in (("mean of what is scored", scored), ("nine-task mean", NINE),
+                        ("paper's seven-task mean", SEVEN)):
         missing = [s for s in parts if s not in scored]
         averages, note = {}, f"lacks {', '.join(missing)}" if missing else ""
         for system in () if missing else SYSTEMS:
@@ -683,12 +685,10 @@ def main(args):
     subsets, draws = {}, {}
     for subset, answered in read_answers(files).items():
         subsets[subset], draws[subset] = score_subset(subset, answered)
-    report = {"subsets": subsets, "means": score_means(subsets, draws), **record,
-              **provenance(args)}
+    report = {"subsets": subsets, "means": score_means(subsets, draws), **record, **provenance(args)}
     write_json(out / "report.json", report)
-    text = to_text(report)
-    m.write_atomically(out / "report.md", text)
-    print(text)
+    m.write_atomically(out / "report.md", to_text(report))
+    print(to_text(report))
     return 0
 
 
