@@ -685,7 +685,7 @@ def main(args):
     subsets, draws = {}, {}
     for subset, answered in read_answers(files).items():
         subsets[subset], draws[subset] = score_subset(subset, answered)
-    report = {"subsets": subsets, "means": score_means(subsets, draws), **record, **provenance(args)}
+    report = {"subsets": subsets, "means": score_means(subsets, draws)} | record | provenance(args)
     write_json(out / "report.json", report)
     m.write_atomically(out / "report.md", to_text(report))
     print(to_text(report))

@@ -670,7 +670,7 @@ def write_results(args, rows, drops, clips):
             lines = "".join(json.dumps(row) + "\n" for row in content)
             m.write_atomically(Path(args.out) / f"{name}.jsonl", lines)
     rates = [row["wer"] for row in kept if row["wer"] is not None]
-    summary = {"rows": {name: len(content) for name, content in files.items()},
+    summary = {"rows": dict(zip(files, map(len, files.values()))),
                "hours": round(sum(row["seconds"] for row in kept) / 3600, 3),
                "mean_wer": round(float(np.mean(rates)), 4) if rates else None,
                "wer_measured_on": len(rates), "dropped": reasons}
