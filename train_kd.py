@@ -5,7 +5,8 @@ Distil a text LLM (teacher) into a speech LLM (student), by text and by speech.
   torchrun --nproc_per_node=8 train_kd.py --student WHISPER+LLM --data train.jsonl --out out/run
 
 Reads   manifests of synth_speech.py: JSON lines with id, prompt, audio, response, finish
-Writes  OUT/last, OUT/best (students), ckpt-STEP-SHA256.pt, log.jsonl, samples.jsonl, args.json
+Writes  OUT/last, OUT/best (students), ckpt-STEP-SHA256.pt, log.jsonl, samples.jsonl, args.json,
+        bad_rows.jsonl
 
 t2t: the student reads the question.  loss = CE(answer) + lambda * tau^2 * KL(teacher || student)
 s2t: the student hears it.            the same, from the same teacher, who reads it
@@ -57,7 +58,7 @@ SAMPLE_TOKENS = 40    # of an answer in samples.jsonl
 KEYS = ("id", "prompt", "audio", "response", "reference", "finish", "instruction", "system",
         "language")   # of a row; others are not read
 FREE_OPTIONS = ("resume", "device", "workers", "out", "save_every", "cache", "shard")  # of --resume
-LOADED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+TRAINED_ONLY = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
 def get_args(argv=None):
@@ -93,7 +94,7 @@ def get_args(argv=None):
         help="divergence from the teacher")
     add("--kd-weight", type=weight, default=0.5, help="lambda of the divergence; the paper has 0.5")
     add("--ce-weight", type=weight, default=1.0,
-        help="of the cross-entropy; 0 = pure distillation")
+        help="of the cross-entropy where there is a teacher; 0 = pure distillation")
     add("--temperature", type=m.number(float, 0.01), default=2.0,
         help="tau of both models; the loss is scaled by tau^2")
     add("--beta", type=m.number(float, 1e-6, 1 - 1e-6), default=0.5, help="of jsd and skew_kl")
@@ -116,7 +117,7 @@ def get_args(argv=None):
         help="rows without one beside them, if there are any")
     add("--global-batch-size", type=natural, default=0,
         help="rows with a teacher per optimizer step over all GPUs; 0: no accumulation")
-    add("--lr-warmup-steps", type=natural, default=10, help="linear; a cosine to zero follows")
+    add("--lr-warmup-steps", type=natural, default=10, help="linear, times a cosine to zero")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         default="bfloat16" if torch.cuda.is_available() else "float32",
         help="of the computation (on a CPU bfloat16 pays with AMX); what trains is float32")
@@ -192,9 +193,14 @@ def read_manifest(path, seen=None, bad=None):
     return m.json_lines(path, parse, bad)
 
 
+def label_of(row, labels):
+    """Key of a row's answer: what is said about a sound has no second form."""
+    return "response" if row["prompt"] is None else labels
+
+
 def channels_of(row, args):
     """The channels that a row serves: those of --channels, or "sound"."""
-    if not row.get(args.labels):
+    if not row.get(label_of(row, args.labels)):
         return []  # no answer to learn
     if row["prompt"] is None:
         return ["sound"]  # nothing that a teacher could read
@@ -213,10 +219,10 @@ def usable_rows(args, rows):
         strange |= row.keys() - set(KEYS)  # `audio` under another name, for instance
         for channel in channels:
             counts[channel] += 1
-    spoken_only = counts["sound"] == len(used) > 0
-    for channel in () if spoken_only else args.channels:
-        if not counts[channel]:
-            needs = f"{'prompt' if channel == 't2t' else 'audio'} and {args.labels}"
+    sounds_only = counts["sound"] == len(used) > 0
+    for channel in args.channels:
+        if not counts[channel] and not sounds_only:
+            needs = f"{'prompt' if channel == 't2t' else 'audio with words'} and {args.labels}"
             raise ValueError(
                 f"{' '.join(args.data)}: none of {len(rows)} rows has {needs}, which channel "
                 f"{channel} needs; unknown keys: {', '.join(sorted(strange)) or 'none'}; rename "
@@ -225,18 +231,30 @@ def usable_rows(args, rows):
 
 
 def read_data(args):
-    """-> rows to train on, rows to measure on (which serve all channels), bad rows."""
+    """-> rows to train on, rows to measure on, bad rows."""
     seen, bad, train_rows, eval_rows = {}, [], [], []
     for path in args.data:
         train_rows += read_manifest(path, seen, bad)
     for path in args.eval_data:
         eval_rows += read_manifest(path, {}, bad)  # may be a part of the training data
-    return train_rows, [r for r in eval_rows if channels_of(r, args) == args.channels], bad
+    return train_rows, eval_rows, bad
+
+
+def measurable(args, rows):
+    """Rows that serve all channels, so that these are compared on the same questions.
+
+    Raises: ValueError if none of those that were asked for does.
+    """
+    chosen = [row for row in rows if channels_of(row, args) == args.channels]
+    if args.eval_data and not chosen:
+        raise ValueError(f"--eval-data {' '.join(args.eval_data)}: no row can be measured; that "
+                         f"needs prompt, audio and {args.labels}")
+    return chosen
 
 
 def answer_ids(tokenizer, row, labels, max_tokens):
     """The answer, tokenised once for teacher and both channels; a cut one teaches no stopping."""
-    ids = m.text_ids(tokenizer, row[labels])
+    ids = m.text_ids(tokenizer, row[label_of(row, labels)])
     cut = (row.get("finish") == "length" and labels == "response") or len(ids) > max_tokens
     return ids[:max_tokens] + ([] if cut else [m.end_token(tokenizer)])
 
@@ -244,8 +262,8 @@ def answer_ids(tokenizer, row, labels, max_tokens):
 class Rows(Dataset):
     """Rows of the manifest -> items: what a step needs of a row, and no model has to make.
 
-    An item: id, answer (token ids), teacher (token ids of its whole prompt; None for a sound), and
-    for each channel that the row serves the student's prompt.
+    An item: id, answer (token ids), teacher_ids (its whole prompt; None for a sound), for each
+    channel that the row serves the student's prompt; taught, the teacher's rows, if it has a cache.
     """
 
     def __init__(self, rows, student, teacher_tokenizer, args, heard_of):
@@ -258,7 +276,7 @@ class Rows(Dataset):
 
     def __getitem__(self, i):
         row = self.rows[i]
-        item = {"id": row["id"], "teacher": None,
+        item = {"id": row["id"], "teacher_ids": None,
                 "answer": answer_ids(self.student.tokenizer, row, self.args.labels,
                                      self.args.max_answer_tokens)}
         for channel in channels_of(row, self.args):
@@ -269,10 +287,10 @@ class Rows(Dataset):
         if row["prompt"] is not None:
             before, after = m.chat_parts(self.teacher_tokenizer, row.get("system"),
                                          row.get("instruction"))
-            item["teacher"] = before + m.text_ids(self.teacher_tokenizer, row["prompt"]) + after
+            item["teacher_ids"] = before + m.text_ids(self.teacher_tokenizer, row["prompt"]) + after
             if self.taught_of:
                 item["taught"] = self.taught_of(item)
-        sizes = [len(item["teacher"] or [])]  # in tokens, the teacher's first
+        sizes = [len(item["teacher_ids"] or [])]  # in tokens, the teacher's first
         sizes += [m.positions(item[channel]) for channel in CHANNELS if channel in item]
         size = max(sizes) + max(len(item["answer"]), self.new_tokens)
         if size > self.context:
@@ -299,13 +317,24 @@ class Rows(Dataset):
             bad.append({"id": name, "reason": f"row {name!r}: {found[k]}"})
         self.rows = [row for k, row in enumerate(self.rows) if k not in found]
 
+    def leave_silence_unheard(self):
+        """Questions in whose clip Whisper found no word say nothing by speech -> their ids; they
+        are read alone from here on."""
+        silent = []
+        for row in self.rows:
+            heard = self.heard_of(row) if row["prompt"] else None
+            if heard and not len(heard.ids):
+                row["audio"] = None
+                silent.append(row["id"])
+        return silent
+
 
 def plan_steps(rows, args):
-    """Which rows each step reads: a list of steps, each a list of micro-batches, one for each
-    process and accumulation, each a list of row numbers.
+    """Which rows each step reads: a list of steps, each a list of micro-batches, which processes
+    share, each a list of row numbers.
 
-    A function of its arguments alone: no restart changes it, and no number of processes changes
-    which rows a step has. Rows without a teacher come question by question in turn: a rare
+    A function of its arguments alone: no restart changes it, nor does a number of processes, if
+    --global-batch-size is given. Rows without a teacher come question by question in turn: a rare
     question is learned as well.
 
     Raises: ValueError if there are fewer rows than one step needs.
@@ -314,16 +343,18 @@ def plan_steps(rows, args):
         for epoch in itertools.count():
             yield from random.Random(f"{args.seed} {epoch}").sample(numbers, len(numbers))
 
-    taught, sounds = [], {}
+    asked, sounds = [], {}
     for k, row in enumerate(rows):
         if row["prompt"] is None:
             sounds.setdefault(row.get("instruction"), []).append(k)
         else:
-            taught.append(k)
-    parts = args.global_batch_size // args.batch_size  # micro-batches of all processes
-    sizes = {"with": parts * args.batch_size, "without": parts * args.sound_batch_size}
-    kinds = {"with": (len(taught), itertools.cycle([drawn(taught)])),
-             "without": (len(rows) - len(taught),
+            asked.append(k)
+    micro_batches = args.global_batch_size // args.batch_size  # of a step, of all processes
+    sizes = {"with": micro_batches * args.batch_size,
+             "without": micro_batches * args.sound_batch_size}
+    # kind of row -> how many there are, and iterators of row numbers that take turns
+    kinds = {"with": (len(asked), itertools.cycle([drawn(asked)])),
+             "without": (len(rows) - len(asked),
                          itertools.cycle([drawn(numbers) for numbers in sounds.values()]))}
     kinds = {kind: (count, turns) for kind, (count, turns) in kinds.items() if count}
     for kind, (count, _) in kinds.items():
@@ -334,10 +365,10 @@ def plan_steps(rows, args):
     first = next(iter(kinds))  # whose epochs count
     plan, steps = [], args.max_steps or round(args.epochs * kinds[first][0] / sizes[first])
     for _ in range(max(1, steps)):
-        step = [[] for _ in range(parts)]
+        step = [[] for _ in range(micro_batches)]
         for kind, (_, turns) in kinds.items():
             for k in range(sizes[kind]):
-                step[k % parts].append(next(next(turns)))  # the next question's next row
+                step[k % micro_batches].append(next(next(turns)))  # the next question's next row
         plan.append(step)
     return plan
 
@@ -384,6 +415,7 @@ def hear_all(args, student, rows, ranks):
     """
     if not isinstance(student, m.SpeechLLM):
         return lambda row: None
+    # named after what is kept of a sound: another mean would need another folder
     folder, names, clips = Path(args.cache) / fingerprint(student.whisper, "mean so far"), {}, {}
     spoken = [row for row in rows if row.get("audio")]
     # like sizes together: what Whisper hears at once should end at once
@@ -395,12 +427,12 @@ def hear_all(args, student, rows, ranks):
             clips.setdefault(names[key], row)
 
     def compute(batch):
-        found, waveforms, spoken = [None] * len(batch), {}, []
+        found, waveforms, languages = [None] * len(batch), {}, []
         for k, row in enumerate(batch):
             with contextlib.suppress(ValueError):  # a bad row: heard_of says why
                 waveforms[k] = m.load_audio(row["audio"])
-                spoken.append(row.get("language"))
-        for k, heard in zip(waveforms, student.hear(list(waveforms.values()), spoken)):
+                languages.append(row.get("language"))
+        for k, heard in zip(waveforms, student.hear(list(waveforms.values()), languages)):
             found[k] = {"ids": heard.ids, "states": heard.states.half(),  # 16 bits are enough
                         "sound": heard.sound.half()}
         return found
@@ -444,18 +476,19 @@ def align_sounds(student, rows, heard_of):
     return len(sounds)
 
 
-def teach_all(args, teacher, parts, ranks):
+def teach_all(args, teacher, datasets, ranks):
     """Let the teacher's body read each row once -> function from item to its hidden rows (n, H'),
     which give the exact divergence, whatever the loss; a few of the largest logits would not."""
     folder, items = Path(args.teacher_cache) / fingerprint(teacher, teacher.dtype), {}
 
     def name_of(item):
-        return hashlib.sha256(json.dumps([item["teacher"], item["answer"]]).encode()).hexdigest()
+        content = json.dumps([item["teacher_ids"], item["answer"]])
+        return hashlib.sha256(content.encode()).hexdigest()
 
-    for part in parts:
-        for k in range(len(part)):
-            item = part[k]
-            if item["teacher"]:
+    for dataset in datasets:
+        for k in range(len(dataset)):
+            item = dataset[k]
+            if item["teacher_ids"]:
                 items[name_of(item)] = item
     fill_cache(folder, items, lambda batch: [{"x": x} for x in teacher_rows(teacher, batch)],
                "teaching", ranks)
@@ -481,18 +514,17 @@ def teacher_rows(teacher, items):
     list of (n_i, H'); from the cache if the items carry them."""
     if "taught" in items[0]:
         return [item["taught"] for item in items]
-    rows = [torch.tensor(item["teacher"] + item["answer"], device=teacher.device)
+    rows = [torch.tensor(item["teacher_ids"] + item["answer"], device=teacher.device)
             for item in items]
     lengths = [len(item["answer"]) for item in items]
-    shared = len(os.path.commonprefix([item["teacher"] for item in items]))  # template's tokens
+    shared = len(os.path.commonprefix([item["teacher_ids"] for item in items]))  # template's tokens
     with lora_off(teacher) if hasattr(teacher, "peft_config") else contextlib.nullcontext():
         return m.answer_states(teacher, rows, lengths, shared).split(lengths)
 
 
 def passes_of(items, channels):
-    """What a micro-batch asks of the student: [(channel, its items)], speech first: it keeps more,
-    and there are no gradients yet. All processes must make the same passes: where no row serves a
-    channel, one that is read stands in, with an answer of no token."""
+    """What a micro-batch asks of the student: [(channel, its items)]. All processes must make the
+    same passes: where no row serves a channel, one that is read stands in, with no answer."""
     passes = []
     for channel in channels:
         chosen = [item for item in items if channel in item]
@@ -576,7 +608,9 @@ def evaluate(args, student, teacher, rows, ranks, autocast):
         found = measure(student, teacher, items, args.channels, autocast)
         for c, channel in enumerate(args.channels):
             for k, (kl, agree) in zip(numbers, found[channel]):
-                for part, first in enumerate([len(kl), EARLY] if k < len(rows) else []):
+                if k >= len(rows):
+                    continue
+                for part, first in enumerate((len(kl), EARLY)):
                     sums[c, part, 0] += kl[:first].sum()  # nats
                     sums[c, part, 1] += agree[:first].sum()
                     sums[c, part, 2] += len(kl[:first])
@@ -595,13 +629,13 @@ def evaluate(args, student, teacher, rows, ranks, autocast):
 
 
 def write_samples(student, rows, path, step):
-    """The student's answers by speech to a few rows, for whoever would rather read than count."""
+    """The student's answers to a few rows, for whoever would rather read than count."""
     rows = sorted(rows, key=lambda row: len(row["prompt"]))[:3]  # short ones are read at a glance
     answers = student.generate(rows, max_new_tokens=SAMPLE_TOKENS)
     for row, text in zip(rows, answers):
-        append(path, {"step": step, "prompt": row["prompt"], "by_speech": text,
-                      "teacher": row["response"]})
-    print(f"      asked: {rows[0]['prompt']!r}\n      by speech: {answers[0]!r}")
+        way = "by_speech" if row.get("audio") else "by_text"
+        append(path, {"step": step, "prompt": row["prompt"], way: text, "teacher": row["response"]})
+    print(f"      asked: {rows[0]['prompt']!r}\n      answered: {answers[0]!r}")
 
 
 # ---- what trains ----
@@ -638,7 +672,7 @@ def load_teacher(args, student, dtype):
 
 
 def choose_what_trains(args, student, dtype):
-    """Parts of --train stay in float32 and train; the rest is frozen in `dtype`."""
+    """Parts of --train stay in float32 and train; the rest is frozen, the LLM in `dtype`."""
     missing = [name for name in args.train if name not in student.parts()]
     if missing:
         raise ValueError(f"--train {missing[0]}: {args.student} trains "
@@ -648,6 +682,7 @@ def choose_what_trains(args, student, dtype):
         for part in student.parts()[name]:
             part.requires_grad_(True)
     if args.lora_rank:
+        # peft asks for it, and a part of a student has none
         student.llm.name_or_path = args.student.partition("+")[2] or args.student
         torch.manual_seed(args.seed)  # it starts at random
         m.add_lora(student.llm, args.lora_rank)
@@ -715,6 +750,7 @@ def shard(student, teacher, dtype, device):
     fully_shard(student, ignored_params=set(listener.parameters()), **options)
     if teacher is not None:
         fully_shard(teacher.base_model, reshard_after_forward=True, **options)
+        teacher.get_output_embeddings().to(device)
 
 
 def whole(tensor):
@@ -741,7 +777,7 @@ def save_checkpoint(args, student, optimizer, scaler, progress):
     """Trainable weights and everything else that a bit-exact continuation needs; complete or not
     there. Every rank must call it, the first one writes. Raises OSError if it cannot be written."""
     (step, best, identity), out = progress, Path(args.out)
-    weights, moments = get_state_dict(student, optimizer, options=LOADED)
+    weights, moments = get_state_dict(student, optimizer, options=TRAINED_ONLY)
     if int(os.environ.get("RANK", 0)):
         return
     for name, parameter in student.named_parameters(remove_duplicate=False):
@@ -786,7 +822,7 @@ def load_checkpoint(args, student, optimizer, scaler, identity):
                          "repeat the old ones, or start afresh in another --out")
     # torch names both by parameter: DDP, FSDP2 and one process read each other's
     set_state_dict(student, optimizer, model_state_dict=saved["model"],
-                   optim_state_dict=saved["optimizer"], options=LOADED)
+                   optim_state_dict=saved["optimizer"], options=TRAINED_ONLY)
     scaler.load_state_dict(saved["scaler"])
     return saved["step"], saved["best"], [f"going on from step {saved['step']}", *said]
 
@@ -824,6 +860,16 @@ def announce(said, counts, measured, steps, student):
           f"{weights / 1e6:.1f} M weights train", sep="\n", flush=True)
 
 
+def channel_means(sums, counted):
+    """Sums (3 channels, 3: loss, CE, KD) of a step, over tokens or rows -> means for the log."""
+    record = {}
+    for channel, (_, ce, kd) in zip(CHANNELS, sums.tolist()):
+        if counted[channel]:
+            count = counted[channel]
+            record |= {f"ce_{channel}": ce / count, f"kd_{channel}": kd / count}
+    return record
+
+
 def cut_back(path, step):
     """Leave the lines before a step's evaluation, which is repeated: they are as they would be
     without a stop."""
@@ -837,7 +883,9 @@ def cut_back(path, step):
 
 def print_record(record, *more):
     """One line for people."""
-    print(*[f"{key} {value:.4g}" for key, value in record.items()], *more, sep=" | ", flush=True)
+    cells = [f"step {record['step']}"]
+    cells += [f"{key} {value:.4g}" for key, value in record.items() if key != "step"]
+    print(*cells, *more, sep=" | ", flush=True)
 
 
 def resources(device):
@@ -878,14 +926,15 @@ def main(args):
     signal.signal(signal.SIGTERM, m.stop_now)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    out, dtype, steps_done = Path(args.out), getattr(torch, args.dtype), checkpoints(args.out)
-    if steps_done and not args.resume:
-        raise ValueError(f"{steps_done[0]} exists: add --resume to go on, or choose another --out")
+    out, dtype, earlier = Path(args.out), getattr(torch, args.dtype), checkpoints(args.out)
+    if earlier and not args.resume:
+        raise ValueError(f"{earlier[0]} exists: add --resume to go on, or choose another --out")
     rank, world, device = start_processes(args)  # world: processes, one a GPU
     ranks, master = (rank, world), rank == 0
     train_rows, eval_rows, bad = read_data(args)
     m.leave_out(bad, args.max_bad_rows, out, master)
     train_rows, counts = usable_rows(args, train_rows)
+    eval_rows = measurable(args, eval_rows)
     out.mkdir(parents=True, exist_ok=True)  # fails now, not after the first steps
 
     # ---- student, teacher ----
@@ -905,42 +954,44 @@ def main(args):
     heard_of = hear_all(args, student, train_rows + eval_rows, ranks)
     contexts = [getattr(llm.config, "max_position_embeddings", None)
                 for llm in (student.llm, teacher) if llm is not None]
-    rows = Rows(train_rows, student, teacher_tokenizer, args, heard_of)
+    train_set = Rows(train_rows, student, teacher_tokenizer, args, heard_of)
     eval_set = Rows(eval_rows, student, teacher_tokenizer, args, heard_of)
-    eval_set.new_tokens = SAMPLE_TOKENS
-    for part in (rows, eval_set):
-        part.context = min(filter(None, contexts), default=math.inf)
-        part.leave_out_bad(bad, ranks)  # every row is made once before the first step
+    eval_set.new_tokens, silent = SAMPLE_TOKENS, []
+    for dataset in (train_set, eval_set):
+        dataset.context = min(filter(None, contexts), default=math.inf)
+        dataset.leave_out_bad(bad, ranks)  # every row is made once before the first step
+        silent += dataset.leave_silence_unheard()
     said = [m.leave_out(bad, args.max_bad_rows, out, master)] if bad else []
-    rows.rows, counts = usable_rows(args, rows.rows)
-    if args.eval_data and not len(eval_set):
-        raise ValueError(f"--eval-data {' '.join(args.eval_data)}: no row can be measured; that "
-                         f"needs prompt, audio and {args.labels}")
+    said += [f"no words heard in {len(silent)} clips, e.g. {silent[0]}"] if silent else []
+    # again, now that it is known which clips are bad or silent
+    train_set.rows, counts = usable_rows(args, train_set.rows)
+    eval_set.rows = measurable(args, eval_set.rows)
     if isinstance(student, m.SpeechLLM) and not student.adapter.listens:  # untrained so far
-        aligned = align_sounds(student, rows.rows, heard_of)
+        aligned = align_sounds(student, train_set.rows, heard_of)
         student.adapter.listens.fill_(True)
         said += [f"sound layer: begins with {aligned} clips, in closed form"] * (aligned > 0)
     if teacher is not None and (args.teacher_cache or not args.shard):
         teacher.to(device)
     if args.teacher_cache and teacher is not None:
-        rows.taught_of = eval_set.taught_of = teach_all(args, teacher, [rows, eval_set], ranks)
+        taught_of = teach_all(args, teacher, [train_set, eval_set], ranks)
+        train_set.taught_of = eval_set.taught_of = taught_of
         teacher.base_model.to("meta")  # its body leaves memory, its head stays
-    plan = plan_steps(rows.rows, args)  # all steps, known before the first
+    plan = plan_steps(train_set.rows, args)  # all steps, known before the first
 
     # ---- optimizer, resume, log ----
     if args.shard:
         shard(student, teacher, dtype, device)
     optimizer = make_optimizer(args, student)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # bf16 needs none
-    identity = run_identity(args, rows.rows + eval_set.rows, world)
+    identity = run_identity(args, train_set.rows + eval_set.rows, world)
     step, best, steps = 0, None, len(plan)
-    if steps_done:
+    if earlier:
         step, best, more = load_checkpoint(args, student, optimizer, scaler, identity)
         said += more
     if master:
         begin_logs(args, step, world)
         announce(said, counts, len(eval_set), steps, student)
-    stopped = []  # filled by SIGTERM; the step is finished first
+    stopped = []  # filled by SIGTERM; the loop ends before its next step
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
 
     # ---- the loop ----
@@ -950,13 +1001,14 @@ def main(args):
                                         device_ids=None if device.index is None else [device.index])
     # micro-batches go to the processes in turn: the plan knows nothing of their number
     todo = list(itertools.chain(*[batches[rank::world] for batches in plan[step:]]))
-    stream = iter(DataLoader(rows, batch_sampler=todo, num_workers=args.workers, collate_fn=list,
-                             worker_init_fn=outlive_sigterm,
+    stream = iter(DataLoader(train_set, batch_sampler=todo, num_workers=args.workers,
+                             collate_fn=list, worker_init_fn=outlive_sigterm,
                              multiprocessing_context="fork" if args.workers else None))
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in mid-step
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch raises in mid-step, not in next()
     autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
     channel_weights = {"t2t": args.t2t_weight, "s2t": 1.0, "sound": args.sound_weight}
-    # by text the adapter has no part: without the LLM nothing would train there
+    # speech first: it keeps more for backward, and there are no gradients yet. By text only the LLM
+    # can learn; the adapter is a part of the graph all the same: DDP waits for what trains
     channels = [c for c in CHANNELS[::-1] if counts[c] and (c != "t2t" or "llm" in args.train)]
     student.train()
     begun = time.perf_counter()
@@ -979,10 +1031,9 @@ def main(args):
 
         # -------- one optimizer step --------
         started = time.perf_counter()
-        # a worker that has died raises here
         micro_batches = [next(stream) for _ in range(len(plan[step]) // world)]
-        # Mean over ALL supervised tokens of the step, per channel: a mean per micro-batch would
-        # weight a 3-token answer like a 300-token one. DDP averages over ranks, hence `world`.
+        # Mean over ALL supervised tokens of the step (sounds: rows), per channel: one a micro-batch
+        # would weight a 3-token answer like a 300-token one. DDP averages over ranks, hence `world`
         counted = dict.fromkeys(CHANNELS, 0) | {"tokens": 0, "stopped": len(stopped)}
         for items in micro_batches:
             for channel, chosen in passes_of(items, channels):
@@ -995,11 +1046,11 @@ def main(args):
         counted = dict(zip(counted, shared.tolist()))
         if counted["stopped"]:  # SIGTERM came to one of the processes: all stop at one step
             break
-        # after the fetch: a new DataLoader iterator draws from this generator
+        # dropout, if a model has any, is the same after a restart
         torch.manual_seed(args.seed + 100_003 * step + rank)
         sums = torch.zeros(len(CHANNELS), 3, dtype=torch.float64, device=device)  # loss, CE, KD
         for micro_step, items in enumerate(micro_batches):
-            asked = [item for item in items if item["teacher"]] if args.kd_weight else []
+            asked = [item for item in items if item["teacher_ids"]] if args.kd_weight else []
             if asked:  # one teacher pass serves both channels
                 for item, taught in zip(asked, teacher_rows(teacher, asked)):
                     item["taught"] = taught
@@ -1012,11 +1063,11 @@ def main(args):
                     answers = [item["answer"] for item in chosen]
                     with autocast():
                         hidden = model(prompts, answers)                          # (N, H)
-                        loss, *parts = channel_loss(args, channel, (student.llm, teacher), hidden,
+                        loss, ce, kd = channel_loss(args, channel, (student.llm, teacher), hidden,
                                                     chosen)
                     loss = channel_weights[channel] / max(1, counted[channel]) * loss
                     scaler.scale(loss * world).backward()  # frees this channel before the next
-                sums[CHANNELS.index(channel)] += torch.stack([loss.detach(), *parts])
+                sums[CHANNELS.index(channel)] += torch.stack([loss.detach(), ce, kd])
         if world > 1:
             dist.all_reduce(sums)
         total = float(sums[:, 0].sum())
@@ -1029,10 +1080,7 @@ def main(args):
 
         if master:
             seconds = time.perf_counter() - started
-            record = {"step": step, "loss": total}
-            for (channel, count), (_, ce, kd) in zip(counted.items(), sums.tolist()):
-                if count:
-                    record |= {f"ce_{channel}": ce / count, f"kd_{channel}": kd / count}
+            record = {"step": step, "loss": total, **channel_means(sums, counted)}
             record |= {**norms, "lr": max(group["lr"] for group in optimizer.param_groups),
                        "tokens_per_s": counted["tokens"] / seconds, "seconds": seconds,
                        "hours": (time.perf_counter() - begun) / 3600, **resources(device)}

@@ -318,7 +318,7 @@ FILES = {
     "no answers": ("train", every(response=None), r"none of 5 rows has prompt and response, which channel t2t needs"),
     "empty answers": ("train", every(response=""), r"none of 5 rows has prompt and response"),
     "no references": ("train-labels", every(), r"none of 5 rows has prompt and reference"),
-    **{f"audio under {key}": ("train", rename("audio", key), r"none of 5 rows has audio and response, which channel s2t needs; unknown keys: .*" + key)
+    **{f"audio under {key}": ("train", rename("audio", key), r"none of 5 rows has audio with words and response, which channel s2t needs; unknown keys: .*" + key)
        for key in ("audio_path", "audios", "wav")},
     "nothing to measure on": ("train-eval", bench("eval", {"id": "a", "prompt": "a", "response": "b"}), r"no row can be measured; that needs prompt, audio and"),
     "fewer rows about sound than a step": ("train", soundless, r"1 rows without a teacher .*fewer than the 8 of one step"),

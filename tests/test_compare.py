@@ -67,7 +67,7 @@ def test_each_question_has_its_own_kl_also_where_one_comes_twice(tiny):
         student.llm.model.norm.weight.mul_(1.5)
     questions = []
     for ids in ([3, 4, 5], [3, 4, 5], [6, 7], [8, 9, 10, 11]):
-        item = {"answer": [12, 13], "teacher": ids}
+        item = {"answer": [12, 13], "teacher_ids": ids}
         questions.append(compare.Question({**item, "s2t": student.unheard(ids)}))
         questions[-1].item["taught"] = compare.train_kd.teacher_rows(teacher, [item])[0]
     prompts, known = [q.by_speech for q in questions], {}

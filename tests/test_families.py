@@ -335,7 +335,7 @@ def test_the_text_side_of_a_multimodal_model_can_teach(checkpoint, make):
     assert not any("audio" in name or "visual" in name for name, _ in teacher.named_parameters())
     with torch.no_grad():
         logits = model(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits[0]
-        rows = train_kd.teacher_rows(teacher, [{"teacher": ids[:3], "answer": ids[3:]}])[0]
+        rows = train_kd.teacher_rows(teacher, [{"teacher_ids": ids[:3], "answer": ids[3:]}])[0]
         assert_close(teacher.get_output_embeddings()(rows), logits[2:-1], **CLOSE)
         assert_close(teacher(input_ids=torch.tensor([ids]), logits_to_keep=1).logits[0], logits[-1:], **CLOSE)
 
@@ -355,7 +355,7 @@ def test_scaled_logits_are_those_of_the_model(tiny, checkpoint, data, tmp_path, 
     item, head = train_kd.Rows(rows, student, tokenizer, options, None)[0], student.llm.get_output_embeddings()
     with torch.no_grad():
         reference, ours = (model(input_ids=torch.tensor([[*prompt, *item["answer"]]])).logits[0, len(prompt) - 1:-1]
-                           for model, prompt in ((teacher, item["teacher"]), (student.llm, item["t2t"]["ids"].tolist())))  # (n, V), (n, V')
+                           for model, prompt in ((teacher, item["teacher_ids"]), (student.llm, item["t2t"]["ids"].tolist())))  # (n, V), (n, V')
         vocab = min(reference.shape[1], ours.shape[1])
         expected = F.kl_div(ours[:, :vocab].log_softmax(-1), reference[:, :vocab].log_softmax(-1), log_target=True, reduction="sum")
     found = train_kd.measure(student, teacher, [item], ["t2t"], contextlib.nullcontext)["t2t"][0][0].sum()

@@ -375,6 +375,36 @@ def test_rows_to_measure_on_without_a_label_are_left_out_also_with_a_cached_teac
 
 # ---- evaluation ----
 
+def test_questions_in_which_no_words_are_heard_are_read_alone_and_said_and_if_all_are_an_error(tiny, data, tmp_path, monkeypatch, capsys):
+    rows, hear_all = read_rows(data), train_kd.hear_all
+    silent = {f"{data.parent.name}/{rows[0]['id']}"}
+
+    def deaf(args, student, rows, ranks):
+        heard_of = hear_all(args, student, rows, ranks)
+
+        def heard(row):
+            found = heard_of(row)
+            return found._replace(text="", ids=found.ids[:0], states=found.states[:0]) if found and row["id"] in silent else found
+        return heard
+
+    monkeypatch.setattr(train_kd, "hear_all", deaf)
+    options = ["--eval-data", data, "--max-steps", 1]
+    assert train(*arguments(tiny, data, tmp_path / "one", *options)) == 0
+    said, n = capsys.readouterr().out, len(rows)
+    assert f"no words heard in 2 clips, e.g. {data.parent.name}/" in said  # to train and to measure on
+    assert f"rows: {n} by text, {n - 1} by speech, 0 without a teacher, {n - 1} to measure on" in said
+    silent |= {f"{data.parent.name}/{row['id']}" for row in rows}
+    with pytest.raises(ValueError, match="audio with words and response, which channel s2t needs"):
+        train(*arguments(tiny, data, tmp_path / "all", *options))
+
+
+def test_with_labels_reference_rows_about_sounds_keep_their_only_answer(tiny, data, tmp_path, capsys):
+    labelled = write_rows(data.parent / "references.jsonl", [{**row, "reference": "Yes."} for row in read_rows(data)])
+    sounds = tiny.manifest(tmp_path / "sounds", 8, seed=1, prompt=None, instruction="Who speaks?", response="A man.")
+    assert train(*arguments(tiny, (labelled, sounds), tmp_path / "run", "--labels", "reference", "--sound-batch-size", 2, "--max-steps", 1)) == 0
+    assert "16 by text, 16 by speech, 8 without a teacher" in capsys.readouterr().out
+
+
 def test_evaluation_is_one_row_at_a_time_whatever_is_measured_together(tiny, data, tmp_path, monkeypatch):
     student, (teacher, tokenizer) = m.load_student(tiny.student_folder), m.load_llm(tiny.llm)
     args = train_kd.get_args(arguments(tiny, data, tmp_path, "--cache", str(data.parent / ".cache")))
@@ -441,10 +471,10 @@ def test_system_and_instruction_reach_teacher_and_student_alike(tiny, data, tmp_
     row = {**train_kd.read_manifest(data)[0], "system": "Answer like a pirate.", "instruction": "Translate:"}
     heard = student.hear([m.load_audio(row["audio"])])[0]
     item = train_kd.Rows([row], student, student.tokenizer, train_kd.get_args(arguments(tiny, data, tmp_path)), lambda row: heard)[0]
-    assert item["teacher"] == item["t2t"].before
+    assert item["teacher_ids"] == item["t2t"].before
     spoken = item["s2t"].before + m.text_ids(student.tokenizer, row["prompt"]) + item["s2t"].after
-    assert spoken == item["teacher"]
-    text = student.tokenizer.decode(item["teacher"])
+    assert spoken == item["teacher_ids"]
+    text = student.tokenizer.decode(item["teacher_ids"])
     assert "pirate" in text and "Translate:" in text
 
 
@@ -471,7 +501,7 @@ def test_a_rare_question_about_the_sound_comes_as_often_as_others():
 
 
 @pytest.mark.parametrize("changed, options, message", [
-    (dict(audio=None), [], "none of 4 rows has audio and response, which channel s2t needs; .*, or leave s2t out of --channels"),
+    (dict(audio=None), [], "none of 4 rows has audio with words and response, which channel s2t needs; .*, or leave s2t out of --channels"),
     (dict(prompt=None), ["--eval-data", "DATA"], "--eval-data .*train.jsonl: no row can be measured; that needs prompt, audio and response"),
     (dict(response=None), [], "none of 4 rows has prompt and response"),
     ({}, ["--batch-size", "5"], "4 rows with a teacher .* fewer than the 5 of one step"),

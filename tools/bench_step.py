@@ -109,7 +109,7 @@ def plain_loop(job, watch):
         answers = [item["answer"] for item in items]
         for channel in args.channels:
             with torch.no_grad():
-                rows = [torch.tensor(item["teacher"] + item["answer"], device=args.device) for item in items]
+                rows = [torch.tensor(item["teacher_ids"] + item["answer"], device=args.device) for item in items]
                 ids, mask = padded(rows)
                 taught = predict(teacher(input_ids=ids, attention_mask=mask).logits, rows, answers)
             with torch.autocast(args.device, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
@@ -128,8 +128,8 @@ def trl_gkd(job, watch):
     args = options_of(job)
     _, teacher, tokenizer, steps = prepare(args)
     student, _ = m.load_llm(job["llm"])
-    rows = [{"prompt": "", "input_ids": item["teacher"] + item["answer"],
-             "completion_mask": [0] * len(item["teacher"]) + [1] * len(item["answer"])} for items in steps for item in items]
+    rows = [{"prompt": "", "input_ids": item["teacher_ids"] + item["answer"],
+             "completion_mask": [0] * len(item["teacher_ids"]) + [1] * len(item["answer"])} for items in steps for item in items]
     tokenizer.padding_side = "left"
 
     class EndOfStep(TrainerCallback):

@@ -109,7 +109,7 @@ def kl8(student, teacher, prompts, questions, known):
     keys, todo, found = [], {}, []
     for prompt, question in zip(prompts, questions):
         hears = prompt.words or len(prompt.sound)
-        keys.append(id(prompt) if hears else tuple(question.item["teacher"]))
+        keys.append(id(prompt) if hears else tuple(question.item["teacher_ids"]))
         if keys[-1] not in known:
             todo[keys[-1]] = {**question.item, "s2t": prompt}
     items = list(todo.values())
@@ -133,7 +133,7 @@ def teach(teacher, items):
     """Give each item the teacher's hidden rows, once for all conditions; what is asked in several voices is read once."""
     same = collections.defaultdict(list)
     for item in items:
-        same[tuple(item["teacher"]), tuple(item["answer"])].append(item)
+        same[tuple(item["teacher_ids"]), tuple(item["answer"])].append(item)
     groups = list(same.values())
     for start in range(0, len(groups), BATCH):
         some = groups[start:start + BATCH]
