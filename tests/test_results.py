@@ -4,9 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, sound
@@ -183,11 +183,12 @@ def data(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("result") / "data"
     answer = {"response": lambda i: ("It is Paris.", "Four, I think.")[i % 2], "reference": lambda i: ("Paris", "4")[i % 2]}
     kinds = {"prompt": None, "instruction": lambda i: ("Fast or slow?", "Man or woman?")[i // 2 % 2],
-             "kind": lambda i: ("rate", "sex")[i // 2 % 2], "response": lambda i: (("Fast.", "Slowly."), ("Man.", "Woman."))[i // 2 % 2][i % 2]}
+             "kind": lambda i: ("rate", "sex")[i // 2 % 2], "response": lambda i: ("Fast.", "Slowly.", "Man.", "Woman.")[i % 4]}
+    transcripts = {"prompt": None, "instruction": "Repeat.", "reference": "Yes.", "response": "Yes."}
     for engine in ("piper", "espeak"):
         tiny.manifest(folder / engine, 4, name="both-train", **answer)
         tiny.manifest(folder / engine, 4, name="both-sounds", seed=1, reference=kinds["response"], **kinds)
-        tiny.manifest(folder / engine, 4, name="both-transcripts", seed=2, prompt=None, instruction="Repeat.", reference="Yes.", response="Yes.")
+        tiny.manifest(folder / engine, 4, name="both-transcripts", seed=2, **transcripts)
         tiny.manifest(folder / engine, 4, name="sounds-heldout", seed=3, **kinds)
     for seed, name in enumerate(("heard", "unheard", "human"), 4):
         tiny.manifest(folder / name, 6, seed=seed, id=lambda i: f"q-{i}", prompt=lambda i: f"What is the capital of number {i}?",
@@ -313,6 +314,25 @@ def test_a_script_that_fails_is_told_by_its_last_line(tmp_path, code, told):
         run_results.call(["-c", code], tmp_path / "log")
     with pytest.raises(SystemExit):  # stopped from outside: the driver stops as well
         run_results.call(["-c", "raise SystemExit(143)"], tmp_path / "log")
+
+
+def test_who_stops_the_driver_stops_the_run_which_keeps_what_it_has(tmp_path):
+    child = ("import signal, sys, time; signal.signal(15, lambda *_: (open('ended', 'w').close(), sys.exit(0))); "
+             "open('begun', 'w').close(); time.sleep(60)")
+    code = (f"import signal, sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import run_results; from pathlib import Path; "
+            f"signal.signal(15, run_results.m.stop_now); run_results.call(['-c', {child!r}], Path('log'))")
+    driver = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        if (tmp_path / "begun").exists() or driver.poll() is not None:
+            break
+        time.sleep(0.05)
+    driver.terminate()
+    assert driver.wait(60) == 143 and (tmp_path / "ended").exists() and "the same command goes on" in driver.stderr.read()
+
+
+def test_the_data_script_says_what_it_needs():
+    result = subprocess.run(["bash", str(ROOT / "tools/result_data.sh")], capture_output=True, text=True)
+    assert result.returncode == 2 and "questions needs --webquestions FILE and --nq FILE" in result.stderr
 
 
 @pytest.mark.parametrize("script, words, said", [

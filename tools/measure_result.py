@@ -170,7 +170,7 @@ class Asked:
 def conditions_of(args, start, tokenizer, known):
     """{heard, unheard, 10 dB, ..., human: Asked}: Whisper hears each clip once, whichever student is measured."""
     heard, unheard = read_spoken(args, "heard", known, ["retention", "all"]), read_spoken(args, "unheard", known, ["retention"])
-    human = train_kd.read_manifest(Path(args.data, "human/train.jsonl"), {})[:args.limit or None]
+    human = [row for row in train_kd.read_manifest(Path(args.data, "human/train.jsonl"), {}) if row["response"]][:args.limit or None]
     for folder, rows in (("heard", heard), ("unheard", unheard), ("human", human)):
         if not rows:
             raise ValueError(f"{args.data}/{folder}/train.jsonl: no row of {args.split}; expected what tools/result_data.sh speaks")
@@ -202,7 +202,8 @@ def follow(student, questions, way):
     found = []
     for first in range(0, len(questions), KL_BATCH):
         some = questions[first:first + KL_BATCH]
-        found.append(student([getattr(q, way) for q in some], [q.item["answer"] for q in some]))
+        prompts = [getattr(q, way) for q in some]
+        found.append(student(prompts, [q.item["answer"] for q in some]))
     return torch.cat(found)
 
 
@@ -307,7 +308,8 @@ def repeated_of(args, student, start, tokenizer):
         return None
     rows = train_kd.read_manifest(path, {})[:args.limit or None]
     asked = Asked(args, start, tokenizer, rows, train_kd.hear_all(args, start, rows, (0, 1)))
-    said, texts = [row["response"] for row in rows], answers_to(student, [q.by_speech for q in asked.questions], REPEAT_TOKENS)
+    said = [row["response"] for row in rows]
+    texts = answers_to(student, [q.by_speech for q in asked.questions], REPEAT_TOKENS)
     return {"rows": len(rows), "whisper": wrong_words(said, asked.heard), "student": wrong_words(said, texts)}
 
 

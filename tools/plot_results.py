@@ -82,7 +82,10 @@ def rows_of(record, measure, way):
 def paired(*rows):
     """Some {question: number} -> (N, K) of the questions that all have."""
     shared = [own for own in rows[0] if all(own in others for others in rows)]
-    return np.array([[of[own] for of in rows] for own in shared], float).reshape(len(shared), len(rows))
+    columns = []
+    for of in rows:
+        columns.append([of[own] for own in shared])
+    return np.array(columns, float).T
 
 
 def change(after, before):
@@ -258,7 +261,8 @@ def counts_line(results):
     for record in results.values():
         if isinstance(record, dict):
             counts = {what: of[3] for what, of in record["summary"].items() if what.startswith("retention, ") or "human, text" in what}
-            return f"Split {record['split']}; n: " + "; ".join(f"{what} {count}" for what, count in counts.items()) + "."
+            return f"Split {record['split']}; n: " + "; ".join(f"{what} {count}" for what, count in counts.items()) + (
+                ". M counts only where F is no higher than base's: a collapsed text side closes any gap.")
     return "Nothing is measured yet."
 
 

@@ -206,9 +206,13 @@ def before_speech(args):
     asked = choose_sets(answered, args.least)
     write_rows(out / "questions.jsonl", answered)
     write_rows(out / "dropped.jsonl", drops)
-    keys = ("id", "prompt", "response", "finish")
-    for name, rows in (("heard", asked), ("unheard", [row for row in asked if row["right"]])):
-        write_rows(out / f"ask-{name}.jsonl", [{key: row[key] for key in keys} for row in rows])
+    spoken = {"heard": [], "unheard": []}
+    for row in asked:
+        said = {key: row[key] for key in ("id", "prompt", "response", "finish")}
+        spoken["heard"].append(said)
+        spoken["unheard"] += [said] if row["right"] else []
+    for name, rows in spoken.items():
+        write_rows(out / f"ask-{name}.jsonl", rows)
     counts = collections.Counter(row["split"] for row in answered if row["right"])
     why = collections.Counter(drop["reason"] for drop in drops)
     print(f"{len(train)} prompts to train on; {len(answered)} candidates, of which the teacher answers {sum(counts.values())} right "
