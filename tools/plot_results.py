@@ -5,7 +5,8 @@ The result's tables and pictures, from what tools/measure_result.py wrote about 
 
 Reads   RESULTS/RUN/measured.json, or RESULTS/RUN/failed.txt; a run that has neither is "not run"
 Writes  RESULTS/table.md, whose first table is the README's, RESULTS/retention.png, RESULTS/repair.png
-Intervals: 95%, bootstrap over questions; differences and repairs are paired, question by question.
+Intervals: 95%, bootstrap over questions; differences and repairs are paired, question by question. No repair is shown where the
+interval of base's loss holds zero.
 """
 import argparse
 import json
@@ -95,11 +96,15 @@ def change(after, before):
 
 
 def repaired(run, base, bound):
-    """Share of base's distance to the bound that a run has made good -> (value, low, high), or None."""
+    """Share of base's loss against the bound that a run has made good -> (value, low, high); None if base's loss may be zero."""
     three = paired(run, base, bound)
-    if not len(three) or abs((three[:, 1] - three[:, 2]).sum()) < 1e-6:
+    if not len(three):
         return None
-    return vb.spread(vb.bootstrap(np.stack([three[:, 1] - three[:, 0], three[:, 1] - three[:, 2]], -1)[:, None]))
+    made_good, lost = three[:, 1] - three[:, 0], three[:, 1] - three[:, 2]  # of one sign, whichever way is better
+    _, low, high = vb.interval(lost)
+    if low <= 0 <= high:
+        return None
+    return vb.spread(vb.bootstrap(np.stack([made_good, lost], -1)[:, None]))      # (N, 1, 2)
 
 
 # ---- tables ----
@@ -142,12 +147,10 @@ def main_table(results):
         if isinstance(record, str):
             rows += [[shown, RUNS.get(name.split("-")[0], ""), record.replace("|", "/"), *[""] * 7] for shown in names]
             continue
-        summary = record["summary"]
-        cells = {"retention, text": "", **{f"retention, {way}": "" for way in SPOKEN}, "gap, text - heard": "", "KL8, human, text": "",
-                 "KL8, human, speech": ""}
-        for what in cells:
-            cells[what] = (signed if what.startswith("gap") else cell)(summary.get(what))
-        cells = list(cells.values())
+        cells = []
+        for what in [*(f"retention, {way}" for way in WAYS), "gap, text - heard", "KL8, human, text", "KL8, human, speech"]:
+            show = signed if what.startswith("gap") else cell
+            cells.append(show(record["summary"].get(what)))
         if name == "start":
             rows.append(["teacher", "", cells[0], "", "", "", "", "0", "", ""])
             rows.append(["cascade", "", "", *cells[1:5], "", cells[6], ""])
@@ -167,7 +170,8 @@ def pairs_table(results):
         if there(results, before, after):
             cells = []
             for way in WAYS:
-                cells.append(signed(change(*(rows_of(results[name], "retention", way) for name in (after, before)))))
+                late, early = (rows_of(results[name], "retention", way) for name in (after, before))
+                cells.append(signed(change(late, early)))
         rows.append([f"{after} - {before}", *cells])
     return to_lines(["retention, paired", *WAYS], rows)
 
@@ -195,8 +199,9 @@ def damage_table(results):
             continue
         cells = []
         for _, measure, way in places():
-            lost = rows_of(record, measure, way), bounds(results, measure, way)
-            cells.append(signed(change(*(lost if measure != "retention" else lost[::-1]))))
+            of, bound = rows_of(record, measure, way), bounds(results, measure, way)
+            lost = change(bound, of) if measure == "retention" else change(of, bound)  # KL8 is better where it is lower
+            cells.append(signed(lost))
         rows.append([label_of(name), *cells])
     return to_lines(["lost", *(heading for heading, *_ in places())], rows)
 
@@ -205,8 +210,8 @@ def repairs_of(results, name):
     """{heading: (value, low, high) or None} of one run."""
     base, found = base_of(name), {}
     for heading, measure, way in places():
-        three = [rows_of(results[each], measure, way) for each in (name, base)]
-        found[heading] = repaired(*three, bounds(results, measure, way))
+        run, before = (rows_of(results[each], measure, way) for each in (name, base))
+        found[heading] = repaired(run, before, bounds(results, measure, way))
     return found
 
 
@@ -247,12 +252,17 @@ def hearing_table(results):
             counts |= {len(right)} if right else set()
         rows.append([f"{kind}, {name}", ", ".join(map(str, sorted(counts))), *cells])
     for who in ("whisper", "student"):
-        cells = [f"{record['repeated'][who]:.2f}" if record["repeated"] else "" for record in shown.values()]
-        counts = {record["repeated"]["rows"] for record in shown.values() if record["repeated"]}
-        rows.append([f"recordings, words wrong, {who}", ", ".join(map(str, counts)), *cells])
-    for name in dict.fromkeys(name for record in shown.values() for name in record["misheard"]):
-        cells = [f"{record['misheard'][name]:.3f}" if name in record["misheard"] else "" for record in shown.values()]
-        rows.append([f"Whisper mishears, {name}", "", *cells])
+        cells, counts = [], set()
+        for record in shown.values():
+            repeated = record["repeated"]
+            cells.append(f"{repeated[who]:.2f}" if repeated else "")
+            counts |= {repeated["rows"]} if repeated else set()
+        rows.append([f"recordings, words wrong, {who}", ", ".join(map(str, sorted(counts))), *cells])
+    mishearings = {}  # of each condition: of all students the same
+    for record in shown.values():
+        mishearings |= record["misheard"]
+    for name, share in mishearings.items():
+        rows.append([f"Whisper mishears, {name}", "", f"{share:.3f}", *[""] * (len(shown) - 1)])
     return to_lines(["sounds right (chance 0.50)", "n", *map(label_of, shown)], rows)
 
 
