@@ -1,0 +1,364 @@
+"""tools/result_data.py, run_results.py, measure_result.py, plot_results.py: the result, on tiny models and a few rows."""
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, sound
+
+sys.path.insert(0, str(ROOT / "tools"))
+import eval_voicebench as vb
+import measure_result
+import plot_results
+import result_data
+import run_results
+import synth_speech
+import train_kd
+
+EASY = [json.loads(line) for line in open(ROOT / "tools/easy_questions.jsonl")]
+RESULTS = ROOT / "results/result"
+
+
+# ---- questions ----
+
+def test_easy_questions_are_short_unlike_others_and_do_not_hold_their_answers():
+    human = {json.loads(line)["prompt"] for line in open(ROOT / "tools/questions.jsonl")}
+    assert len(EASY) == len({row["prompt"] for row in EASY}) >= 300
+    for row in EASY:
+        assert set(row) == {"prompt", "reference"} and row["prompt"] not in human and row["prompt"].endswith("?")
+        assert row["reference"] and all(0 < len(answer.split()) <= 2 for answer in row["reference"]), row
+        assert not vb.qa_match(row["prompt"], row["reference"]), row
+        assert synth_speech.unspeakable(row["prompt"], 20) is None
+
+
+def test_the_split_is_drawn_by_the_prompt_alone():
+    splits = [result_data.split_of(row["prompt"]) for row in EASY]
+    assert 0.2 < splits.count("dev") / len(splits) < 0.3 and set(splits) == {"dev", "test"}
+    assert [result_data.split_of(p) for p in ("What is the capital of France?", "How many days are in a week?")] == [
+        "test", "test"]
+    assert result_data.split_of("a") == result_data.split_of("a")
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Small files in the data sets' own forms -> arguments."""
+    monkeypatch.setattr(result_data, "NQ_TRAIN", 8)
+    monkeypatch.setattr(result_data, "SPARE", 1)
+    monkeypatch.setattr(result_data, "ALL_TEST", 3)
+    web = [{"qId": f"w{k}", "qText": f"who founded the town number {k} of the north?", "answers": ["Ada", "Ada Smith"]} for k in range(12)]
+    web[0] = {"qId": "w0", "qText": "is Ada the name of Ada?", "answers": ["Ada"]}
+    nq = [{"question": f"which river runs beside hill number {k}", "answer": ["Po"]} for k in range(14)]
+    (tmp_path / "web.json").write_text(json.dumps(web))
+    (tmp_path / "nq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in nq))
+    (tmp_path / "easy.jsonl").write_text(json.dumps({"prompt": "What is two plus two?", "reference": ["4"]}) + "\n")
+
+    def arguments(*more):
+        words = ["--webquestions", tmp_path / "web.json", "--nq", tmp_path / "nq.jsonl", "--easy", tmp_path / "easy.jsonl",
+                 "--heldout", 4, "--prompts", 6, "--out", tmp_path / "out", *more]
+        return ["questions", *map(str, words)]
+    return arguments
+
+
+def test_what_is_held_out_is_never_trained_on(files):
+    train, candidates, drops = result_data.draw(result_data.get_args(files()))
+    assert len(train) == 8  # 6 prompts, and one of each engine for sounds
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in candidates}
+    held = [row["id"] for row in candidates if row["id"].startswith("nq")]
+    assert held == [f"nq-{k:06d}" for k in range(9, 15)]  # rows 9 to 14 of the file
+    assert all(int(row["id"][-6:]) <= 8 for row in train if row["id"].startswith("nq"))
+    assert "Which river runs beside hill number 9?" in {row["prompt"] for row in candidates}
+    assert [row["reference"] for row in candidates if row["id"].startswith("webq")][0] == ["Ada", "Ada Smith"]
+
+
+def test_a_question_that_holds_its_answer_is_left_out_and_listed(files):
+    args = result_data.get_args(files("--heldout", "11"))
+    _, candidates, drops = result_data.draw(argparse.Namespace(**{**vars(args), "prompts": 2}))
+    found = [drop["prompt"] for drop in drops if drop["reason"] == "answer stands in the question"]
+    assert found == ["Is Ada the name of Ada?"] and found[0] not in {row["prompt"] for row in candidates}
+
+
+def answered(count):
+    rows = []
+    for k in range(count):
+        prompt = f"Question {k}?"
+        rows.append({"id": f"q-{k}", "prompt": prompt, "right": k % 3 == 0, "response": "Yes.", "split": result_data.split_of(prompt)})
+    return rows
+
+
+def test_the_retention_set_is_what_the_teacher_answers_right():
+    rows = answered(60)
+    chosen = result_data.choose_sets(rows, least=20)
+    assert {row["id"] for row in chosen if "retention" in row["sets"]} == {f"q-{k}" for k in range(0, 60, 3)}
+    more = answered(400)
+    chosen = result_data.choose_sets(more, least=20)
+    drawn = [row for row in chosen if "all" in row["sets"]]
+    assert [sum(row["split"] == split for row in drawn) for split in ("test", "dev")] == [200, 67]
+    assert {row["right"] for row in drawn} == {True, False}
+    with pytest.raises(ValueError, match="answers 20 of 60 candidates right, expected 21 or more: hold out more"):
+        result_data.choose_sets(answered(60), least=21)
+
+
+def test_the_teacher_is_asked_once_and_its_answers_are_kept(files, tiny, monkeypatch):
+    args = result_data.get_args(files("--teacher", tiny.llm, "--least", "1", "--batch-size", "32", "--device", "cpu"))
+    monkeypatch.setattr(vb, "qa_match", lambda response, reference: "two" in response)  # of a random model nothing is right
+    monkeypatch.setattr(result_data.vb, "qa_match", lambda response, reference: len(response) % 2 == 0 and "?" not in response)
+    result_data.before_speech(args)
+    first = (Path(args.out) / "questions.jsonl").read_bytes()
+    rows = [json.loads(line) for line in first.splitlines()]
+    assert {"id", "prompt", "reference", "response", "finish", "right", "split", "sets"} == set(rows[0])
+    asked = [json.loads(line) for line in open(Path(args.out) / "ask-unheard.jsonl")]
+    assert {row["id"] for row in asked} == {row["id"] for row in rows if row["right"]}
+    assert len(open(Path(args.out) / "train-piper.jsonl").readlines()) == 4
+    monkeypatch.setattr(synth_speech, "load_teacher", lambda args: pytest.fail("asked again"))
+    result_data.before_speech(args)
+    assert (Path(args.out) / "questions.jsonl").read_bytes() == first
+
+
+@pytest.mark.parametrize("line, said", [
+    ('{"question": "who sang it"}', "nq.jsonl:1: {\"question\": \"who sang it\"}: expected qText, question or prompt, and a list"),
+    ('{"question": "who sang it", "answer": []}', "nq.jsonl:1"), ('{"question": " ", "answer": ["Po"]}', "nq.jsonl:1"),
+    ('{"question": "who", "answer": "Po"}', "1 questions, expected 9 or more"), ("no JSON", "nq.jsonl:1: not JSON")])
+def test_bad_questions_are_one_line(files, tmp_path, capsys, line, said):
+    (tmp_path / "nq.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError) as error:
+        result_data.draw(result_data.get_args(files()))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_recordings_are_copied_with_the_sex_of_known_readers(tmp_path):
+    import soundfile
+    rows = []
+    for name in ("speech/ljspeech/LJ-1.wav", "speech/librispeech/1272-1.wav", "speech/harvard_x/a.wav", "speech/fsdd/0.wav"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, sound(0.5).numpy(), 16_000)
+        rows.append({"path": name, "text": "THE COAT"})
+    (tmp_path / "speech/manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = argparse.Namespace(speech=str(tmp_path / "speech"), out=str(tmp_path / "out"))
+    result_data.copy_recordings(args)
+    repeated = train_kd.read_manifest(tmp_path / "out/recordings/repeated.jsonl")
+    sexes = train_kd.read_manifest(tmp_path / "out/recordings/sounds.jsonl")
+    assert len(repeated) == 3 and [(row["kind"], row["response"]) for row in sexes] == [("woman", "Woman."), ("man", "Man.")]
+    (tmp_path / "speech/manifest.jsonl").write_text(json.dumps({"path": "speech/ljspeech/none.wav", "text": "a"}))
+    with pytest.raises(ValueError, match="manifest.jsonl:1: audio file .* not found"):
+        result_data.copy_recordings(args)
+
+
+# ---- measuring ----
+
+def test_noise_is_so_many_db_below_the_voice_and_always_the_same():
+    voice = 0.1 * sound(2)
+    mixed = measure_result.noisy(voice, 10, seed=3)
+    noise = mixed - voice
+    assert 10 * torch.log10(voice.square().mean() / noise.square().mean()) == pytest.approx(10, abs=0.1)
+    assert torch.equal(mixed, measure_result.noisy(voice, 10, seed=3)) and not torch.equal(mixed, measure_result.noisy(voice, 10, seed=4))
+    assert measure_result.noisy(10 * voice, 0, seed=3).abs().max() <= 1
+
+
+def test_right_and_wrong_go_to_the_sets_of_each_question():
+    known = {"a": {"reference": ["Paris"], "right": True, "sets": ["retention", "all"]},
+             "b": {"reference": ["4"], "right": True, "sets": ["retention"]},
+             "c": {"reference": ["Po"], "right": False, "sets": ["all"]}}
+    answers = {"text": {"a": "It is Paris.", "b": "five", "c": "the Po"}, "heard": {"a": "Rome", "b": "four", "c": "no"},
+               "unheard": {"a": "paris", "b": "no"}}
+    assert measure_result.grade(answers, known) == {
+        "retention": {"text": {"a": 1, "b": 0}, "heard": {"a": 0, "b": 1}, "unheard": {"a": 1, "b": 0}},
+        "all": {"teacher": {"a": 1, "c": 0}, "text": {"a": 1, "c": 1}, "heard": {"a": 0, "c": 0}}}
+
+
+def test_words_that_are_wrong_are_counted_without_case_and_marks():
+    assert measure_result.wrong_words(["MEND THE COAT", "Go out"], ["Mend the coat.", "Go up!"]) == 0.2
+
+
+# ---- all of it, on tiny models ----
+
+@pytest.fixture(scope="module")
+def data(tiny, tmp_path_factory):
+    """What tools/result_data.sh would have made."""
+    folder = tmp_path_factory.mktemp("result") / "data"
+    answer = {"response": lambda i: ("It is Paris.", "Four, I think.")[i % 2], "reference": lambda i: ("Paris", "4")[i % 2]}
+    kinds = {"prompt": None, "instruction": lambda i: ("Fast or slow?", "Man or woman?")[i // 2 % 2],
+             "kind": lambda i: ("rate", "sex")[i // 2 % 2], "response": lambda i: ("Fast.", "Slowly.", "Man.", "Woman.")[i % 4]}
+    transcripts = {"prompt": None, "instruction": "Repeat.", "reference": "Yes.", "response": "Yes."}
+    for engine in ("piper", "espeak"):
+        tiny.manifest(folder / engine, 4, name="both-train", **answer)
+        tiny.manifest(folder / engine, 4, name="both-sounds", seed=1, reference=kinds["response"], **kinds)
+        tiny.manifest(folder / engine, 4, name="both-transcripts", seed=2, **transcripts)
+        tiny.manifest(folder / engine, 4, name="sounds-heldout", seed=3, **kinds)
+    for seed, name in enumerate(("heard", "unheard", "human"), 4):
+        tiny.manifest(folder / name, 6, seed=seed, id=lambda i: f"q-{i}", prompt=lambda i: f"What is the capital of number {i}?",
+                      response=answer["response"])
+    tiny.manifest(folder / "unheard-sounds", 4, name="sounds", seed=7, **kinds)
+    tiny.manifest(folder / "recordings", 2, name="repeated", seed=8, prompt=None, instruction="Repeat what you hear.", kind="repeated")
+    tiny.manifest(folder / "recordings", 2, name="sounds", seed=9, prompt=None, instruction="Man or woman?", response="Man.", kind="man")
+    rows = []
+    for i in range(6):
+        rows.append({"id": f"q-{i}", "prompt": f"What is the capital of number {i}?", "reference": ["Paris", "4"], "right": i < 4,
+                     "split": "test", "sets": ["retention", "all"] if i < 4 else ["all"]})
+    result_data.write_rows(folder / "questions.jsonl", rows)
+    return folder
+
+
+@pytest.fixture
+def drive(tiny, data, monkeypatch):
+    """drive(OUT, *options) -> exit code; the scripts that it calls run in this process, and are listed in drive.calls."""
+    def call(words, log):
+        script, *words = words
+        module = {"train_kd.py": train_kd, "measure_result.py": measure_result}[Path(script).name]
+        run.calls.append((Path(script).stem, Path(words[words.index("--out") + 1]).name))
+        if run.calls[-1][1] in run.breaks:
+            raise RuntimeError("exit code 2: train_kd.py: loss nan in step 3")
+        Path(log).touch()
+        module.main(module.get_args([*words, "--device", "cpu"]))
+
+    def run(out, *options, folder=data):
+        run.calls.clear()
+        words = ["--data", folder, "--out", out / "out", "--results", out / "results", "--teacher", tiny.llm, "--student", tiny.student,
+                 "--base-steps", 1, "--max-steps", 1, "--batch-size", 2, "--sound-batch-size", 2, "--limit", 4, *options]
+        return run_results.main(run_results.get_args([str(word) for word in words]))
+
+    run.calls, run.breaks = [], set()
+    monkeypatch.setattr(run_results, "call", call)
+    monkeypatch.setattr(run_results.signal, "signal", lambda *_: None)
+    return run
+
+
+def test_runs_are_done_once_fail_alone_and_are_made_again_when_their_rows_change(drive, data, tmp_path, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    drive.breaks = {"R1"}
+    runs = ["--only", "start", "base", "R1", "R6"]
+    assert drive(tmp_path, *runs, folder=folder) == 1
+    assert drive.calls == [("measure_result", "start"), ("train_kd", "base"), ("measure_result", "base"), ("train_kd", "R1"),
+                           ("train_kd", "R6"), ("measure_result", "R6")]
+    results = tmp_path / "results"
+    assert (results / "R1/failed.txt").read_text() == "exit code 2: train_kd.py: loss nan in step 3\n"
+    assert "failed: R1: exit code 2: train_kd.py: loss nan in step 3" in capsys.readouterr().out
+    for name in ("command.txt", "args.json", "log.jsonl", "measured.json", "answers.jsonl"):
+        assert (results / "R6" / name).stat().st_size > 0
+    assert not list((tmp_path / "out").glob("*/ckpt-*"))  # they are large
+    command = (results / "R6/command.txt").read_text()
+    assert command.startswith("python train_kd.py --teacher") and "--labels" not in command and "both-sounds" in command
+
+    drive.breaks = set()  # what is done stays, what failed is tried again
+    assert drive(tmp_path, *runs, folder=folder) == 0
+    assert drive.calls == [("train_kd", "R1"), ("measure_result", "R1")] and not (results / "R1/failed.txt").exists()
+    assert drive(tmp_path, *runs, folder=folder) == 0 and drive.calls == []
+
+    path = folder / "piper/both-train.jsonl"
+    path.write_text(path.read_text().replace("It is Paris.", "It is Rome."))
+    assert drive(tmp_path, "--only", "base", folder=folder) == 0
+    assert drive.calls == [("train_kd", "base"), ("measure_result", "base")]
+
+    plot_results.main(plot_results.get_args(["--results", str(results)]))
+    table = (results / "table.md").read_text().splitlines()
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in table[2:13]}
+    assert list(rows) == ["teacher", "cascade", *plot_results.RUNS]
+    assert rows["R3"][2] == "not run" and all(len(cells) == len(table[0].split(" | ")) for cells in rows.values())
+    measured = json.loads((results / "R6/measured.json").read_text())
+    assert rows["R6"][3] == "{:.2f} [{:.2f}, {:.2f}]".format(*measured["summary"]["retention, heard"])
+    assert all((results / name).stat().st_size > 5000 for name in ("retention.png", "repair.png"))
+
+
+def test_nothing_starts_without_a_base_or_without_data(drive, tmp_path, capsys):
+    assert drive(tmp_path, "--only", "R4") == 1 and drive.calls == []
+    assert "there is no base to start from" in (tmp_path / "results/R4/failed.txt").read_text()
+    with pytest.raises(ValueError, match="both-train.jsonl: no such file; expected the folder that `bash tools/result_data.sh` writes"):
+        drive(tmp_path, "--only", "base", folder=tmp_path)
+
+
+def test_the_untrained_student_is_teacher_and_cascade(tiny, data, tmp_path):
+    args = measure_result.get_args([tiny.student, "--data", str(data), "--teacher", tiny.llm, "--start", tiny.student, "--noise-curve",
+                                    "--device", "cpu", "--out", str(tmp_path)])
+    measure_result.main(args)
+    record = json.loads((tmp_path / "measured.json").read_text())
+    assert record["summary"]["F, heard"][0] == pytest.approx(0, abs=1e-4) and record["sounds"] == {}
+    assert record["summary"]["agreement, human, text"][0] == 1 and record["summary"]["KL8, heard, speech"][0] > 0
+    assert set(record["right"]["retention"]) == {"text", "heard", "unheard", "10 dB", "5 dB", "0 dB"}
+    assert record["summary"]["retention, text"][3] == 4 and record["summary"]["all, heard"][3] == 6
+    assert measure_result.is_measured(args)
+    for option in ("seed", "limit"):
+        assert not measure_result.is_measured(argparse.Namespace(**{**vars(args), option: 5}))
+
+
+@pytest.mark.parametrize("run, words", [
+    ("R1", "--channels s2t --labels reference --kd-weight 0"), ("R2", "--channels s2t --labels reference --max-steps"),
+    ("R3", "--channels s2t --kd-weight 0 --max-steps"), ("R4", "--channels s2t --max-steps"), ("R5", "--channels t2t --max-steps"),
+    ("R8", "--ce-weight 0 --kd-weight 1 --temperature 1 --max-steps")])
+def test_the_runs_differ_in_what_the_table_says_and_read_the_same_rows(data, run, words):
+    args = run_results.get_args(["--data", str(data), "--out", "out/x", "--seed", "2"])
+    commands = {name: " ".join(run_results.command_of(args, name)) for name in ("R6", run)}
+    assert words in commands[run] and f"--out out/x/{run}-seed2" in commands[run] and "out/x/base-seed2/last" in commands[run]
+    rows = [command.split("--data ")[1].split(" --")[0] for command in commands.values()]
+    assert rows[0] == rows[1] and "transcripts" not in rows[0]
+    plans = []
+    for command in commands.values():
+        options = train_kd.get_args([*command.split()[2:]])
+        train_rows, _ = train_kd.usable_rows(options, train_kd.read_data(options)[0])
+        plans.append([[train_rows[k]["id"] for part in step for k in part] for step in train_kd.plan_steps(train_rows, argparse.Namespace(
+            **{**vars(options), "batch_size": 2, "global_batch_size": 2, "sound_batch_size": 2}))])
+    assert plans[0] == plans[1] and len(plans[0]) == 100
+
+
+# ---- what fails is told ----
+
+@pytest.mark.parametrize("code, told", [("print('first'); print('the reason'); raise SystemExit(2)", "exit code 2: the reason"),
+                                        ("raise SystemExit(3)", "exit code 3: it said nothing")])
+def test_a_script_that_fails_is_told_by_its_last_line(tmp_path, code, told):
+    with pytest.raises(RuntimeError, match=told):
+        run_results.call(["-c", code], tmp_path / "log")
+    with pytest.raises(SystemExit):  # stopped from outside: the driver stops as well
+        run_results.call(["-c", "raise SystemExit(143)"], tmp_path / "log")
+
+
+def test_who_stops_the_driver_stops_the_run_which_keeps_what_it_has(tmp_path):
+    child = ("import signal, sys, time; signal.signal(15, lambda *_: (open('ended', 'w').close(), sys.exit(0))); "
+             "open('begun', 'w').close(); time.sleep(60)")
+    code = (f"import signal, sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import run_results; from pathlib import Path; "
+            f"signal.signal(15, run_results.m.stop_now); run_results.call(['-c', {child!r}], Path('log'))")
+    driver = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        if (tmp_path / "begun").exists() or driver.poll() is not None:
+            break
+        time.sleep(0.05)
+    driver.terminate()
+    assert driver.wait(60) == 143 and (tmp_path / "ended").exists() and "the same command goes on" in driver.stderr.read()
+
+
+def test_the_data_script_says_what_it_needs():
+    result = subprocess.run(["bash", str(ROOT / "tools/result_data.sh")], capture_output=True, text=True)
+    assert result.returncode == 2 and "questions needs --webquestions FILE and --nq FILE" in result.stderr
+
+
+@pytest.mark.parametrize("script, words, said", [
+    ("run_results.py", ["--data", "nowhere", "--out", "x"], "both-train.jsonl: no such file"),
+    ("measure_result.py", ["nobody", "--data", "nowhere", "--out", "x"], "questions.jsonl: no such file"),
+    ("plot_results.py", ["--results", "nowhere"], "nowhere: no such folder")])
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, script, words, said):
+    result = subprocess.run([sys.executable, str(ROOT / "tools" / script), *words], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and said in result.stderr and result.stderr.startswith(script)
+
+
+# ---- tables ----
+
+def test_repair_is_the_share_of_bases_loss_that_is_made_good():
+    bound, base, run = ({str(k): value for k, value in enumerate(values)} for values in ([1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]))
+    assert plot_results.repaired(run, base, bound)[0] == pytest.approx(2 / 3)
+    assert plot_results.repaired(bound, base, bound)[0] == 1 and plot_results.repaired(base, base, bound)[0] == 0
+    assert plot_results.repaired(run, bound, bound) is None  # nothing was lost
+    assert plot_results.change(run, base)[0] == pytest.approx(0.5)
+    assert plot_results.change({"0": 1, "9": 5}, {"0": 0, "8": 7})[0] == 1  # only questions that both have
+
+
+def test_the_readme_shows_the_files_table():
+    parts = (ROOT / "README.md").read_text().split("<!-- result -->")
+    table = RESULTS / "table.md"
+    if len(parts) > 1:
+        assert len(parts) == 3 and parts[1].strip() == table.read_text().partition("\n\n")[0].strip()
+    if table.exists():  # and the file what was measured
+        assert table.read_text() == plot_results.to_text(plot_results.read_results(RESULTS))

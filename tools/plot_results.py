@@ -1,0 +1,361 @@
+"""
+The result's tables and pictures, from what tools/measure_result.py wrote about each run.
+
+  python tools/plot_results.py --results results/result
+
+Reads   RESULTS/RUN/measured.json, or RESULTS/RUN/failed.txt; a run that has neither is "not run"
+Writes  RESULTS/table.md, whose first table is the README's, RESULTS/retention.png, RESULTS/repair.png
+Intervals: 95%, bootstrap over questions; differences and repairs are paired, question by question. No repair is shown where the
+interval of base's loss holds zero.
+"""
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+TOOLS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TOOLS.parent))
+import eval_voicebench as vb
+import model as m
+
+RUNS = {  # run: how it is trained
+    "base": "S2T, reference, CE", "R1": "S2T, reference, CE", "R2": "S2T, reference, CE + KL", "R3": "S2T, response, CE",
+    "R4": "S2T, response, CE + KL", "R5": "T2T alone, response, CE + KL", "R6": "S2T + T2T, response, CE + KL",
+    "R7": "R6 without sounds", "R8": "R6 with KL alone"}
+PAIRS = [("R1", "R2"), ("R2", "R3"), ("R3", "R4"), ("R4", "R6"), ("R1", "R6"), ("R5", "R6"), ("R7", "R6"), ("R6", "R8"),
+         ("base", "R1"), ("base", "R6"), ("base", "R8")]  # the paper's order, then the rest
+SPOKEN = ("heard", "unheard", "10 dB")
+WAYS = ("text", *SPOKEN)
+COLOURS = {"text": "#222222", "heard": "#3b6fb6", "unheard": "#8fb0d9", "10 dB": "#e07b27"}
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--results", default=str(TOOLS.parent / "results/result"), help="folder that tools/run_results.py wrote")
+    return p.parse_args(argv)
+
+
+# ---- what there is ----
+
+def read_results(folder):
+    """{run: its record, or why there is none}; of other seeds too, as RUN-seedN."""
+    names = ["start", *RUNS]
+    for path in sorted(Path(folder).glob("*-seed*")):
+        names += [path.name] if re.fullmatch(rf"({'|'.join(RUNS)})-seed\d+", path.name) else []
+    found = {}
+    for name in names:
+        measured, failed = Path(folder, name, "measured.json"), Path(folder, name, "failed.txt")
+        found[name] = "not run"
+        if failed.exists():
+            found[name] = "failed: " + failed.read_text().strip()
+        elif measured.exists():
+            found[name] = m.read_json(measured.read_bytes(), measured)
+    splits = {of["split"] for of in found.values() if isinstance(of, dict)}
+    if len(splits) > 1:
+        raise ValueError(f"{folder}: some runs are measured on {', '.join(sorted(splits))}; expected one split, test, for all")
+    return found
+
+
+def label_of(name):
+    return name.replace("-seed", ", seed ")
+
+
+def base_of(name):
+    """What a run began with: base of its own seed."""
+    return "-".join(["base", *name.split("-")[1:]])
+
+
+def rows_of(record, measure, way):
+    """{question: number} of one student: measure is retention or a set of KL8, way is text or how it is spoken."""
+    if measure == "retention":
+        return record["right"]["retention"].get(way, {})
+    of = record["divergences"].get(measure, {})
+    return dict(zip(of["ids"], of[way]["kl8"])) if way in of else {}
+
+
+def paired(*rows):
+    """Some {question: number} -> (N, K) of the questions that all have."""
+    shared = [own for own in rows[0] if all(own in others for others in rows)]
+    columns = []
+    for of in rows:
+        columns.append([of[own] for own in shared])
+    return np.array(columns, float).T
+
+
+def change(after, before):
+    """Paired mean of after - before -> (value, low, high), or None."""
+    both = paired(after, before)
+    return vb.interval(both[:, 0] - both[:, 1]) if len(both) else None
+
+
+def repaired(run, base, bound):
+    """Share of base's loss against the bound that a run has made good -> (value, low, high); None if base's loss may be zero."""
+    three = paired(run, base, bound)
+    if not len(three):
+        return None
+    made_good, lost = three[:, 1] - three[:, 0], three[:, 1] - three[:, 2]  # of one sign, whichever way is better
+    _, low, high = vb.interval(lost)
+    if low <= 0 <= high:
+        return None
+    return vb.spread(vb.bootstrap(np.stack([made_good, lost], -1)[:, None]))      # (N, 1, 2)
+
+
+# ---- tables ----
+
+def cell(found, form="{:.2f} [{:.2f}, {:.2f}]"):
+    return form.format(*found[:3]) if found else ""
+
+
+def signed(found):
+    return cell(found, "{:+.2f} [{:+.2f}, {:+.2f}]")
+
+
+def percent(found):
+    return cell([100 * value for value in found] if found else None, "{:.0f}% [{:.0f}, {:.0f}]")
+
+
+def to_lines(heads, rows):
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for cells in rows:
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def sounds_right(record):
+    """All sounds of synthetic voices together -> [value, low, high], or None."""
+    every = []
+    for name, kinds in record["sounds"].items():
+        for answers in kinds.values():
+            every += answers if name != "recordings" else []
+    return vb.interval(every) if every else None
+
+
+def main_table(results):
+    """The README's: teacher and cascade are the untrained student's two sides."""
+    heads = ["", "trained by", "retention by text", *(f"by speech, {way}" for way in SPOKEN), "gap", "KL8 by text", "KL8 by speech",
+             "sounds"]
+    rows = []
+    for name, record in results.items():
+        names = {"start": ["teacher", "cascade"]}.get(name, [label_of(name)])
+        if isinstance(record, str):
+            rows += [[shown, RUNS.get(name.split("-")[0], ""), record.replace("|", "/"), *[""] * 7] for shown in names]
+            continue
+        cells = []
+        for what in [*(f"retention, {way}" for way in WAYS), "gap, text - heard", "KL8, human, text", "KL8, human, speech"]:
+            show = signed if what.startswith("gap") else cell
+            cells.append(show(record["summary"].get(what)))
+        if name == "start":
+            rows.append(["teacher", "", cells[0], "", "", "", "", "0", "", ""])
+            rows.append(["cascade", "", "", *cells[1:5], "", cells[6], ""])
+        else:
+            rows.append([label_of(name), RUNS[name.split("-")[0]], *cells, cell(sounds_right(record))])
+    return to_lines(heads, rows)
+
+
+def there(results, *names):
+    return all(isinstance(results.get(name), dict) for name in names)
+
+
+def pairs_table(results):
+    rows = []
+    for before, after in PAIRS:
+        cells = ["not run"] + [""] * (len(WAYS) - 1)
+        if there(results, before, after):
+            cells = []
+            for way in WAYS:
+                late, early = (rows_of(results[name], "retention", way) for name in (after, before))
+                cells.append(signed(change(late, early)))
+        rows.append([f"{after} - {before}", *cells])
+    return to_lines(["retention, paired", *WAYS], rows)
+
+
+KL_PLACES = [("heard", "text"), ("heard", "speech"), ("unheard", "speech"), ("10 dB", "speech"), ("human", "text"), ("human", "speech")]
+
+
+def bounds(results, measure, way):
+    """What nothing by this way can be better than: the teacher, or the cascade. KL8 of the teacher is 0."""
+    found = rows_of(results["start"], measure, way)
+    return dict.fromkeys(found, 0.0) if measure != "retention" and way == "text" else found
+
+
+def places():
+    """(heading, measure, way) of all that is broken and repaired."""
+    found = [(f"retention, {way}", "retention", way) for way in WAYS]
+    return found + [(f"KL8, {name}, {way}", name, way) for name, way in KL_PLACES]
+
+
+def damage_table(results):
+    """What is lost: by text against the teacher (forgetting), by speech against the cascade (damage)."""
+    rows = []
+    for name, record in results.items():
+        if name == "start" or not there(results, "start", name):
+            continue
+        cells = []
+        for _, measure, way in places():
+            of, bound = rows_of(record, measure, way), bounds(results, measure, way)
+            lost = change(bound, of) if measure == "retention" else change(of, bound)  # KL8 is better where it is lower
+            cells.append(signed(lost))
+        rows.append([label_of(name), *cells])
+    return to_lines(["lost", *(heading for heading, *_ in places())], rows)
+
+
+def repairs_of(results, name):
+    """{heading: (value, low, high) or None} of one run."""
+    base, found = base_of(name), {}
+    for heading, measure, way in places():
+        run, before = (rows_of(results[each], measure, way) for each in (name, base))
+        found[heading] = repaired(run, before, bounds(results, measure, way))
+    return found
+
+
+def repair_table(results):
+    rows = []
+    for name in results:
+        if name != "start" and name != base_of(name) and there(results, "start", base_of(name), name):
+            rows.append([label_of(name), *(percent(found) for found in repairs_of(results, name).values())])
+    return to_lines(["repaired", *(heading for heading, *_ in places())], rows)
+
+
+def more_table(results):
+    """Everything else that is measured of a student by itself, one line for each number."""
+    shown = [name for name, record in results.items() if isinstance(record, dict)]
+    wanted = []
+    for name in shown:
+        wanted += [what for what in results[name]["summary"] if what not in wanted]
+    rows = []
+    for what in sorted(wanted):
+        counts = {results[name]["summary"][what][3] for name in shown if what in results[name]["summary"]}
+        cells = [cell(results[name]["summary"].get(what)) for name in shown]
+        rows.append([what, ", ".join(map(str, sorted(counts))), *cells])
+    return to_lines(["measured", "n", *map(label_of, shown)], rows)
+
+
+def hearing_table(results):
+    """Sounds by kind and set, recordings repeated, and what Whisper mishears."""
+    rows, shown = [], {name: record for name, record in results.items() if isinstance(record, dict)}
+    kinds = []
+    for record in shown.values():
+        for name, of in record["sounds"].items():
+            kinds += [(name, kind) for kind in of if (name, kind) not in kinds]
+    for name, kind in kinds:
+        cells, counts = [], set()
+        for record in shown.values():
+            right = record["sounds"].get(name, {}).get(kind)
+            cells.append(f"{np.mean(right):.2f}" if right else "")
+            counts |= {len(right)} if right else set()
+        rows.append([f"{kind}, {name}", ", ".join(map(str, sorted(counts))), *cells])
+    for who in ("whisper", "student"):
+        cells, counts = [], set()
+        for record in shown.values():
+            repeated = record["repeated"]
+            cells.append(f"{repeated[who]:.2f}" if repeated else "")
+            counts |= {repeated["rows"]} if repeated else set()
+        rows.append([f"recordings, words wrong, {who}", ", ".join(map(str, sorted(counts))), *cells])
+    mishearings = {}  # of each condition: of all students the same
+    for record in shown.values():
+        mishearings |= record["misheard"]
+    for name, share in mishearings.items():
+        rows.append([f"Whisper mishears, {name}", "", f"{share:.3f}", *[""] * (len(shown) - 1)])
+    return to_lines(["sounds right (chance 0.50)", "n", *map(label_of, shown)], rows)
+
+
+def counts_line(results):
+    """How many questions each column has."""
+    for record in results.values():
+        if isinstance(record, dict):
+            counts = {what: of[3] for what, of in record["summary"].items() if what.startswith("retention, ") or "human, text" in what}
+            return f"Split {record['split']}; n: " + "; ".join(f"{what} {count}" for what, count in counts.items()) + (
+                ". M counts only where F is no higher than base's: a collapsed text side closes any gap.")
+    return "Nothing is measured yet."
+
+
+def to_text(results):
+    parts = [main_table(results), [counts_line(results)], pairs_table(results), damage_table(results), repair_table(results),
+             more_table(results), hearing_table(results)]
+    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+
+
+# ---- pictures ----
+
+def bars(axis, shown, series, scale=1.0):
+    """shown: {name: {label: (value, low, high) or None}}, series: {label: colour}."""
+    for k, (label, colour) in enumerate(series.items()):
+        at, values, errors = [], [], []
+        for x, of in enumerate(shown.values()):
+            if of.get(label):
+                value, low, high = (scale * v for v in of[label][:3])
+                at.append(x + (k - (len(series) - 1) / 2) * 0.8 / len(series))
+                values.append(value)
+                errors.append((max(0, value - low), max(0, high - value)))
+        if at:
+            axis.bar(at, values, 0.75 / len(series), yerr=np.array(errors).T, label=label, color=colour,
+                     error_kw=dict(lw=0.8, ecolor="#777777"))
+    axis.set_xticks(range(len(shown)), list(shown))
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_retention(results, path):
+    shown = {}
+    for name, record in results.items():
+        label = "teacher,\ncascade" if name == "start" else label_of(name)
+        summary = record["summary"] if isinstance(record, dict) else {}
+        shown[label] = {way: summary.get(f"retention, {way}") for way in WAYS}
+        if isinstance(record, str):
+            shown[f"{label}\n({record.partition(':')[0]})"] = shown.pop(label)
+    figure, axis = plt.subplots(figsize=(11, 4), constrained_layout=True)
+    bars(axis, shown, COLOURS)
+    axis.set_ylabel("share still answered right")
+    axis.set_title("retention of what the teacher answers right: by text, and by speech (heard, unheard, at 10 dB)", fontsize=10)
+    if axis.get_legend_handles_labels()[0]:
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_repair(results, path):
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), constrained_layout=True, sharey=True)
+    for axis, title, places_of in (
+            (axes[0], "retention", {way: f"retention, {way}" for way in WAYS}),
+            (axes[1], "KL8", {"text": "KL8, heard, text", "heard": "KL8, heard, speech", "unheard": "KL8, unheard, speech",
+                              "10 dB": "KL8, 10 dB, speech"})):
+        shown = {}
+        for name in results:
+            if name != "start" and name != base_of(name) and there(results, "start", base_of(name), name):
+                found = repairs_of(results, name)
+                shown[label_of(name)] = {way: found[heading] for way, heading in places_of.items()}
+        bars(axis, shown, COLOURS, 100)
+        axis.axhline(100, color="#999999", lw=0.8, ls="--")
+        axis.set_ylim(-50, 130)
+        axis.set_ylabel("% of base's loss repaired")
+        axis.set_title(f"{title}: forgetting by text, damage by speech", fontsize=10)
+    if axes[0].get_legend_handles_labels()[0]:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(args):
+    folder = Path(args.results)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; expected the one that tools/run_results.py writes")
+    results = read_results(folder)
+    text = to_text(results)
+    m.write_atomically(folder / "table.md", text)
+    draw_retention(results, folder / "retention.png")
+    draw_repair(results, folder / "repair.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args())
+    except (ValueError, RuntimeError, OSError) as error:
+        print("plot_results.py:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)

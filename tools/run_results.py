@@ -1,0 +1,216 @@
+"""
+Every run of the result, one after the other: train, measure, keep what is small. Stopped anywhere, the same command goes on.
+
+  python tools/run_results.py --data data/result --out out/result             # about 5 hours on two cores
+  python tools/run_results.py --data data/result --out out/result --only base R4 R1
+  python tools/run_results.py --data data/result --out out/result --seed 1 --only base R1 R3 R4 R6
+
+Reads   what tools/result_data.sh made
+Writes  OUT/RUN/ (students, run.log), RESULTS/RUN/: command.txt, args.json, log.jsonl, measured.json, answers.jsonl; failed.txt
+        in place of these if a run fails; the others go on. --seed 1 writes RUN-seed1.
+tools/plot_results.py makes the tables and pictures. What is done is done once: a run is made again only if its command, the
+content of its rows, or the weights that it starts from have changed.
+"""
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+TOOLS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TOOLS.parent), str(TOOLS)]
+import eval_voicebench as vb
+import measure_result
+import model as m
+
+# what each run adds to what all share; train_kd.py's defaults are the paper's: both channels, CE on the teacher's answers and
+# KL by 0.5 tau^2 at tau 2
+RUNS = {
+    "base": "--channels s2t --labels reference --kd-weight 0",  # the ordinary way to teach an LLM to hear
+    "R1": "--channels s2t --labels reference --kd-weight 0",
+    "R2": "--channels s2t --labels reference",
+    "R3": "--channels s2t --kd-weight 0",
+    "R4": "--channels s2t",
+    "R5": "--channels t2t",
+    "R6": "",
+    "R7": "",  # R6 without sounds
+    "R8": "--ce-weight 0 --kd-weight 1 --temperature 1"}  # R6 with KL alone, as in the quickstart
+ORDER = "start base R4 R1 R6 R3 R2 R5 R8 R7".split()  # a run that is stopped has told the most; start: the untrained student
+NOISE_CURVE = ("start", "base", "R6", "R8")  # by speech at 5 and 0 dB, too
+STEP_S = {"base": 10, "R6": 14, "R7": 12, "R8": 14}  # seconds of a step on two cores, for the time left; by one channel 9
+MEASURE_S = 300
+LR = {"base": 1e-4}  # of the LLM; the others 5e-5
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--data", required=True, help="folder that tools/result_data.sh wrote")
+    p.add_argument("--out", required=True, help="folder of students, 1 GB each")
+    p.add_argument("--results", default=str(TOOLS.parent / "results/result"), help="folder of what is small")
+    p.add_argument("--only", nargs="+", choices=ORDER, help="these, in the order given; default: all")
+    p.add_argument("--seed", type=m.number(int, 0, 2**32), default=0, help="of the order of rows")
+    p.add_argument("--teacher", default=m.DEFAULT_LLM, help="text LLM, folder or hub id")
+    p.add_argument("--student", default=m.DEFAULT_STUDENT, help="the untrained student, WHISPER+LLM")
+    p.add_argument("--base-steps", type=m.number(int, 1), default=40, help="optimizer steps of base")
+    p.add_argument("--max-steps", type=m.number(int, 1), default=100, help="optimizer steps of the others")
+    p.add_argument("--batch-size", type=m.number(int, 1), default=16, help="rows with a teacher in a step")
+    p.add_argument("--sound-batch-size", type=m.number(int, 1), default=8, help="rows about sounds in a step")
+    p.add_argument("--limit", type=m.number(int, 0), default=0, help="measure on so many rows of each set; 0: as measure_result.py does")
+    return p.parse_args(argv)
+
+
+# ---- one run ----
+
+def name_of(args, run):
+    """Its folder: the untrained student has no seed."""
+    return run if args.seed == 0 or run == "start" else f"{run}-seed{args.seed}"
+
+
+def student_of(args, run):
+    """What a run trains or, of one that is trained, what it wrote."""
+    return args.student if run == "start" else str(Path(args.out, name_of(args, run), "last"))
+
+
+def manifests_of(args, run):
+    names = ["train"] + ["sounds"] * (run != "R7") + ["transcripts"] * (run == "base")
+    paths = [Path(args.data, engine, f"both-{name}.jsonl") for name in names for engine in ("piper", "espeak")]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(f"{missing[0]}: no such file; expected the folder that `bash tools/result_data.sh` writes, see there")
+    return paths
+
+
+def command_of(args, run):
+    """The command of a training run, as a list of words."""
+    start = args.student if run == "base" else student_of(args, "base")
+    words = ["python", "train_kd.py", "--teacher", args.teacher, "--student", start, "--data", *map(str, manifests_of(args, run))]
+    words += shlex.split(RUNS[run])
+    words += ["--max-steps", args.base_steps if run == "base" else args.max_steps, "--batch-size", args.batch_size]
+    words += ["--sound-batch-size", args.sound_batch_size, "--lr-llm", LR.get(run, 5e-5), "--lr-warmup-steps", 4]
+    words += ["--cache", Path(args.data, ".cache"), "--seed", args.seed, "--workers", 0, "--save-every", 20, "--resume"]
+    if not torch.cuda.is_available() and has_amx():
+        words += ["--dtype", "bfloat16"]
+    return [str(word) for word in [*words, "--out", Path(args.out, name_of(args, run))]]
+
+
+def has_amx():
+    """Whether this CPU multiplies bfloat16 in tiles: only then it is the faster."""
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and "amx_bf16" in flags.read_text()
+
+
+def key_of(args, run):
+    """Changes with the command, the content of the rows, and the weights that the run starts from."""
+    start = args.student if run == "base" else student_of(args, "base")
+    content = [command_of(args, run), [m.digest(path) for path in manifests_of(args, run)], vb.weights_of(start)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def call(words, log):
+    """Run one of our scripts, its output at the end of `log`.
+
+    Raises: RuntimeError with its last line if it fails; SystemExit if it was stopped.
+    """
+    with open(log, "a", encoding="utf-8") as file:
+        process = subprocess.Popen([sys.executable, *words], stdout=file, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait()
+        finally:  # whoever stops this script stops that one, which keeps what it has
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if code == 143:
+        raise SystemExit("run_results.py: stopped by SIGTERM; the same command goes on")
+    if code:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        raise RuntimeError(f"exit code {code}: {lines[-1][:300] if lines else 'it said nothing'}")
+
+
+def train(args, run, results):
+    """Train a student, unless there is one by the same key."""
+    out, key = Path(args.out, name_of(args, run)), key_of(args, run)
+    begun = out / "key.txt"
+    if begun.exists() and begun.read_text() != key:
+        print(f"   {out}: its command, rows or base have changed: made again", flush=True)
+        shutil.rmtree(out)
+    m.write_atomically(results / "command.txt", shlex.join(command_of(args, run)) + "\n")
+    done = (out / "last/config.json").exists() and begun.exists()
+    if not done:
+        out.mkdir(parents=True, exist_ok=True)
+        m.write_atomically(begun, key)
+        call([str(TOOLS.parent / "train_kd.py"), *command_of(args, run)[2:]], out / "run.log")
+    for name in ("args.json", "log.jsonl"):
+        shutil.copyfile(out / name, results / name)
+    for path in out.glob("ckpt-*.pt"):
+        path.unlink()  # 1.6 GB each; what goes on from here starts with the student
+    return "was trained before" if done else "trained"
+
+
+def measure(args, run, results):
+    """Measure a student; measure_result.py knows what is measured already."""
+    words = [student_of(args, run), "--data", args.data, "--teacher", args.teacher, "--start", args.student, "--out", results]
+    words += ["--limit", args.limit] if args.limit else []
+    words += ["--noise-curve"] if run in NOISE_CURVE else []
+    words = [str(word) for word in words]
+    if measure_result.is_measured(measure_result.get_args(words)):
+        return "was measured before"
+    log = Path(args.out, name_of(args, run), "measure.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    call([str(TOOLS / "measure_result.py"), *words], log)
+    return "measured"
+
+
+# ---- all runs ----
+
+def seconds_of(args, run):
+    steps = {"start": 0, "base": args.base_steps}.get(run, args.max_steps)
+    return steps * STEP_S.get(run, 9) + MEASURE_S
+
+
+def clock(seconds):
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min"
+
+
+def main(args):
+    signal.signal(signal.SIGTERM, m.stop_now)
+    runs, begun, failed = args.only or ORDER, time.monotonic(), {}
+    for run in runs:
+        if run != "start":
+            manifests_of(args, run)  # before the first hour is spent
+    for k, run in enumerate(runs):
+        left = sum(seconds_of(args, later) for later in runs[k:])
+        print(f"== {clock(time.monotonic() - begun)}  {run}, {k + 1} of {len(runs)}; up to {clock(left)} left", flush=True)
+        results = Path(args.results, name_of(args, run))
+        results.mkdir(parents=True, exist_ok=True)
+        try:
+            if run not in ("start", "base") and not Path(student_of(args, "base"), "config.json").exists():
+                raise RuntimeError("there is no base to start from; --only base trains it")
+            done = [train(args, run, results)] if run != "start" else []
+            done.append(measure(args, run, results))
+            (results / "failed.txt").unlink(missing_ok=True)
+            print(f"   {run} {', '.join(done)}: {results}", flush=True)
+        except (RuntimeError, OSError, ValueError) as error:
+            failed[run] = " ".join(str(error).split())
+            m.write_atomically(results / "failed.txt", failed[run] + "\n")
+            print(f"   {run} failed, {failed[run]}", flush=True)
+    for run, why in failed.items():
+        print(f"failed: {run}: {why}")
+    print(f"{len(runs) - len(failed)} of {len(runs)} runs are there; python tools/plot_results.py --results "
+          f"{os.path.relpath(args.results)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(get_args()))
+    except (ValueError, RuntimeError, OSError) as error:
+        print("run_results.py:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)
