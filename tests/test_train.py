@@ -458,7 +458,7 @@ def test_a_row_to_measure_on_that_leaves_no_room_for_a_sample_is_refused_before_
 
 def test_answers_are_tokenised_once_and_a_cut_answer_teaches_no_stopping(tiny):
     tokenizer = m.load_llm(tiny.llm)[1]
-    row = {"response": "The capital of France is Paris.", "reference": "Paris", "finish": "stop"}
+    row = {"prompt": "?", "response": "The capital of France is Paris.", "reference": "Paris", "finish": "stop"}
     whole = train_kd.answer_ids(tokenizer, row, "response", 100)
     assert whole[-1] == m.end_token(tokenizer)
     assert train_kd.answer_ids(tokenizer, {**row, "finish": "length"}, "response", 100) == whole[:-1]
