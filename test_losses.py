@@ -214,7 +214,7 @@ def ddp_loss(model, inputs, teacher_states, labels):
 
 
 def ddp_worker(rank, folder):
-    dist.init_process_group("gloo", f"file://{folder}/init", timedelta(seconds=60), 2, rank)
+    dist.init_process_group("gloo", f"file://{folder}/init", timedelta(minutes=5), 2, rank)
     model, batch = ddp_setup()
     ddp_model = torch.nn.parallel.DistributedDataParallel(model)
     parts = [x.chunk(4)[2 * rank:2 * rank + 2] for x in batch]

@@ -82,7 +82,7 @@ class Question:
     """A row with everything that is asked of it: prompts by condition, and what a pass needs of its item."""
 
     def __init__(self, item, other=None):
-        self.item = {key: item[key] for key in ("answer", "teacher")}
+        self.item = {key: item[key] for key in ("answer", "teacher_ids")}
         self.by_text, self.by_speech = item.get("t2t"), item.get("s2t", item.get("sound"))
         self.words = self.by_speech._replace(sound=self.by_speech.sound[:0])
         self.silent = self.words._replace(words=[], states=self.words.states[:0])
