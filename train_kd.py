@@ -230,14 +230,25 @@ def usable_rows(args, rows):
     return used, counts
 
 
-def read_data(args):
-    """-> rows to train on, rows to measure on, bad rows."""
+def read_data(args, master):
+    """-> rows to train on, rows to measure on, how many each channel has, bad rows."""
     seen, bad, train_rows, eval_rows = {}, [], [], []
     for path in args.data:
         train_rows += read_manifest(path, seen, bad)
     for path in args.eval_data:
         eval_rows += read_manifest(path, {}, bad)  # may be a part of the training data
-    return train_rows, eval_rows, bad
+    m.leave_out(bad, args.max_bad_rows, args.out, master)
+    train_rows, counts = usable_rows(args, train_rows)
+    eval_rows = measurable(args, eval_rows)
+    if master:
+        print(rows_line(counts, eval_rows), flush=True)
+    return train_rows, eval_rows, counts, bad
+
+
+def rows_line(counts, eval_rows):
+    few = " (fewer than half: the rest has no audio)" * (counts["t2t"] > 2 * counts["s2t"] > 0)
+    return (f"rows: {counts['t2t']} by text, {counts['s2t']} by speech{few}, {counts['sound']} "
+            f"without a teacher, {len(eval_rows)} to measure on")
 
 
 def measurable(args, rows):
@@ -851,15 +862,6 @@ def begin_logs(args, step, world):
     m.write_atomically(Path(args.out, "args.json"), json.dumps(about, indent=1))
 
 
-def announce(said, counts, measured, steps, student):
-    """What happens now, for people, before the first step."""
-    weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    few = " (fewer than half: the rest has no audio)" * (counts["t2t"] > 2 * counts["s2t"] > 0)
-    print(*said, f"rows: {counts['t2t']} by text, {counts['s2t']} by speech{few}, "
-          f"{counts['sound']} without a teacher, {measured} to measure on; {steps} steps; "
-          f"{weights / 1e6:.1f} M weights train", sep="\n", flush=True)
-
-
 def channel_means(sums, counted):
     """Sums (3 channels, 3: loss, CE, KD) of a step, over tokens or rows -> means for the log."""
     record = {}
@@ -931,10 +933,7 @@ def main(args):
         raise ValueError(f"{earlier[0]} exists: add --resume to go on, or choose another --out")
     rank, world, device = start_processes(args)  # world: processes, one a GPU
     ranks, master = (rank, world), rank == 0
-    train_rows, eval_rows, bad = read_data(args)
-    m.leave_out(bad, args.max_bad_rows, out, master)
-    train_rows, counts = usable_rows(args, train_rows)
-    eval_rows = measurable(args, eval_rows)
+    train_rows, eval_rows, counts, bad = read_data(args, master)
     out.mkdir(parents=True, exist_ok=True)  # fails now, not after the first steps
 
     # ---- student, teacher ----
@@ -962,10 +961,12 @@ def main(args):
         dataset.leave_out_bad(bad, ranks)  # every row is made once before the first step
         silent += dataset.leave_silence_unheard()
     said = [m.leave_out(bad, args.max_bad_rows, out, master)] if bad else []
-    said += [f"no words heard in {len(silent)} clips, e.g. {silent[0]}"] if silent else []
     # again, now that it is known which clips are bad or silent
     train_set.rows, counts = usable_rows(args, train_set.rows)
     eval_set.rows = measurable(args, eval_set.rows)
+    if silent:
+        said.append(f"no words heard in {len(silent)} clips, e.g. {silent[0]}; they are read alone")
+    said += [rows_line(counts, eval_set)] if said else []
     if isinstance(student, m.SpeechLLM) and not student.adapter.listens:  # untrained so far
         aligned = align_sounds(student, train_set.rows, heard_of)
         student.adapter.listens.fill_(True)
@@ -990,7 +991,8 @@ def main(args):
         said += more
     if master:
         begin_logs(args, step, world)
-        announce(said, counts, len(eval_set), steps, student)
+        weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        print(*said, f"{steps} steps; {weights / 1e6:.1f} M weights train", sep="\n", flush=True)
     stopped = []  # filled by SIGTERM; the loop ends before its next step
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
 

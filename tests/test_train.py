@@ -398,6 +398,18 @@ def test_questions_in_which_no_words_are_heard_are_read_alone_and_said_and_if_al
         train(*arguments(tiny, data, tmp_path / "all", *options))
 
 
+def test_how_many_rows_each_channel_has_is_said_before_any_model_loads(tiny, data, tmp_path, monkeypatch, capsys):
+    def no_model(name):
+        raise RuntimeError("a model loads")
+
+    monkeypatch.setattr(m, "load_student", no_model)
+    few = write_rows(data.parent / "few.jsonl", [row if k < 7 else {**row, "audio": None} for k, row in enumerate(read_rows(data))])
+    with pytest.raises(RuntimeError, match="a model loads"):
+        train(*arguments(tiny, few, tmp_path / "run", "--eval-data", data))
+    said = "rows: 16 by text, 7 by speech (fewer than half: the rest has no audio), 0 without a teacher, 16 to measure on"
+    assert capsys.readouterr().out.strip() == said
+
+
 def test_with_labels_reference_rows_about_sounds_keep_their_only_answer(tiny, data, tmp_path, capsys):
     labelled = write_rows(data.parent / "references.jsonl", [{**row, "reference": "Yes."} for row in read_rows(data)])
     sounds = tiny.manifest(tmp_path / "sounds", 8, seed=1, prompt=None, instruction="Who speaks?", response="A man.")
