@@ -309,13 +309,15 @@ class Rows(Dataset):
                              f" {self.context}; shorten it or lower --max-answer-tokens")
         return item
 
-    def leave_out_bad(self, bad, ranks):
-        """Make every item once, before anything trains; rows that fail leave and are added to
-        `bad`."""
-        (rank, world), found = ranks, {}
+    def check(self, bad, ranks):
+        """Make every item once, before anything trains -> ids of questions in whose clip no word
+        was heard, which are read alone from here on. Rows that fail leave, into `bad`."""
+        (rank, world), found = ranks, {}  # row number -> what is wrong; None: nothing heard
         for k in range(rank, len(self), world):  # each process tries its share
             try:
-                self[k]
+                prompt = self[k].get("s2t")
+                if isinstance(prompt, m.Prompt) and not prompt.words:
+                    found[k] = None
             except ValueError as error:
                 found[k] = str(error)
         if world > 1:
@@ -323,20 +325,15 @@ class Rows(Dataset):
             dist.all_gather_object(parts, found)
             for part in parts:
                 found |= part
-        for k in sorted(found):
-            name = self.rows[k]["id"]
-            bad.append({"id": name, "reason": f"row {name!r}: {found[k]}"})
-        self.rows = [row for k, row in enumerate(self.rows) if k not in found]
-
-    def leave_silence_unheard(self):
-        """Questions in whose clip Whisper found no word say nothing by speech -> their ids; they
-        are read alone from here on."""
         silent = []
-        for row in self.rows:
-            heard = self.heard_of(row) if row["prompt"] else None
-            if heard and not len(heard.ids):
+        for k, reason in sorted(found.items()):
+            row = self.rows[k]
+            if reason is None:
                 row["audio"] = None
                 silent.append(row["id"])
+            else:
+                bad.append({"id": row["id"], "reason": f"row {row['id']!r}: {reason}"})
+        self.rows = [row for k, row in enumerate(self.rows) if found.get(k) is None]
         return silent
 
 
@@ -958,8 +955,7 @@ def main(args):
     eval_set.new_tokens, silent = SAMPLE_TOKENS, []
     for dataset in (train_set, eval_set):
         dataset.context = min(filter(None, contexts), default=math.inf)
-        dataset.leave_out_bad(bad, ranks)  # every row is made once before the first step
-        silent += dataset.leave_silence_unheard()
+        silent += dataset.check(bad, ranks)
     said = [m.leave_out(bad, args.max_bad_rows, out, master)] if bad else []
     # again, now that it is known which clips are bad or silent
     train_set.rows, counts = usable_rows(args, train_set.rows)

@@ -184,11 +184,11 @@ def data(tiny, tmp_path_factory):
     answer = {"response": lambda i: ("It is Paris.", "Four, I think.")[i % 2], "reference": lambda i: ("Paris", "4")[i % 2]}
     kinds = {"prompt": None, "instruction": lambda i: ("Fast or slow?", "Man or woman?")[i // 2 % 2],
              "kind": lambda i: ("rate", "sex")[i // 2 % 2], "response": lambda i: ("Fast.", "Slowly.", "Man.", "Woman.")[i % 4]}
-    transcripts = {"prompt": None, "instruction": "Repeat.", "reference": "Yes.", "response": "Yes."}
+    transcripts = {"prompt": None, "instruction": "Repeat.", "response": "Yes."}
     for engine in ("piper", "espeak"):
         tiny.manifest(folder / engine, 4, name="both-train", **answer)
-        tiny.manifest(folder / engine, 4, name="both-sounds", seed=1, reference=kinds["response"], **kinds)
-        tiny.manifest(folder / engine, 4, name="both-transcripts", seed=2, **transcripts)
+        tiny.manifest(folder / engine, 4, name="sounds", seed=1, **kinds)
+        tiny.manifest(folder / engine, 4, name="transcripts", seed=2, **transcripts)
         tiny.manifest(folder / engine, 4, name="sounds-heldout", seed=3, **kinds)
     for seed, name in enumerate(("heard", "unheard", "human"), 4):
         tiny.manifest(folder / name, 6, seed=seed, id=lambda i: f"q-{i}", prompt=lambda i: f"What is the capital of number {i}?",
@@ -243,7 +243,7 @@ def test_runs_are_done_once_fail_alone_and_are_made_again_when_their_rows_change
         assert (results / "R6" / name).stat().st_size > 0
     assert not list((tmp_path / "out").glob("*/ckpt-*"))  # they are large
     command = (results / "R6/command.txt").read_text()
-    assert command.startswith("python train_kd.py --teacher") and "--labels" not in command and "both-sounds" in command
+    assert command.startswith("python train_kd.py --teacher") and "--labels" not in command and "/sounds.jsonl" in command
 
     drive.breaks = set()  # what is done stays, what failed is tried again
     assert drive(tmp_path, *runs, folder=folder) == 0

@@ -188,14 +188,6 @@ def answers_to(student, prompts, max_new_tokens=NEW_TOKENS):
     return compare.answers_to(student, prompts, max_new_tokens, ANSWER_BATCH)
 
 
-def teach(teacher, asked, known):
-    """The teacher reads each question once: its hidden states go to the question, whatever the condition."""
-    for own, question in zip(asked.ids, asked.questions[:KL_QUESTIONS]):
-        if own not in known:
-            known[own] = train_kd.teacher_rows(teacher, [question.item])[0]
-        question.item["taught"] = known[own]
-
-
 @torch.inference_mode()
 def follow(student, questions, way):
     """Hidden states that predict the teacher's answers, (N, H): the student hears, or reads, each question."""
@@ -226,10 +218,13 @@ def compared(student_side, teacher_side, questions):
 
 def divergences(student, teacher, conditions):
     """{set: {text, speech, M: what `compared` gives}}; by text each question once, M where the questions are heard and human."""
-    found, taught_of = {}, {}
+    found, items = {}, []
+    for asked in conditions.values():
+        items += [question.item for question in asked.questions[:KL_QUESTIONS]]
+    with torch.inference_mode():
+        compare.teach(teacher, items)
     for name, asked in conditions.items():
         questions = asked.questions[:KL_QUESTIONS]
-        teach(teacher, asked, taught_of)
         taught = teacher, torch.cat([q.item["taught"] for q in questions])
         by_speech = student.llm, follow(student, questions, "by_speech")
         found[name] = {"ids": asked.ids[:KL_QUESTIONS], "speech": compared(by_speech, taught, questions)}

@@ -9,7 +9,7 @@ Reads   WebQuestions' train file (a JSON list: qText, answers), NQ-open's dev fi
         tools/easy_questions.jsonl; a folder of recordings with manifest.jsonl (path, seen from beside the folder; text)
 Writes  OUT/train-piper.jsonl, train-espeak.jsonl (prompts to speak), OUT/questions.jsonl (all candidates: references,
         teacher's answer, right or wrong, dev or test), OUT/ask-heard.jsonl, ask-unheard.jsonl (what of them is spoken),
-        OUT/recordings/; then OUT/{piper,espeak}/both-*.jsonl
+        OUT/recordings/; then OUT/{piper,espeak}/both-train.jsonl
 
 Retention set: candidates that the teacher answers right by text; what a student still answers right of them is kept.
 A candidate whose answer stands in its question is left out: who repeats the question would be right.
@@ -220,20 +220,15 @@ def before_speech(args):
 
 
 def after_speech(args):
-    """What is trained on: dialogue rows that have both answers; what is said about a sound counts as either."""
+    """Dialogue rows that have both answers, so that all runs read the same ones."""
     for engine in ENGINES:
-        folder, counts = Path(args.out) / engine, {}
-        for name in ("train", "sounds", "transcripts"):
-            rows, source = [], folder / f"{name}.jsonl"
-            for row in m.json_lines(source, lambda raw, _: raw):
-                row = row if name == "train" else {**row, "reference": row["response"]}
-                if row.get("reference") and row.get("response"):
-                    rows.append(row)
-            if not rows:
-                raise ValueError(f"{source}: no row has reference and response; expected the manifest of tools/result_data.sh")
-            write_rows(folder / f"both-{name}.jsonl", rows)
-            counts[name] = len(rows)
-        print(f"{engine}: rows with both answers: {counts}")
+        source, rows = Path(args.out) / engine / "train.jsonl", []
+        for row in m.json_lines(source, lambda raw, _: raw):
+            rows += [row] if row.get("reference") and row.get("response") else []
+        if not rows:
+            raise ValueError(f"{source}: no row has reference and response; expected the manifest of tools/result_data.sh")
+        write_rows(source.with_name("both-train.jsonl"), rows)
+        print(f"{engine}: {len(rows)} rows with both answers")
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ def student_of(args, run):
 
 
 def manifests_of(args, run):
-    names = ["train"] + ["sounds"] * (run != "R7") + ["transcripts"] * (run == "base")
-    paths = [Path(args.data, engine, f"both-{name}.jsonl") for name in names for engine in ("piper", "espeak")]
+    names = ["both-train"] + ["sounds"] * (run != "R7") + ["transcripts"] * (run == "base")
+    paths = [Path(args.data, engine, f"{name}.jsonl") for name in names for engine in ("piper", "espeak")]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise ValueError(f"{missing[0]}: no such file; expected the folder that `bash tools/result_data.sh` writes, see there")
