@@ -85,7 +85,8 @@ def get_args(argv=None):
     add("--limit", type=zero, default=0, help="read at most so many rows; 0 = all")
     add("--max-bad-rows", type=zero, default=0, help="leave so many out, into OUT/bad_rows.jsonl")
     add("--max-words", type=one, default=40, help="of a prompt; 40 are about 16 s of speech")
-    add("--exclude", help="file of prompts to keep out, and all that share 8 words with them")
+    add("--exclude", nargs="+", default=[],
+        help="files of prompts to keep out, and all that share 8 words with them")
     add("--heldout", type=zero, default=0, help="prompts for OUT/heldout.jsonl")
     add = p.add_argument_group("answers").add_argument
     add("--teacher", default=m.DEFAULT_LLM, help="text LLM, local folder or hub id")
@@ -291,8 +292,9 @@ def choose(rows, args):
     """Filter, drop near-duplicates, split off the held-out
     -> rows in input order, `split` set; what was dropped and why."""
     seen, ids, kept, drops = set(), set(), [], []
-    for row in read_rows(args.exclude) if args.exclude else []:
-        seen |= fingerprints(tidy(row["prompt"]))
+    for path in args.exclude:
+        for row in read_rows(path):
+            seen |= fingerprints(tidy(row["prompt"]))
     for row in rows:
         text, row_id = tidy(row["prompt"]), row["id"].removesuffix(TAKE2)
         reason = row.get("drop") or unspeakable(row["prompt"], args.max_words, args.language)
