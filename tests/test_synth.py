@@ -78,8 +78,9 @@ def options(tmp_path_factory):
     rows = [{"id": f"row {i}", "question": text} for i, text in enumerate(PROMPTS)]
     rows[0].update(system_prompt="Answer like a pirate.", response="Mice.")
     rows += [{"prompt": text} for text in ("a b c d e f g h or i", *BAD)] + [{"id": "row 3", "prompt": "Who"}]
-    write(folder / "not.jsonl", [{"prompt": PROMPTS[-1].lower()}, {"prompt": "Is this—out — or not"}])
-    return ["--input", write(folder / "in.jsonl", rows), "--exclude", folder / "not.jsonl", "--heldout", 3]
+    excluded = [{"prompt": PROMPTS[-1].lower()}], [{"prompt": "Is this—out — or not"}]
+    files = [write(folder / f"not{k}.jsonl", some) for k, some in enumerate(excluded)]
+    return ["--input", write(folder / "in.jsonl", rows), "--exclude", *files, "--heldout", 3]
 
 
 @pytest.fixture(scope="module")

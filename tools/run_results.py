@@ -43,7 +43,7 @@ RUNS = {
     "R6": "",
     "R7": "",  # R6 without sounds
     "R8": "--ce-weight 0 --kd-weight 1 --temperature 1"}  # R6 with KL alone, as in the quickstart
-ORDER = "start base R4 R1 R6 R3 R2 R5 R8 R7".split()  # a run that is stopped has told the most; start: the untrained student
+ORDER = "start base R6 R1 R4 R3 R2 R5 R8 R7".split()  # a run that is stopped has told the most; start: the untrained student
 NOISE_CURVE = ("start", "base", "R6", "R8")  # by speech at 5 and 0 dB, too
 STEP_S = {"base": 10, "R6": 14, "R7": 12, "R8": 14}  # seconds of a step on two cores, for the time left; by one channel 9
 MEASURE_S = 300
