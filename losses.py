@@ -132,7 +132,7 @@ def _divergence(options, log_student, log_teacher, student, teacher):
     if options.kind == "reverse_kl":
         slope = log_student - log_teacher  # derivative by the probabilities, up to a constant
         kd = (student * slope).sum(-1) + (teacher - student).sum(-1)
-    else:
+    elif options.kind in ("jsd", "skew_kl"):  # another one fails below: it needs its gradient here
         beta, log_mixture = options.beta, _mixture(log_student, log_teacher, options.beta)
         mixture = log_mixture.exp()
         kd = (teacher * (log_teacher - log_mixture)).sum(-1) + (mixture - teacher).sum(-1)

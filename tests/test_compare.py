@@ -53,10 +53,18 @@ def test_the_controls_hear_nothing_or_another_clip(report):
     assert len(set(silent)) > 1  # the same prompt, but each question's own answer
 
 
+def test_intervals_draw_prompts_with_all_their_clips():
+    """Two clips of a prompt are no two samples: the interval is that of the prompts."""
+    values, prompts = [0, 0, 1, 1, 1, 0], ["a", "a", "b", "b", "c", "c"]
+    assert compare.interval(values, prompts, 3) == compare.vb.interval([0, 1, 0.5], 3)
+    assert compare.interval(values[:5], prompts[:5], 3)[0] == pytest.approx(0.6)  # a mean over values, not over prompts
+    assert compare.prompt_of({"prompt": None, "id": "heard/x-take2-sex"}) == compare.prompt_of({"prompt": None, "id": "heard/x-rate"})
+
+
 def test_sounds_are_right_where_the_answer_is_word_for_word(report):
     _, record = report
     answers = record["sounds"]["voices"]["base by speech"]
-    assert len(answers) == 4 and all(right == (answer.strip() == "Fast.") for _, right, answer in answers)
+    assert len(answers) == 4 and all(right == (answer.strip() == "Fast.") for _, right, answer, _ in answers)
 
 
 def test_each_question_has_its_own_kl_also_where_one_comes_twice(tiny):

@@ -202,3 +202,9 @@ def test_autocast_on_a_cpu_rounds_factors_only_and_leaves_the_precision_of_other
     with torch.autocast("cpu", torch.bfloat16):
         assert max(errors(inputs, weights, kind="forward_kl")) < 4e-3
     assert (torch.backends.mkldnn.fp32_precision, torch.get_float32_matmul_precision()) == before
+
+
+def test_a_divergence_without_a_gradient_of_its_own_is_no_other_one(monkeypatch):
+    monkeypatch.setitem(DIVERGENCES, "mine", losses.forward_kl)
+    with pytest.raises(UnboundLocalError):
+        fused_ce_kd(**pair(3, 20, 8)[0], kind="mine")

@@ -257,9 +257,10 @@ def test_runs_are_done_once_fail_alone_and_are_made_again_when_their_rows_change
 
     plot_results.main(plot_results.get_args(["--results", str(results)]))
     table = (results / "table.md").read_text().splitlines()
-    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in table[2:13]}
-    assert list(rows) == ["teacher", "cascade", *plot_results.RUNS]
-    assert rows["R3"][2] == "not run" and all(len(cells) == len(table[0].split(" | ")) for cells in rows.values())
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in table[2:table.index("")]}
+    assert list(rows) == ["teacher", "cascade", "base", "R1", "R6"]
+    assert "R3 (S2T, response, CE) not run" in table[table.index("") + 1]
+    assert all(len(cells) == len(table[0].split(" | ")) for cells in rows.values())
     measured = json.loads((results / "R6/measured.json").read_text())
     assert rows["R6"][3] == "{:.2f} [{:.2f}, {:.2f}]".format(*measured["summary"]["retention, heard"])
     assert all((results / name).stat().st_size > 5000 for name in ("retention.png", "repair.png"))
@@ -303,6 +304,17 @@ def test_the_runs_differ_in_what_the_table_says_and_read_the_same_rows(data, run
         plans.append([[train_rows[k]["id"] for part in step for k in part] for step in train_kd.plan_steps(train_rows, argparse.Namespace(
             **{**vars(options), "batch_size": 2, "global_batch_size": 2, "sound_batch_size": 2}))])
     assert plans[0] == plans[1] and len(plans[0]) == 100
+
+
+def test_a_run_is_the_same_in_another_folder_and_on_another_computer(tiny, data, tmp_path, monkeypatch):
+    """Made again it would be deleted first."""
+    keys = []
+    for folder, amx in (("a", False), ("./a", False), ("b", True)):
+        monkeypatch.setattr(run_results, "has_amx", lambda amx=amx: amx)
+        args = run_results.get_args(["--data", str(data), "--out", str(tmp_path / folder), "--student", tiny.student])
+        keys.append(run_results.key_of(args, "base"))
+    assert len(set(keys)) == 1
+    assert run_results.key_of(argparse.Namespace(**{**vars(args), "base_steps": 3}), "base") != keys[0]
 
 
 # ---- what fails is told ----
@@ -353,6 +365,23 @@ def test_repair_is_the_share_of_bases_loss_that_is_made_good():
     assert plot_results.repaired(run, bound, bound) is None  # nothing was lost
     assert plot_results.change(run, base)[0] == pytest.approx(0.5)
     assert plot_results.change({"0": 1, "9": 5}, {"0": 0, "8": 7})[0] == 1  # only questions that both have
+
+
+def test_sounds_are_compared_row_by_row_and_drawn_by_prompt():
+    before = {"sounds": {"heard": {"rate": [1, 0, 0, 0]}, "recordings": {"man": [1]}}}
+    after = {"sounds": {"heard": {"rate": [1, 1, 0, 1]}, "recordings": {"man": [0]}}}
+    mean, low, high = plot_results.sounds_change(after, before)
+    assert (mean, low, high) == (0.5, 0.5, 0.5)  # of each prompt one of two clips more: no draw of prompts changes that
+
+
+def test_runs_that_were_measured_otherwise_are_in_no_table(tmp_path):
+    for name, limit in (("start", 0), ("base", 20)):
+        (tmp_path / name).mkdir()
+        options = {"split": "test", "limit": limit, "seed": 0, "device": "cpu", "teacher": "t", "start": "s"}
+        (tmp_path / name / "measured.json").write_text(json.dumps({"options": options}))
+        (tmp_path / name / "answers.jsonl").write_text('{"id": "a", "text": "Yes."}')
+    with pytest.raises(ValueError, match="measured with limit 0 and 20; expected one for all"):
+        plot_results.read_results(tmp_path)
 
 
 def test_the_readme_shows_the_files_table():

@@ -7,7 +7,7 @@ The illness and the cure in one table and one picture: teacher, cascade, and stu
 KL8: KL(teacher by text || student), nats a token over the first 8 tokens of the teacher's answers, mean over questions. The cascade is the
 untrained student without its sound: Whisper's words, typed into the LLM. Damage by text = KL8(by text); damage by speech = KL8(by speech) -
 KL8(cascade), paired. Topic recall (--topics sets): share of generated answers that name the rarest word of the question. Sounds: share of
-questions about the sound that are answered right, word for word. Intervals: 95%, bootstrap over questions.
+questions about the sound that are answered right, word for word. Intervals: 95%, bootstrap over prompts, with all clips of each.
 Writes  OUT/report.md, OUT/report.json (every number and answer), OUT/report.png
 """
 import argparse
@@ -173,10 +173,13 @@ def measure(args):
         if way == "by_speech":  # words alone cannot tell
             for path in args.sounds:
                 answers = answers_to(student, [getattr(q, way) for q in sounds[set_name(path)]], 6)
-                right = [a.strip() == r["response"] for a, r in zip(answers, rows_of[path])]
-                heard.setdefault(set_name(path), {})[label] = list(zip([r["kind"] for r in rows_of[path]], right, answers))
+                told = []
+                for row, text in zip(rows_of[path], answers):
+                    told.append((row["kind"], text.strip() == row["response"], text, prompt_of(row)))
+                heard.setdefault(set_name(path), {})[label] = told
     for name in set(args.topics) & set(results):
-        results[name][TEACHER]["answers"] = [row["response"] for row in rows[name]]
+        said = [m.text_ids(tokenizer, row["response"])[:args.max_new_tokens] for row in rows[name]]  # as long as the others'
+        results[name][TEACHER]["answers"] = tokenizer.batch_decode(said)
         asked = topics(rows[name])
         for entry in results[name].values():
             entry["topic_rows"] = [names(a, t) if t else None for a, t in zip(entry["answers"], asked)]
@@ -184,6 +187,20 @@ def measure(args):
 
 
 # ---- the report ----
+
+def prompt_of(row):
+    """What all clips of a prompt, and the questions about their sound, have in common."""
+    return row["prompt"] or re.sub(r"(-take2)?-[a-z]+$", "", row["id"])
+
+
+def interval(values, prompts, seed):
+    """Mean of values and its 95% interval -> (mean, low, high). Prompts are drawn, each with all its values."""
+    sums = {}
+    for value, prompt in zip(values, prompts):
+        total, count = sums.get(prompt, (0.0, 0))
+        sums[prompt] = total + value, count + 1
+    return tuple(vb.spread(vb.bootstrap([[pair] for pair in sums.values()], seed)))
+
 
 def mean_of(values):
     return float(np.mean([v for v in values if v is not None]))
@@ -201,21 +218,21 @@ def table(results, heard):
             cells.append(f"{mean_of(of[label]['kl8_rows']):.2f}" if label in of else "")
         cells += [f"{mean_of(results[name][label]['topic_rows']):.2f}" for name in topic_sets]
         for of in heard.values():
-            cells.append(f"{mean_of([right for _, right, _ in of[label]]):.2f}" if label in of else "")
+            cells.append(f"{mean_of([right for _, right, *_ in of[label]]):.2f}" if label in of else "")
         lines.append(f"| {' | '.join([label, *cells])} |")
     return lines
 
 
-def damages(results, seed):
+def damages(results, rows, seed):
     """{set: {what: (mean, low, high)}}: what training by speech broke, and what distillation left of it."""
     found = {}
     for name, of in results.items():
-        cascade = np.array(of[CASCADE]["kl8_rows"])
+        cascade, prompts = np.array(of[CASCADE]["kl8_rows"]), [prompt_of(row) for row in rows[name]]
         found[name] = {}
         for student in ("base", "distilled"):
             by_text, by_speech = (np.array(of[f"{student} by {way}"]["kl8_rows"]) for way in ("text", "speech"))
-            found[name][f"{student}: damage by text"] = vb.interval(by_text, seed)
-            found[name][f"{student}: damage by speech"] = vb.interval(by_speech - cascade, seed)
+            found[name][f"{student}: damage by text"] = interval(by_text, prompts, seed)
+            found[name][f"{student}: damage by speech"] = interval(by_speech - cascade, prompts, seed)
         for way in ("text", "speech"):
             before, after = found[name][f"base: damage by {way}"][0], found[name][f"distilled: damage by {way}"][0]
             found[name][f"repaired by {way}"] = 1 - after / before if before else 0.0
@@ -237,9 +254,9 @@ def write_report(args, results, heard, rows, found):
         for label, answers in of.items():
             cells = []
             for kind in kinds:
-                some = [right for k, right, _ in answers if k == kind]
+                some = [right for k, right, *_ in answers if k == kind]
                 cells.append(f"{np.mean(some):.2f}" if some else "")
-            every = vb.interval([float(right) for _, right, _ in answers], args.seed)
+            every = interval([right for _, right, *_ in answers], [prompt for *_, prompt in answers], args.seed)
             lines.append(f"| {label}, {name} | {' | '.join(cells)} | {every[0]:.2f} [{every[1]:.2f}, {every[2]:.2f}] | {len(answers)} |")
     text = "\n".join(lines) + "\n"
     record = {"args": vars(args), "damage": found, "results": results, "sounds": heard,
@@ -259,7 +276,7 @@ def draw(results, heard, path):
     for k, (label, colour) in enumerate(shown.items()):
         at = np.arange(len(results)) + (k - 2) * 0.16
         axes[0].bar(at, [mean_of(of[label]["kl8_rows"]) for of in results.values()], 0.15, label=label, color=colour)
-        spoken = [mean_of([right for _, right, _ in of[label]]) for of in heard.values() if label in of]
+        spoken = [mean_of([right for _, right, *_ in of[label]]) for of in heard.values() if label in of]
         if spoken:
             axes[1].bar(np.arange(len(heard)) + (k - 3) * 0.25, spoken, 0.24, color=colour)
     axes[0].set_xticks(np.arange(len(results)), list(results))
@@ -277,7 +294,7 @@ def main(args):
     begun = time.perf_counter()
     Path(args.out).mkdir(parents=True, exist_ok=True)
     results, heard, rows = measure(args)
-    found = damages(results, args.seed)
+    found = damages(results, rows, args.seed)
     print(write_report(args, results, heard, rows, found))
     draw(results, heard, Path(args.out) / "report.png")
     print(f"{args.out}/report.md, report.json, report.png in {time.perf_counter() - begun:.0f} s")

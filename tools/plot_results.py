@@ -5,8 +5,8 @@ The result's tables and pictures, from what tools/measure_result.py wrote about 
 
 Reads   RESULTS/RUN/measured.json, or RESULTS/RUN/failed.txt; a run that has neither is "not run"
 Writes  RESULTS/table.md, whose first table is the README's, RESULTS/retention.png, RESULTS/repair.png
-Intervals: 95%, bootstrap over questions; differences and repairs are paired, question by question. No repair is shown where the
-interval of base's loss holds zero.
+Intervals: 95%, bootstrap over questions (sounds: over prompts); differences and repairs are paired, question by question. No repair is
+shown where the interval of base's loss holds zero.
 """
 import argparse
 import json
@@ -57,9 +57,12 @@ def read_results(folder):
             found[name] = "failed: " + failed.read_text().strip()
         elif measured.exists():
             found[name] = m.read_json(measured.read_bytes(), measured)
-    splits = {of["split"] for of in found.values() if isinstance(of, dict)}
-    if len(splits) > 1:
-        raise ValueError(f"{folder}: some runs are measured on {', '.join(sorted(splits))}; expected one split, test, for all")
+            answers = m.json_lines(measured.with_name("answers.jsonl"), lambda row, _: row)
+            found[name]["words"] = [len(row["text"].split()) for row in answers]
+    for option in ("split", "limit", "seed", "device", "teacher", "start"):
+        values = {str(of["options"][option]) for of in found.values() if isinstance(of, dict)}
+        if len(values) > 1:
+            raise ValueError(f"{folder}: runs are measured with {option} {' and '.join(sorted(values))}; expected one for all")
     return found
 
 
@@ -73,9 +76,9 @@ def base_of(name):
 
 
 def rows_of(record, measure, way):
-    """{question: number} of one student: measure is retention or a set of KL8, way is text or how it is spoken."""
-    if measure == "retention":
-        return record["right"]["retention"].get(way, {})
+    """{question: number} of one student: measure is retention, all or a set of KL8, way is text or how it is spoken."""
+    if measure in ("retention", "all"):
+        return record["right"][measure].get(way, {})
     of = record["divergences"].get(measure, {})
     return dict(zip(of["ids"], of[way]["kl8"])) if way in of else {}
 
@@ -137,23 +140,42 @@ def sounds_right(record):
     return vb.interval(every) if every else None
 
 
+def sounds_change(after, before):
+    """Paired mean of two students' difference over all sounds -> (value, low, high), or None. Two rows in turn of a kind are the two
+    clips of a prompt: they are drawn together."""
+    pairs = []
+    for name, kinds in before["sounds"].items():
+        for kind, early in kinds.items() if name != "recordings" else []:
+            gained = np.array(after["sounds"][name][kind], float) - early
+            for first in range(0, len(gained), 2):
+                some = gained[first:first + 2]
+                pairs.append([(some.sum(), len(some))])
+    return vb.spread(vb.bootstrap(pairs)) if pairs else None
+
+
+MAIN = {  # heading of a column: what measure_result.py calls it
+    "retention by text": "retention, text", **{f"by speech, {way}": f"retention, {way}" for way in SPOKEN}, "gap": "gap, text - heard",
+    "of all right by text": "all, text", "of all by speech": "all, heard",
+    "KL8 by text": "KL8, human, text", "KL8 by speech": "KL8, human, speech"}
+
+
 def main_table(results):
     """The README's: teacher and cascade are the untrained student's two sides."""
-    heads = ["", "trained by", "retention by text", *(f"by speech, {way}" for way in SPOKEN), "gap", "KL8 by text", "KL8 by speech",
-             "sounds"]
+    heads = ["", "trained by", *MAIN, "words an answer", "sounds"]
     rows = []
     for name, record in results.items():
-        names = {"start": ["teacher", "cascade"]}.get(name, [label_of(name)])
         if isinstance(record, str):
-            rows += [[shown, RUNS.get(name.split("-")[0], ""), record.replace("|", "/"), *[""] * 7] for shown in names]
             continue
         cells = []
-        for what in [*(f"retention, {way}" for way in WAYS), "gap, text - heard", "KL8, human, text", "KL8, human, speech"]:
-            show = signed if what.startswith("gap") else cell
+        for heading, what in MAIN.items():
+            show = signed if heading == "gap" else cell
             cells.append(show(record["summary"].get(what)))
+        cells.append(f"{np.mean(record['words']):.0f}")
         if name == "start":
-            rows.append(["teacher", "", cells[0], "", "", "", "", "0", "", ""])
-            rows.append(["cascade", "", "", *cells[1:5], "", cells[6], ""])
+            by_text = [heading in ("retention by text", "of all right by text", "KL8 by text") for heading in MAIN]
+            for shown, wanted in (("teacher", True), ("cascade", False)):
+                of = [value if side == wanted else "" for value, side in zip(cells, by_text)]
+                rows.append([shown, "", *of, cells[-1] if wanted else "", ""])
         else:
             rows.append([label_of(name), RUNS[name.split("-")[0]], *cells, cell(sounds_right(record))])
     return to_lines(heads, rows)
@@ -182,12 +204,13 @@ KL_PLACES = [("heard", "text"), ("heard", "speech"), ("unheard", "speech"), ("10
 def bounds(results, measure, way):
     """What nothing by this way can be better than: the teacher, or the cascade. KL8 of the teacher is 0."""
     found = rows_of(results["start"], measure, way)
-    return dict.fromkeys(found, 0.0) if measure != "retention" and way == "text" else found
+    return dict.fromkeys(found, 0.0) if measure not in ("retention", "all") and way == "text" else found
 
 
 def places():
     """(heading, measure, way) of all that is broken and repaired."""
     found = [(f"retention, {way}", "retention", way) for way in WAYS]
+    found += [("of all right, text", "all", "text"), ("of all right, heard", "all", "heard")]
     return found + [(f"KL8, {name}, {way}", name, way) for name, way in KL_PLACES]
 
 
@@ -200,10 +223,12 @@ def damage_table(results):
         cells = []
         for _, measure, way in places():
             of, bound = rows_of(record, measure, way), bounds(results, measure, way)
-            lost = change(bound, of) if measure == "retention" else change(of, bound)  # KL8 is better where it is lower
-            cells.append(signed(lost))
-        rows.append([label_of(name), *cells])
-    return to_lines(["lost", *(heading for heading, *_ in places())], rows)
+            better_low = measure not in ("retention", "all")  # KL8
+            cells.append(signed(change(of, bound) if better_low else change(bound, of)))
+        before = results.get(base_of(name))
+        told = sounds_change(record, before) if isinstance(before, dict) and name != base_of(name) else None
+        rows.append([label_of(name), *cells, signed(told)])
+    return to_lines(["lost", *(heading for heading, *_ in places()), "sounds, less base's"], rows)
 
 
 def repairs_of(results, name):
@@ -228,7 +253,7 @@ def more_table(results):
     shown = [name for name, record in results.items() if isinstance(record, dict)]
     wanted = []
     for name in shown:
-        wanted += [what for what in results[name]["summary"] if what not in wanted]
+        wanted += [what for what in results[name]["summary"] if what not in wanted and what != "sounds, recordings"]  # one is a man's
     rows = []
     for what in sorted(wanted):
         counts = {results[name]["summary"][what][3] for name in shown if what in results[name]["summary"]}
@@ -266,18 +291,29 @@ def hearing_table(results):
     return to_lines(["sounds right (chance 0.50)", "n", *map(label_of, shown)], rows)
 
 
+def missing_line(results):
+    """Which runs the table lacks, and why."""
+    missing = []
+    for name, record in results.items():
+        if isinstance(record, str):
+            missing.append(f"{label_of(name)} ({RUNS.get(name.split('-')[0], 'the untrained student')}) {record}")
+    return "; ".join(missing) + "." if missing else "All runs are there."
+
+
 def counts_line(results):
     """How many questions each column has."""
     for record in results.values():
         if isinstance(record, dict):
             counts = {what: of[3] for what, of in record["summary"].items() if what.startswith("retention, ") or "human, text" in what}
             return f"Split {record['split']}; n: " + "; ".join(f"{what} {count}" for what, count in counts.items()) + (
-                ". M counts only where F is no higher than base's: a collapsed text side closes any gap.")
+                ". The teacher's retention is 1 by definition, so that of others can only fall; *of all*: a draw of all questions, right or "
+                "not. M and the gap count only where the text side has not collapsed. KL8 in this table: human-written questions. Longer "
+                "answers are more often right, by themselves. Whisper mishears: heard is of more questions than the noisy ones.")
     return "Nothing is measured yet."
 
 
 def to_text(results):
-    parts = [main_table(results), [counts_line(results)], pairs_table(results), damage_table(results), repair_table(results),
+    parts = [main_table(results), [missing_line(results)], [counts_line(results)], pairs_table(results), damage_table(results), repair_table(results),
              more_table(results), hearing_table(results)]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
@@ -332,7 +368,7 @@ def draw_repair(results, path):
                 shown[label_of(name)] = {way: found[heading] for way, heading in places_of.items()}
         bars(axis, shown, COLOURS, 100)
         axis.axhline(100, color="#999999", lw=0.8, ls="--")
-        axis.set_ylim(-50, 130)
+        axis.set_ylim(top=130)
         axis.set_ylabel("% of base's loss repaired")
         axis.set_title(f"{title}: forgetting by text, damage by speech", fontsize=10)
     if axes[0].get_legend_handles_labels()[0]:

@@ -108,9 +108,13 @@ def has_amx():
 
 
 def key_of(args, run):
-    """Changes with the command, the content of the rows, and the weights that the run starts from."""
+    """Changes with the options, the content of the rows, and the weights that the run starts from; not with a folder's name, nor with
+    the computer's dtype."""
     start = args.student if run == "base" else student_of(args, "base")
-    content = [command_of(args, run), [m.digest(path) for path in manifests_of(args, run)], vb.weights_of(start)]
+    paths, words = {start, str(Path(args.data, ".cache")), str(Path(args.out, name_of(args, run))), *map(str, manifests_of(args, run))}, []
+    for word in command_of(args, run):
+        words += [] if word in paths or word in ("--dtype", "bfloat16") else [word]
+    content = [words, [m.digest(path) for path in manifests_of(args, run)], vb.weights_of(start)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -144,6 +148,8 @@ def train(args, run, results):
     m.write_atomically(results / "command.txt", shlex.join(command_of(args, run)) + "\n")
     done = (out / "last/config.json").exists() and begun.exists()
     if not done:
+        for name in ("measured.json", "answers.jsonl"):  # of another student
+            (results / name).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         m.write_atomically(begun, key)
         call([str(TOOLS.parent / "train_kd.py"), *command_of(args, run)[2:]], out / "run.log")
