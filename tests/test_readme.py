@@ -28,7 +28,7 @@ def test_every_file_and_function_that_the_readme_names_exists():
 def test_every_flag_that_the_readme_shows_exists():
     sources = "".join((ROOT / f).read_text() for f in (
         "train_kd.py", "synth_speech.py", "eval_voicebench.py", "eval_mmau.py", *(f"tools/{name}.py" for name in (
-            "compare", "ask", "bench", "from_hub", "judge", "kill_test", "make_voicebench", "score_parity"))))
+            "compare", "ask", "bench", "from_hub", "judge", "make_voicebench", "result_data", "run_results", "score_parity"))))
     ours = set(re.findall(r"--[a-z][\w-]+", README)) - {"--help", "--nproc_per_node"}
     assert ours and not [flag for flag in sorted(ours) if f'"{flag}"' not in sources]
 
@@ -56,7 +56,7 @@ def test_every_row_of_a_table_of_measurements_stands_in_a_file_of_results():
     shown = [section for section in sections if section.startswith(("What the quickstart shows", "Speed and memory"))]
     assert len(shown) == 2
     rows = [line for line in "\n".join([first, *shown]).splitlines() if line.startswith("|") and re.search(r"\d\.\d", line)]
-    assert len(rows) >= 10 and not [row for row in rows if row not in logs]
+    assert len(rows) >= 8 and not [row for row in rows if row not in logs]
 
 
 def test_it_is_short_enough_to_be_read():

@@ -45,8 +45,8 @@ RUNS = {
     "R8": "--ce-weight 0 --kd-weight 1 --temperature 1"}  # R6 with KL alone, as in the quickstart
 ORDER = "start base R6 R1 R4 R3 R2 R5 R8 R7".split()  # a run that is stopped has told the most; start: the untrained student
 NOISE_CURVE = ("start", "base", "R6", "R8")  # by speech at 5 and 0 dB, too
-STEP_S = {"base": 10, "R6": 14, "R7": 12, "R8": 14}  # seconds of a step on two cores, for the time left; by one channel 9
-MEASURE_S = 300
+STEP_S = {"base": 13, "R6": 20, "R7": 18, "R8": 20}  # seconds of a step on two cores, for the time left; by one channel 13
+MEASURE_S = 560
 LR = {"base": 1e-4}  # of the LLM; the others 5e-5
 
 
@@ -178,7 +178,7 @@ def measure(args, run, results):
 
 def seconds_of(args, run):
     steps = {"start": 0, "base": args.base_steps}.get(run, args.max_steps)
-    return steps * STEP_S.get(run, 9) + MEASURE_S
+    return steps * STEP_S.get(run, 13) + MEASURE_S
 
 
 def clock(seconds):
