@@ -340,11 +340,9 @@ def bars(axis, shown, series, scale=1.0):
 def draw_retention(results, path):
     shown = {}
     for name, record in results.items():
-        label = "teacher,\ncascade" if name == "start" else label_of(name)
-        summary = record["summary"] if isinstance(record, dict) else {}
-        shown[label] = {way: summary.get(f"retention, {way}") for way in WAYS}
-        if isinstance(record, str):
-            shown[f"{label}\n({record.partition(':')[0]})"] = shown.pop(label)
+        if isinstance(record, dict):  # the table says why a run is not there
+            label = "teacher,\ncascade" if name == "start" else label_of(name)
+            shown[label] = {way: record["summary"].get(f"retention, {way}") for way in WAYS}
     figure, axis = plt.subplots(figsize=(11, 4), constrained_layout=True)
     bars(axis, shown, COLOURS)
     axis.set_ylabel("share still answered right")
