@@ -32,6 +32,7 @@ RUNS = {  # run: how it is trained
 PAIRS = [("R1", "R2"), ("R2", "R3"), ("R3", "R4"), ("R4", "R6"), ("R1", "R6"), ("R5", "R6"), ("R7", "R6"), ("R6", "R8"),
          ("base", "R1"), ("base", "R6"), ("base", "R8")]  # the paper's order, then the rest
 SPOKEN = ("heard", "unheard", "10 dB")
+SHARES = ("retention", "all")  # measures of which more is better; of KL8 less
 WAYS = ("text", *SPOKEN)
 COLOURS = {"text": "#222222", "heard": "#3b6fb6", "unheard": "#8fb0d9", "10 dB": "#e07b27"}
 
@@ -77,7 +78,7 @@ def base_of(name):
 
 def rows_of(record, measure, way):
     """{question: number} of one student: measure is retention, all or a set of KL8, way is text or how it is spoken."""
-    if measure in ("retention", "all"):
+    if measure in SHARES:
         return record["right"][measure].get(way, {})
     of = record["divergences"].get(measure, {})
     return dict(zip(of["ids"], of[way]["kl8"])) if way in of else {}
@@ -204,7 +205,7 @@ KL_PLACES = [("heard", "text"), ("heard", "speech"), ("unheard", "speech"), ("10
 def bounds(results, measure, way):
     """What nothing by this way can be better than: the teacher, or the cascade. KL8 of the teacher is 0."""
     found = rows_of(results["start"], measure, way)
-    return dict.fromkeys(found, 0.0) if measure not in ("retention", "all") and way == "text" else found
+    return dict.fromkeys(found, 0.0) if measure not in SHARES and way == "text" else found
 
 
 def places():
@@ -223,8 +224,7 @@ def damage_table(results):
         cells = []
         for _, measure, way in places():
             of, bound = rows_of(record, measure, way), bounds(results, measure, way)
-            better_low = measure not in ("retention", "all")  # KL8
-            cells.append(signed(change(of, bound) if better_low else change(bound, of)))
+            cells.append(signed(change(bound, of) if measure in SHARES else change(of, bound)))
         before = results.get(base_of(name))
         told = sounds_change(record, before) if isinstance(before, dict) and name != base_of(name) else None
         rows.append([label_of(name), *cells, signed(told)])

@@ -113,7 +113,8 @@ def key_of(args, run):
     start = args.student if run == "base" else student_of(args, "base")
     paths, words = {start, str(Path(args.data, ".cache")), str(Path(args.out, name_of(args, run))), *map(str, manifests_of(args, run))}, []
     for word in command_of(args, run):
-        words += [] if word in paths or word in ("--dtype", "bfloat16") else [word]
+        if word not in paths and word not in ("--dtype", "bfloat16"):
+            words.append(word)
     content = [words, [m.digest(path) for path in manifests_of(args, run)], vb.weights_of(start)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
