@@ -82,7 +82,6 @@ def get_args(argv=None):
     add("--hub-config", help="of the data set, where it has more than one")
     add("--hub-split", default="train", help="of the data set")
     add("--sample-prompts", type=zero, default=0, help="prompts that the teacher invents")
-    add("--openings", nargs="+", default=[""], help="how these begin, in turn; \"\" = freely")
     add("--limit", type=zero, default=0, help="read at most so many rows; 0 = all")
     add("--max-bad-rows", type=zero, default=0, help="leave so many out, into OUT/bad_rows.jsonl")
     add("--max-words", type=one, default=40, help="of a prompt; 40 are about 16 s of speech")
@@ -377,21 +376,15 @@ def staged(args, name, rows, size, work):
 
 # ---- prompts and answers by the teacher ----
 
-def sample_prompts(teacher, tokenizer, args, chunk):
+def sample_prompts(teacher, tokenizer, seed, chunk):
     """SAMPLE_CHUNK prompts: the teacher goes on in its chat template where the user begins."""
     before, end = m.chat_parts(tokenizer)[0], m.end_token(tokenizer)
-    embed, begun, rows = teacher.get_input_embeddings(), [], []
-    for i in range(SAMPLE_CHUNK):
-        begun.append(m.text_ids(tokenizer, args.openings[i % len(args.openings)]))
-    starts = [embed(torch.tensor(before + ids, device=teacher.device)) for ids in begun]
-    generator = torch.Generator(teacher.device).manual_seed(1_000_003 * args.seed + chunk)
-    longest = min(32, 2 * args.max_words)  # tokens; more would be too many words
-    outputs = m.generate(teacher, starts, max_new_tokens=longest, eos_ids=[end], temperature=1.0,
-                         generator=generator)
-    for i, ids in enumerate(outputs):
-        if ids[-1] == end and len(ids) > 1:
-            rows.append({"id": f"sampled-{chunk:04d}-{i:03d}",
-                         "prompt": tokenizer.decode(begun[i] + ids[:-1])})
+    start = teacher.get_input_embeddings()(torch.tensor(before, device=teacher.device))
+    generator = torch.Generator(teacher.device).manual_seed(1_000_003 * seed + chunk)
+    outputs = m.generate(teacher, [start] * SAMPLE_CHUNK, max_new_tokens=32, eos_ids=[end],
+                         temperature=1.0, generator=generator)
+    rows = [{"id": f"sampled-{chunk:04d}-{i:03d}", "prompt": tokenizer.decode(ids[:-1])}
+            for i, ids in enumerate(outputs) if ids[-1] == end and len(ids) > 1]
     return {"id": chunk, "rows": rows}
 
 
@@ -401,7 +394,7 @@ def enough_prompts(args, teacher):
     for first in range(0, 40 + args.sample_prompts // 6, world):
         todo = [{"id": chunk} for chunk in range(first, first + world)]
         chunks = staged(args, "prompts", todo, 1, lambda batch: [
-            sample_prompts(*teacher(), args, batch[0]["id"])])
+            sample_prompts(*teacher(), args.seed, batch[0]["id"])])
         for row in todo:
             sampled += chunks[row["id"]]["rows"]
         rows, drops = choose(sampled, args)

@@ -103,7 +103,7 @@ def get_args(argv=None):
         help="parts that train; Whisper never does")
     add("--lora-rank", type=natural, default=0,
         help="LoRA on the LLM's linear layers, embeddings and head frozen, at --lr-llm (1e-4 to "
-             "5e-4); needs peft; 0 = off")
+             "1e-3); needs peft; 0 = off")
     add("--lr-encoder", type=rate, default=1e-5, help="peak learning rate")
     add("--lr-adapter", type=rate, default=2e-5,
         help="peak learning rate, 1e-5 to 1e-4: more spoils what a sound layer began with")

@@ -42,12 +42,12 @@ RUNS = {
     "R5": "--channels t2t",
     "R6": "",
     "R7": "",  # R6 without sounds
-    "R8": "--ce-weight 0 --kd-weight 1 --temperature 1"}  # R6 with KL alone, as in the quickstart
+    "R8": "--ce-weight 0 --kd-weight 1 --temperature 1 --lora-rank 16"}  # R6 with KL alone and LoRA, as in the quickstart
 ORDER = "start base R6 R1 R4 R3 R2 R5 R8 R7".split()  # a run that is stopped has told the most; start: the untrained student
 NOISE_CURVE = ("start", "base", "R6", "R8")  # by speech at 5 and 0 dB, too
 STEP_S = {"base": 13, "R6": 20, "R7": 18, "R8": 20}  # seconds of a step on two cores, for the time left; by one channel 13
 MEASURE_S = 560
-LR = {"base": 1e-4}  # of the LLM; the others 5e-5
+LR = {"base": 1e-4, "R8": 1e-3}  # of the LLM, in R8 of LoRA; the others 5e-5
 
 
 def get_args(argv=None):
