@@ -41,10 +41,10 @@ invent --sample-prompts 70 --heldout 20 --engine piper --preview 40 --out "$data
 say "50 others in espeak's voices, men and women; the held-out in espeak voices that are never trained on; 40 that people wrote"
 synth --input "$data/heard/heldout.jsonl" --takes 2 --sounds --out "$data/unheard" \
     --voices en-us+klatt2 en-us+klatt4 en-us+klatt6 en-us+m4 en-us+m5 en-us+f3 en-us+f4 & unheard=$!
-synth --input tools/questions.jsonl --limit 40 --engine piper --max-new-tokens 16 --out "$data/human" & human=$!
 invent "$data"/heard/{train,heldout}.jsonl --sample-prompts 50 --seed $((seed + 100)) --out "$data/variety" \
     --voices en-us+m1 en-us+m3 en-us+m6 en-us+m7 en-us+m8 en-us+f1 en-us+f2 en-us+f5
-wait $unheard && wait $human
+synth --input tools/questions.jsonl --limit 40 --engine piper --max-new-tokens 16 --out "$data/human"
+wait $unheard
 
 say "base: the ordinary first stage of a speech LLM, cross-entropy on transcripts and sounds; its dialogue suffers"
 train --data "$data"/{heard,variety}/sounds.jsonl "$data/variety/transcripts.jsonl" --channels s2t \
