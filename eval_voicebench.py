@@ -48,8 +48,7 @@ COMPARED = {"forgetting": (np.subtract, "teacher text", "student text"),
             "MRR": (np.divide, "student speech", "teacher text")}
 DRAWS = 4000  # of the bootstrap
 NOTES = """[95%]: bootstrap over rows, paired; MRR: student speech / teacher text. Not comparable to
-the leaderboard: what cannot be read is wrong, not drawn; sd-qa: judge and qa_match, not PEDANT.
-"""
+the leaderboard: what cannot be read is wrong, not drawn; sd-qa: judge and qa_match, not PEDANT."""
 
 
 def get_args(argv=None):
@@ -221,8 +220,8 @@ def answer_data(args, data):
 
 
 # ---- what an answer says: multiple choice (openbookqa, mmsu), BBH, refusals, sd-qa ----
-TAG = re.compile(r"(?i)(?<!<)<(/?)(?:(think(?:ing)?|thoughts?|reasoning)|(?:final_)?answer)"
-                 r"(?:\s[^<>]*)?>(?!>)")
+TAG = re.compile(r"(?i)(?<!<)(?:[<◁]|\[(?=/?think]))(/?)(?:(think(?:ing)?|thoughts?|reasoning)|"
+                 r"(?:final_)?answer)(?:\s[^<>]*)?[]▷>](?!>)")
 
 
 def spoken(text):
@@ -259,7 +258,6 @@ CHOICE_RULES = [  # does the last match count, or only a single letter? what the
             r"[ :,]*@([A-D])(?!\)?,? (?:and|or) @)"),
     (False, r"(?m)(?:^|:)\s*@([A-D])\)?\s*(?:[.,:)-]|$)|@([A-D])\)"),
     (True, r"\A[^@]*@([A-D])(?=[.,:;!]|\s*\Z)[^@]*\Z")]
-BBH_TASKS = ("sports_understanding", "hyperbaton", "navigate", "web_of_lies")
 ORDINALS = {"first": "A", "second": "B", "third": "C", "fourth": "D"}
 # task -> words that say yes and words that say no, where a response states the matter itself
 STATEMENTS = {
@@ -281,9 +279,9 @@ def clean(response):
     text = re.sub(r"<\|[\w ]+\|>|^\s*<[123]>", "", spoken(response))  # tokens of some models
     text = re.sub(r"(\*\*|[\"'‘“{])([A-Da-d])(\*\*|[\"'’”}])", r"(\2)", text)
     text = re.sub(r"\\[a-zA-Z]+(?=\s*\{)|\\[()\[\]]|[${}*`#]", "", text)  # LaTeX, Markdown
-    text = re.sub(r"[\"“”‘]|(?<!\w)['’]|['’](?!\w)", "", text).replace("’", "'")
-    text = text.replace("[", "(").replace("]", ")").replace("@", " ")  # @ will be our mark
-    text = re.sub(r"：|:\s+", ": ", text).strip()  # full width, or a line end after it
+    text = re.sub(r"[\"“”‘]|(?<!\w)['’]|['’](?!\w)", "", text)
+    text = unicodedata.normalize("NFKC", text).translate(str.maketrans("[]@’", "() '"))  # @: mark
+    text = re.sub(r":\s+", ": ", text).strip()  # perhaps a line end after it
     return re.sub(r"(?<![^.!?\n])[^.!?\n]*\?", "", text).strip() or text
 
 
@@ -309,7 +307,7 @@ def extract_bbh(response, task):
         return {"A": 0, "B": 1}.get(extract_choice(response))
     known = [name for name in STATEMENTS if name in task]
     if not known:
-        raise ValueError(f"id {task!r} names none of {', '.join(BBH_TASKS)}")
+        raise ValueError(f"id {task!r} names none of hyperbaton, {', '.join(STATEMENTS)}")
     text, (yes_words, no_words) = clean(response).lower(), STATEMENTS[known[0]]
     for rule in VERDICT, YES_NO:
         verdicts = [hit[hit.lastindex] for hit in rule.finditer(text)]
@@ -359,11 +357,13 @@ def read_numbers(text):
     scales = "|".join(SCALES)
     text = re.sub(rf"(?<!half )(?<!quarter of )\ba (?=(?:{scales})\b)", "one ", text)
     text = SMALL_WORD.sub(lambda hit: SMALL[hit[0]], text)
+    text = re.sub(r"(?<=\d) point ((?:#?\d+\b ?)+)(?<! )",
+                  lambda hit: "." + re.sub(r"\D", "", hit[1]), text)
     text = re.sub(r"(?<=#\d\d )(?:oh|o|#0) #(?=[1-9]\b)", "#0", text)
     text = re.sub(rf"(?<!#\d )(?<!#\d\d )#(?!1[0-2] #[0-5])(1\d|20) #(\d\ds?)\b(?! (?:#|{scales}))",
                   r"#\1\2", text)
     for scale, zeros in SCALES.items():  # what a scale adds is smaller, and has no such scale
-        pattern = (rf"(?<!point )(?<!point #)#?\b(\d{{1,15}}(?:\.\d{{1,9}})?) {scale}(th|s|)\b"
+        pattern = (rf"#?\b(\d{{1,15}}(?:\.\d{{1,9}})?) {scale}(th|s|)\b"
                    rf"(?: (?:and )?#(\d{{1,{zeros}}})([a-z]*)\b(?! {scale}))?")
         for hit in reversed(list(re.finditer(pattern, text))):
             whole = round(float(hit[1]) * 10**zeros) + int(hit[3] or 0)
@@ -667,7 +667,7 @@ def to_text(report):
             cells.append(cell if key in entry else "-")
         shares = [f"{share:.0f}" for share in entry["unreadable"].values()]
         text += f"| {' | '.join([*cells, ' / '.join(shares), entry['note']])} |\n"
-    return f"{text}\n{NOTES}"
+    return f"{text}\n{NOTES}\n"
 
 
 def main(args):

@@ -245,7 +245,7 @@ def number_words(found, language, num2words):
     """A match of NUMBER -> words; English has money, ordinals and years, too."""
     sign, whole, part, size, ending = found.groups("")
     digits = re.sub(r"\D", "", whole)
-    number = f"{digits}.{part}" if part else int(digits)
+    number = float(f"{digits}.{part}") if part else int(digits)
     if language != "en":
         return f"{sign} {num2words(number, lang=language)}{size}{ending} "
     if sign:
@@ -276,7 +276,7 @@ def readable(text, language="en"):
     except (NotImplementedError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"num2words reads no numbers in {language!r}; write them as words, or use "
                          "an engine that reads them") from error
-    signs = {"&": " and ", "%": " percent", "+": " plus ", "°": " degrees"}
+    signs = {"&": " and ", "%": " percent", "+": " plus ", "°": " degrees "}
     signs |= {sign: f" {name} " for sign, (_, name) in MONEY.items()}
     text = text.translate(str.maketrans(signs if language == "en" else {}))
     return tidy(re.sub(r"\s+(?=[.,;:?!])", "", text))

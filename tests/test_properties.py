@@ -115,7 +115,7 @@ ANSWERS = SAID | st.text("ABCDabcd ().:*[]\"'the answer is not yes no\n", max_si
 @given(ANSWERS)
 def test_readers_of_answers_never_raise_and_give_what_is_allowed(text):
     assert vb.extract_choice(text) in (None, "A", "B", "C", "D")
-    assert all(vb.extract_bbh(text, task) in (None, 0, 1) for task in vb.BBH_TASKS)
+    assert all(vb.extract_bbh(text, task) in (None, 0, 1) for task in ("hyperbaton", *vb.STATEMENTS))
     assert vb.is_refusal(text) in (True, False) and vb.read_vote(text) in (None, True, False)
     assert vb.read_score(text) is None or 1 <= vb.read_score(text) <= 5
     assert vb.grade("sd-qa", {"response": "", "reference": "x"}, [text, "yes"])[0][1] in ((0.5, True), (1, True))

@@ -15,7 +15,7 @@ CHOICES = {
           "B<|user|>", "The answer is B. Granite", "answer:b", "Option B",
           "The correct answer is definitely the second option, B", "It isn't A. It's B.",
           "B is right, not A.", "Which is it, A or C? I choose B.", "B is correct, A is too small.",
-          "<think>The answer is A.</think>B", "The second sentence is correct", "答案是B", "B是正确的"],
+          "<think>The answer is A.</think>B", "The second sentence is correct", "答案是B", "B是正确的", "答案：Ｂ", "（Ｂ）"],
     "C": ["(C)", "[C]", "C, because it floats.", "“C”", "The correct answer is:\n\n**C) Granite**",
           "The answer is B. Wait, the answer is C.", "Let me think about it.\n\nC",
           "A. sand\nB. clay\nC. granite\nD. mud\n\nThe answer is C.",
@@ -132,6 +132,7 @@ def test_qa_match():
 
 
 SPOKEN_NUMBERS = """\
+three point five = 3.5|three point one four = 3.14|two point five million = 2,500,000|zero point five = 0.5
 nineteen forty-five = 1945|two thousand = 2000|one hundred = 100|twenty first = 21st|twenty-one = 21|third = 3rd
 nineteen oh five = 1905|two thousand and five = 2005|three hundred and sixty five = 365|one million = 1,000,000
 one million = 1 million|1.5 million = 1,500,000|nineteen sixties = 1960s|the sixties = 60s|nineteen hundred = 1900
@@ -162,7 +163,7 @@ def test_numbers_in_words_are_numbers():
 THOUGHT = ("<think>Sorry, it is C, no, 7</think>{}|Sorry, it is C, no, 7 </think>\n\n{}|<think>\nC</think><answer>{}</answer>|"
            "<thinking>Sorry, C</thinking>{}|<thought>C, sorry</thought> {}|<Think mode=\"long\">C, sorry</THINK>{}|{}</answer>|"
            "<reasoning>C, sorry</reasoning><final_answer>{}</final_answer>|<ANSWER type='x'>{}</Answer>|"
-           "<think>a<think>C</think>sorry</think>{}")
+           "<think>a<think>C</think>sorry</think>{}|[THINK]C, sorry[/THINK]{}|◁think▷C, sorry◁/think▷{}")
 
 
 @pytest.mark.parametrize("around", THOUGHT.split("|"))
