@@ -376,12 +376,13 @@ def staged(args, name, rows, size, work):
 
 # ---- prompts and answers by the teacher ----
 
-def sample_prompts(teacher, tokenizer, seed, chunk):
+def sample_prompts(teacher, tokenizer, args, chunk):
     """SAMPLE_CHUNK prompts: the teacher goes on in its chat template where the user begins."""
     before, end = m.chat_parts(tokenizer)[0], m.end_token(tokenizer)
     start = teacher.get_input_embeddings()(torch.tensor(before, device=teacher.device))
-    generator = torch.Generator(teacher.device).manual_seed(1_000_003 * seed + chunk)
-    outputs = m.generate(teacher, [start] * SAMPLE_CHUNK, max_new_tokens=32, eos_ids=[end],
+    generator = torch.Generator(teacher.device).manual_seed(1_000_003 * args.seed + chunk)
+    longest = min(32, 8 + args.max_words)  # tokens
+    outputs = m.generate(teacher, [start] * SAMPLE_CHUNK, max_new_tokens=longest, eos_ids=[end],
                          temperature=1.0, generator=generator)
     rows = [{"id": f"sampled-{chunk:04d}-{i:03d}", "prompt": tokenizer.decode(ids[:-1])}
             for i, ids in enumerate(outputs) if ids[-1] == end and len(ids) > 1]
@@ -394,7 +395,7 @@ def enough_prompts(args, teacher):
     for first in range(0, 40 + args.sample_prompts // 6, world):
         todo = [{"id": chunk} for chunk in range(first, first + world)]
         chunks = staged(args, "prompts", todo, 1, lambda batch: [
-            sample_prompts(*teacher(), args.seed, batch[0]["id"])])
+            sample_prompts(*teacher(), args, batch[0]["id"])])
         for row in todo:
             sampled += chunks[row["id"]]["rows"]
         rows, drops = choose(sampled, args)

@@ -445,7 +445,8 @@ def test_sampled_prompts_depend_on_seed_and_chunk_alone_and_go_on(tiny, tmp_path
     weight[m.end_token(tokenizer)] = -1.5 * weight[tokenizer.convert_tokens_to_ids("e")]
     for part in (llm, tokenizer):
         part.save_pretrained(tmp_path / "llm")
-    a, b, c, d = (synth.sample_prompts(llm, tokenizer, *key)["rows"] for key in ((0, 0), (0, 0), (0, 1), (1, 0)))
+    a, b, c, d = (synth.sample_prompts(llm, tokenizer, SimpleNamespace(seed=seed, max_words=40), chunk)["rows"]
+                  for seed, chunk in ((0, 0), (0, 0), (0, 1), (1, 0)))
     assert a == b and a and len({json.dumps([row["prompt"] for row in x]) for x in (a, c, d)}) == 3
     argv = tmp_path / "llm", tmp_path / "out", "--sample-prompts", len(a) + 1, "--heldout", 1
     assert run(*argv) == 0
