@@ -155,31 +155,50 @@ def sounds_change(after, before):
 
 
 MAIN = {  # heading of a column: what measure_result.py calls it
-    "retention by text": "retention, text", **{f"by speech, {way}": f"retention, {way}" for way in SPOKEN}, "gap": "gap, text - heard",
-    "of all right by text": "all, text", "of all by speech": "all, heard",
-    "KL8 by text": "KL8, human, text", "KL8 by speech": "KL8, human, speech"}
+    "retention by text": "retention, text", **{f"by speech, {way}": f"retention, {way}" for way in SPOKEN}, "gap": "gap, text - heard"}
+ANSWERS = {"of all right by text": "all, text", "of all by speech": "all, heard", "KL8 by text": "KL8, human, text",
+           "KL8 by speech": "KL8, human, speech"}
+# overall score of VoiceBench by speech, Qwen2.5-Omni-7B (arXiv 2509.14930); its base is the published model
+PAPER = {"base": "75.08", "R1": "71.25", "R2": "74.40", "R3": "75.66", "R4": "75.76", "R6": "77.19"}
 
 
-def main_table(results):
-    """The README's: teacher and cascade are the untrained student's two sides."""
-    heads = ["", "trained by", *MAIN, "words an answer", "sounds"]
+def students(results, columns):
+    """[(name, record, cells)] of all that is measured; teacher and cascade are the untrained student's two sides."""
     rows = []
     for name, record in results.items():
         if isinstance(record, str):
             continue
         cells = []
-        for heading, what in MAIN.items():
+        for heading, what in columns.items():
             show = signed if heading == "gap" else cell
             cells.append(show(record["summary"].get(what)))
-        cells.append(f"{np.mean(record['words']):.0f}")
         if name == "start":
-            by_text = [heading in ("retention by text", "of all right by text", "KL8 by text") for heading in MAIN]
+            by_text = [what.endswith(", text") for what in columns.values()]
             for shown, wanted in (("teacher", True), ("cascade", False)):
-                of = [value if side == wanted else "" for value, side in zip(cells, by_text)]
-                rows.append([shown, "", *of, cells[-1] if wanted else "", ""])
+                rows.append((shown, record, [value if side == wanted else "" for value, side in zip(cells, by_text)]))
         else:
-            rows.append([label_of(name), RUNS[name.split("-")[0]], *cells, cell(sounds_right(record))])
-    return to_lines(heads, rows)
+            rows.append((name, record, cells))
+    return rows
+
+
+def main_table(results):
+    """The README's."""
+    rows = []
+    for name, record, cells in students(results, MAIN):
+        kind = name.split("-")[0]
+        told = cell(sounds_right(record)) if kind in RUNS else ""
+        paper = f"*{PAPER[name]}*" if name in PAPER else ""
+        rows.append([label_of(name), RUNS.get(kind, ""), *cells, told, paper])
+    return to_lines(["", "trained by", *MAIN, "sounds", "*the paper's, 7 B*"], rows)
+
+
+def answers_table(results):
+    """What else tells how a run answers."""
+    rows = []
+    for name, record, cells in students(results, ANSWERS):
+        words = "" if name == "cascade" else f"{np.mean(record['words']):.0f}"
+        rows.append([label_of(name), *cells, words])
+    return to_lines(["", *ANSWERS, "words an answer"], rows)
 
 
 def there(results, *names):
@@ -307,14 +326,14 @@ def counts_line(results):
             counts = {what: of[3] for what, of in record["summary"].items() if what.startswith("retention, ") or "human, text" in what}
             return f"Split {record['split']}; n: " + "; ".join(f"{what} {count}" for what, count in counts.items()) + (
                 ". The teacher's retention is 1 by definition, so that of others can only fall; *of all*: a draw of all questions, right or "
-                "not. M and the gap count only where the text side has not collapsed. KL8 in this table: human-written questions. Longer "
+                "not. M and the gap count only where the text side has not collapsed. KL8 below: human-written questions. *The paper's, 7 B*: VoiceBench by speech, its own scores. Longer "
                 "answers are more often right, by themselves. Whisper mishears: heard is of more questions than the noisy ones.")
     return "Nothing is measured yet."
 
 
 def to_text(results):
-    parts = [main_table(results), [missing_line(results)], [counts_line(results)], pairs_table(results), damage_table(results), repair_table(results),
-             more_table(results), hearing_table(results)]
+    parts = [main_table(results), [missing_line(results)], [counts_line(results)], answers_table(results), pairs_table(results),
+             damage_table(results), repair_table(results), more_table(results), hearing_table(results)]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
