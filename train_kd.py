@@ -995,8 +995,7 @@ def main(args):
     # ---- the loop ----
     model = student
     if world > 1 and not args.shard:
-        model = DistributedDataParallel(student, gradient_as_bucket_view=True,
-                                        device_ids=None if device.index is None else [device.index])
+        model = DistributedDataParallel(student, gradient_as_bucket_view=True)
     # micro-batches go to the processes in turn: the plan knows nothing of their number
     todo = list(itertools.chain(*[batches[rank::world] for batches in plan[step:]]))
     stream = iter(DataLoader(train_set, batch_sampler=todo, num_workers=args.workers,
