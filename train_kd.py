@@ -193,17 +193,12 @@ def read_manifest(path, seen=None, bad=None):
     return m.json_lines(path, parse, bad)
 
 
-def label_of(row, labels):
-    """Key of a row's answer: what is said about a sound has no second form."""
-    return "response" if row["prompt"] is None else labels
-
-
 def channels_of(row, args):
-    """The channels that a row serves: those of --channels, or "sound"."""
-    if not row.get(label_of(row, args.labels)):
-        return []  # no answer to learn
-    if row["prompt"] is None:
-        return ["sound"]  # nothing that a teacher could read
+    """The channels that a row serves: those of --channels, or "sound"; none without an answer."""
+    if row["prompt"] is None:  # nothing that a teacher could read
+        return ["sound"] if row["response"] else []
+    if not row.get(args.labels):
+        return []
     return [c for c in args.channels if c == "t2t" or row.get("audio")]
 
 
@@ -265,7 +260,8 @@ def measurable(args, rows):
 
 def answer_ids(tokenizer, row, labels, max_tokens):
     """The answer, tokenised once for teacher and both channels; a cut one teaches no stopping."""
-    ids = m.text_ids(tokenizer, row[label_of(row, labels)])
+    # what is said about a sound has no second form
+    ids = m.text_ids(tokenizer, row["response" if row["prompt"] is None else labels])
     cut = (row.get("finish") == "length" and labels == "response") or len(ids) > max_tokens
     return ids[:max_tokens] + ([] if cut else [m.end_token(tokenizer)])
 
