@@ -202,19 +202,19 @@ def channels_of(row, args):
     return [c for c in args.channels if c == "t2t" or row.get("audio")]
 
 
-def usable_rows(args, rows):
-    """Rows that some channel can use, and how many each channel has.
+def choose_rows(args, rows, eval_rows):
+    """-> rows to train on, which some channel can use; rows to measure on, which serve all, so that
+    channels are compared on the same questions; how many each channel has, also in words.
 
-    Raises: ValueError if a channel that was asked for has none.
+    Raises: ValueError if a channel that was asked for has none, or nothing can be measured.
     """
-    counts, used, strange = dict.fromkeys(CHANNELS, 0), [], set()
+    used, counts = [], collections.Counter()
     for row in rows:
         channels = channels_of(row, args)
         used += [row] if channels else []
-        strange |= row.keys() - set(KEYS)  # `audio` under another name, for instance
-        for channel in channels:
-            counts[channel] += 1
+        counts.update(channels)
     sounds_only = counts["sound"] == len(used) > 0
+    strange = set().union(*rows) - set(KEYS)  # `audio` under another name, for instance
     for channel in args.channels:
         if not counts[channel] and not sounds_only:
             needs = f"{'prompt' if channel == 't2t' else 'audio with words'} and {args.labels}"
@@ -222,7 +222,14 @@ def usable_rows(args, rows):
                 f"{' '.join(args.data)}: none of {len(rows)} rows has {needs}, which channel "
                 f"{channel} needs; unknown keys: {', '.join(sorted(strange)) or 'none'}; rename "
                 f"one, or leave {channel} out of --channels")
-    return used, counts
+    measured = [row for row in eval_rows if channels_of(row, args) == args.channels]
+    if args.eval_data and not measured:
+        raise ValueError(f"--eval-data {' '.join(args.eval_data)}: no row can be measured; that "
+                         f"needs prompt, audio and {args.labels}")
+    few = " (fewer than half: the rest has no audio)" * (counts["t2t"] > 2 * counts["s2t"] > 0)
+    said = (f"rows: {counts['t2t']} by text, {counts['s2t']} by speech{few}, {counts['sound']} "
+            f"without a teacher, {len(measured)} to measure on")
+    return used, measured, counts, said
 
 
 def read_data(args, master):
@@ -233,29 +240,10 @@ def read_data(args, master):
     for path in args.eval_data:
         eval_rows += read_manifest(path, {}, bad)  # may be a part of the training data
     m.leave_out(bad, args.max_bad_rows, args.out, master)
-    train_rows, counts = usable_rows(args, train_rows)
-    eval_rows = measurable(args, eval_rows)
+    train_rows, eval_rows, counts, said = choose_rows(args, train_rows, eval_rows)
     if master:
-        print(rows_line(counts, eval_rows), flush=True)
+        print(said, flush=True)
     return train_rows, eval_rows, counts, bad
-
-
-def rows_line(counts, eval_rows):
-    few = " (fewer than half: the rest has no audio)" * (counts["t2t"] > 2 * counts["s2t"] > 0)
-    return (f"rows: {counts['t2t']} by text, {counts['s2t']} by speech{few}, {counts['sound']} "
-            f"without a teacher, {len(eval_rows)} to measure on")
-
-
-def measurable(args, rows):
-    """Rows that serve all channels, so that these are compared on the same questions.
-
-    Raises: ValueError if none of those that were asked for does.
-    """
-    chosen = [row for row in rows if channels_of(row, args) == args.channels]
-    if args.eval_data and not chosen:
-        raise ValueError(f"--eval-data {' '.join(args.eval_data)}: no row can be measured; that "
-                         f"needs prompt, audio and {args.labels}")
-    return chosen
 
 
 def answer_ids(tokenizer, row, labels, max_tokens):
@@ -954,11 +942,10 @@ def main(args):
         silent += dataset.check(bad, ranks)
     said = [m.leave_out(bad, args.max_bad_rows, out, master)] if bad else []
     # again, now that it is known which clips are bad or silent
-    train_set.rows, counts = usable_rows(args, train_set.rows)
-    eval_set.rows = measurable(args, eval_set.rows)
+    train_set.rows, eval_set.rows, counts, line = choose_rows(args, train_set.rows, eval_set.rows)
     if silent:
         said.append(f"no words heard in {len(silent)} clips, e.g. {silent[0]}; they are read alone")
-    said += [rows_line(counts, eval_set)] if said else []
+    said += [line] if said else []
     if isinstance(student, m.SpeechLLM) and not student.adapter.listens:  # untrained so far
         aligned = align_sounds(student, train_set.rows, heard_of)
         student.adapter.listens.fill_(True)
