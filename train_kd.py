@@ -899,11 +899,6 @@ def start_processes(args):
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def outlive_sigterm(_worker):
-    """A loader's process ends with the run, which still finishes its step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def main(args):
     # ---- rows, before any model loads ----
     signal.signal(signal.SIGTERM, m.stop_now)
@@ -981,9 +976,10 @@ def main(args):
         model = DistributedDataParallel(student, gradient_as_bucket_view=True)
     # micro-batches go to the processes in turn: the plan knows nothing of their number
     todo = list(itertools.chain(*[batches[rank::world] for batches in plan[step:]]))
-    stream = iter(DataLoader(train_set, batch_sampler=todo, num_workers=args.workers,
-                             collate_fn=list, worker_init_fn=outlive_sigterm,
-                             multiprocessing_context="fork" if args.workers else None))
+    stream = iter(DataLoader(  # its processes outlive SIGTERM: the run still finishes its step
+        train_set, batch_sampler=todo, num_workers=args.workers, collate_fn=list,
+        worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+        multiprocessing_context="fork" if args.workers else None))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch raises in mid-step, not in next()
     autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
     channel_weights = {"t2t": args.t2t_weight, "s2t": 1.0, "sound": args.sound_weight}
