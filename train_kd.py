@@ -335,31 +335,27 @@ def plan_steps(rows, args):
         for epoch in itertools.count():
             yield from random.Random(f"{args.seed} {epoch}").sample(numbers, len(numbers))
 
-    asked, sounds = [], {}
+    asked, sounds, kinds, plan = [], {}, [], []
     for k, row in enumerate(rows):
         if row["prompt"] is None:
             sounds.setdefault(row.get("instruction"), []).append(k)
         else:
             asked.append(k)
     micro_batches = args.global_batch_size // args.batch_size  # of a step, of all processes
-    sizes = {"with": micro_batches * args.batch_size,
-             "without": micro_batches * args.sound_batch_size}
-    # kind of row -> how many there are, and iterators of row numbers that take turns
-    kinds = {"with": (len(asked), itertools.cycle([drawn(asked)])),
-             "without": (len(rows) - len(asked),
-                         itertools.cycle([drawn(numbers) for numbers in sounds.values()]))}
-    kinds = {kind: (count, turns) for kind, (count, turns) in kinds.items() if count}
-    for kind, (count, _) in kinds.items():
-        if count < sizes[kind]:
+    for kind, questions, batch_size in (("with", [asked], args.batch_size),
+                                        ("without", sounds.values(), args.sound_batch_size)):
+        count, size = sum(map(len, questions)), micro_batches * batch_size
+        if 0 < count < size:
             raise ValueError(f"{count} rows {kind} a teacher and with {args.labels} in "
-                             f"{', '.join(args.data)}, fewer than the {sizes[kind]} of one step; "
+                             f"{', '.join(args.data)}, fewer than the {size} of one step; "
                              "give more rows or a smaller batch")
-    first = next(iter(kinds))  # whose epochs count
-    plan, steps = [], args.max_steps or round(args.epochs * kinds[first][0] / sizes[first])
-    for _ in range(max(1, steps)):
+        if count:  # questions take turns
+            kinds.append((count, size, itertools.cycle([drawn(numbers) for numbers in questions])))
+    count, size, _ = kinds[0]  # whose epochs count
+    for _ in range(max(1, args.max_steps or round(args.epochs * count / size))):
         step = [[] for _ in range(micro_batches)]
-        for kind, (_, turns) in kinds.items():
-            for k in range(sizes[kind]):
+        for _, size, turns in kinds:
+            for k in range(size):
                 step[k % micro_batches].append(next(next(turns)))  # the next question's next row
         plan.append(step)
     return plan
