@@ -631,12 +631,9 @@ def write_samples(student, rows, path, step):
 def check_pair(teacher, teacher_tokenizer, student):
     """Same ordinary vocabulary and end of turn, and plain heads;
     special tokens may be named differently."""
-    vocabs, tokenizers = [], (teacher_tokenizer, student.tokenizer)
-    for tokenizer in tokenizers:
-        added = tokenizer.get_added_vocab()
-        vocabs.append({(k, v) for k, v in tokenizer.get_vocab().items() if k not in added})
-    ends = [m.end_token(tokenizer) for tokenizer in tokenizers]
-    differ = sorted(vocabs[0] ^ vocabs[1])
+    tokenizers = teacher_tokenizer, student.tokenizer
+    taught, spoken = (t.get_vocab().items() - t.get_added_vocab().items() for t in tokenizers)
+    ends, differ = [m.end_token(tokenizer) for tokenizer in tokenizers], sorted(taught ^ spoken)
     if differ or ends[0] != ends[1]:
         example = differ[0][0] if differ else None
         raise RuntimeError(f"teacher and student need one tokenizer: {tokenizers[0].name_or_path} "
