@@ -404,15 +404,16 @@ def hear_all(args, student, rows, ranks):
     if not isinstance(student, m.SpeechLLM):
         return lambda row: None
     # named after what is kept of a sound: another mean would need another folder
-    folder, names, clips = Path(args.cache) / fingerprint(student.whisper, "mean so far"), {}, {}
+    folder, clips = Path(args.cache) / fingerprint(student.whisper, "mean so far"), {}
+    digest = functools.cache(m.digest)
+
+    def name_of(row):
+        return hashlib.sha256(f"{digest(row['audio'])} {row.get('language')}".encode()).hexdigest()
+
     spoken = [row for row in rows if row.get("audio")]
     # like sizes together: what Whisper hears at once should end at once
     for row in sorted(spoken, key=lambda row: (os.path.getsize(row["audio"]), row["id"])):
-        key = row["audio"], row.get("language")
-        if key not in names:
-            content = f"{m.digest(row['audio'])} {row.get('language')}"
-            names[key] = hashlib.sha256(content.encode()).hexdigest()
-            clips.setdefault(names[key], row)
+        clips.setdefault(name_of(row), row)
 
     def compute(batch):
         found, waveforms, languages = [None] * len(batch), {}, []
@@ -426,9 +427,7 @@ def hear_all(args, student, rows, ranks):
         return found
 
     def heard_of(row):
-        if not row.get("audio"):
-            return None
-        path = folder / f"{names[row['audio'], row.get('language')]}.safetensors"
+        path = folder / f"{name_of(row)}.safetensors"
         if not path.exists():
             m.load_audio(row["audio"])  # raises ValueError
         return student.whisper.heard(**load_file(path))
