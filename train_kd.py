@@ -380,14 +380,12 @@ def fill_cache(folder, things, compute, what, ranks):
     """
     (rank, world), names = ranks, list(things)
     folder.mkdir(parents=True, exist_ok=True)
-    there, todo = set(os.listdir(folder)), []
-    for start in range(32 * rank, len(names), 32 * world):
-        batch = names[start:start + 32]
-        if any(f"{name}.safetensors" not in there for name in batch):
-            todo.append(batch)
+    there = {path.stem for path in folder.glob("*.safetensors")}
+    batches = [names[start:start + 32] for start in range(32 * rank, len(names), 32 * world)]
+    todo = [batch for batch in batches if not there.issuperset(batch)]
     for batch in tqdm(todo, desc=what, unit="batch", disable=rank > 0 or not todo):
         for name, value in zip(batch, compute([things[name] for name in batch])):
-            if value and f"{name}.safetensors" not in there:
+            if value and name not in there:
                 temporary = folder / f"{name}.{os.getpid()}"
                 save_file({k: v.contiguous().cpu() for k, v in value.items()}, temporary)
                 os.replace(temporary, folder / f"{name}.safetensors")
@@ -472,11 +470,9 @@ def teach_all(args, teacher, datasets, ranks):
         content = json.dumps([item["teacher_ids"], item["answer"]])
         return hashlib.sha256(content.encode()).hexdigest()
 
-    for dataset in datasets:
-        for k in range(len(dataset)):
-            item = dataset[k]
-            if item["teacher_ids"]:
-                items[name_of(item)] = item
+    for item in itertools.chain(*datasets):
+        if item["teacher_ids"]:
+            items[name_of(item)] = item
     fill_cache(folder, items, lambda batch: [{"x": x} for x in teacher_rows(teacher, batch)],
                "teaching", ranks)
     return lambda item: load_file(folder / f"{name_of(item)}.safetensors")["x"]
