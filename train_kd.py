@@ -835,8 +835,8 @@ def channel_means(sums, counted):
     """Sums (3 channels, 3: loss, CE, KD) of a step, over tokens or rows -> means for the log."""
     record = {}
     for channel, (_, ce, kd) in zip(CHANNELS, sums.tolist()):
-        if counted[channel]:
-            count = counted[channel]
+        count = counted[channel]
+        if count:
             record |= {f"ce_{channel}": ce / count, f"kd_{channel}": kd / count}
     return record
 
@@ -852,8 +852,9 @@ def cut_back(path, step):
     m.write_atomically(path, "".join(kept))
 
 
-def print_record(record, *more):
-    """One line for people."""
+def log(out, record, *more):
+    """A line of log.jsonl, and one for people."""
+    append(out / "log.jsonl", record)
     cells = [f"step {record['step']}"]
     cells += [f"{key} {value:.4g}" for key, value in record.items() if key != "step"]
     print(*cells, *more, sep=" | ", flush=True)
@@ -985,8 +986,7 @@ def main(args):
                 best = score
                 save_folder(student, out / "best", dtype)
             if master:
-                append(out / "log.jsonl", {"step": step, **record})
-                print_record({"step": step, **record})
+                log(out, {"step": step, **record})
             if master and not args.shard:  # sharded ranks would lose step
                 write_samples(student, eval_set.rows, out / "samples.jsonl", step)
         if last:
@@ -1048,8 +1048,7 @@ def main(args):
             record |= {**norms, "lr": max(group["lr"] for group in optimizer.param_groups),
                        "tokens_per_s": counted["tokens"] / seconds, "seconds": seconds,
                        "hours": (time.perf_counter() - begun) / 3600, **resources(device)}
-            append(out / "log.jsonl", record)
-            print_record(record, f"{seconds * (steps - step) / 60:.1f} minutes left")
+            log(out, record, f"{seconds * (steps - step) / 60:.1f} minutes left")
         if step % args.save_every == 0 or step == steps:
             save_checkpoint(args, student, optimizer, scaler, (step, best, identity))
 
