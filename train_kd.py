@@ -653,14 +653,12 @@ def load_teacher(args, student, dtype):
 
 def choose_what_trains(args, student, dtype):
     """Parts of --train stay in float32 and train; the rest is frozen, the LLM in `dtype`."""
-    missing = [name for name in args.train if name not in student.parts()]
-    if missing:
-        raise ValueError(f"--train {missing[0]}: {args.student} trains "
-                         f"{', '.join(student.parts())}; its Whisper stays as it is")
     student.requires_grad_(False)  # then what --train names
     for name in args.train:
-        for part in student.parts()[name]:
-            part.requires_grad_(True)
+        if name not in student.parts():
+            raise ValueError(f"--train {name}: {args.student} trains "
+                             f"{', '.join(student.parts())}; its Whisper stays as it is")
+        torch.nn.ModuleList(student.parts()[name]).requires_grad_(True)
     if args.lora_rank:
         # peft asks for it, and a part of a student has none
         student.llm.name_or_path = args.student.partition("+")[2] or args.student
@@ -678,9 +676,8 @@ def make_optimizer(args, student):
     """AdamW over the parts that train; matrices decay, vectors do not. The loop sets the rates."""
     groups = []
     for name in args.train:
-        trained = []
-        for part in student.parts()[name]:
-            trained += [p for p in part.parameters() if p.requires_grad]
+        part = torch.nn.ModuleList(student.parts()[name])
+        trained = [p for p in part.parameters() if p.requires_grad]
         for decay, matrices in ((WEIGHT_DECAY, True), (0.0, False)):
             chosen = [p for p in trained if (p.dim() >= 2) == matrices]  # no norms, biases
             groups.append({"params": chosen, "weight_decay": decay, "part": name})
