@@ -480,29 +480,26 @@ def teach_all(args, teacher, datasets, ranks):
 
 # ---- one pass through teacher and student ----
 
-@contextlib.contextmanager
-def lora_off(llm):
-    """The student's own LLM as its teacher: no adapters, no dropout."""
-    training = llm.training
-    llm.eval()
-    llm.disable_adapters()
-    yield
-    llm.enable_adapters()
-    llm.train(training)
-
-
 @torch.no_grad()
 def teacher_rows(teacher, items):
     """One teacher forward for both channels -> the hidden rows that predict the answers,
-    list of (n_i, H'); from the cache if the items carry them."""
+    list of (n_i, H'); from the cache if the items carry them. The student's own LLM teaches with
+    its adapters off."""
     if "taught" in items[0]:
         return [item["taught"] for item in items]
     rows = [torch.tensor(item["teacher_ids"] + item["answer"], device=teacher.device)
             for item in items]
     lengths = [len(item["answer"]) for item in items]
     shared = len(os.path.commonprefix([item["teacher_ids"] for item in items]))  # template's tokens
-    with lora_off(teacher) if hasattr(teacher, "peft_config") else contextlib.nullcontext():
-        return m.answer_states(teacher, rows, lengths, shared).split(lengths)
+    own, training = hasattr(teacher, "peft_config"), teacher.training
+    teacher.eval()  # no dropout
+    if own:
+        teacher.disable_adapters()
+    states = m.answer_states(teacher, rows, lengths, shared)                      # (N, H')
+    if own:
+        teacher.enable_adapters()
+    teacher.train(training)
+    return states.split(lengths)
 
 
 def passes_of(items, channels):
