@@ -717,9 +717,8 @@ def shard(student, teacher, dtype, device):
     for llm in filter(None, (student.llm, teacher)):
         for layer in m.layers_of(llm):
             fully_shard(layer, **options)
-    for part in student.parts()["adapter"]:
-        fully_shard(part, mesh=mesh, reshard_after_forward=False,
-                    mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    fully_shard(student.parts()["adapter"], mesh=mesh, reshard_after_forward=False,
+                mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     listener = getattr(student, "whisper", torch.nn.Module())
     fully_shard(student, ignored_params=set(listener.parameters()), **options)
     if teacher is not None:
