@@ -50,9 +50,6 @@ import model as m
 
 EARLY = 8  # answer tokens before the answer itself gives the question away: the gap shows there
 CHANNELS = ("t2t", "s2t", "sound")
-MAX_GRAD_NORM = 1.0   # of each part by itself: the LLM's gradient would drown the adapter's
-WEIGHT_DECAY = 0.01   # of matrices; what nearly everyone takes for fine-tuning
-KEEP = 2              # newest checkpoints that stay: one may be damaged
 EVAL_ROWS = 16        # measured together
 SAMPLE_TOKENS = 40    # of an answer in samples.jsonl
 KEYS = ("id", "prompt", "audio", "response", "reference", "finish", "instruction", "system",
@@ -675,7 +672,7 @@ def make_optimizer(args, student):
     for name in args.train:
         part = torch.nn.ModuleList(student.parts()[name])
         trained = [p for p in part.parameters() if p.requires_grad]
-        for decay, matrices in ((WEIGHT_DECAY, True), (0.0, False)):
+        for decay, matrices in ((0.01, True), (0.0, False)):  # what nearly everyone takes
             chosen = [p for p in trained if (p.dim() >= 2) == matrices]  # no norms, biases
             groups.append({"params": chosen, "weight_decay": decay, "part": name})
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
@@ -693,10 +690,10 @@ def update(args, optimizer, scaler, step):
     scaler.unscale_(optimizer)  # clip the true gradient
     norms = {}
     for name in args.train:
-        trained = []
+        trained = []  # of one part: the LLM's gradient would drown the adapter's
         for group in optimizer.param_groups:
             trained += group["params"] if group["part"] == name else []
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(trained, 1.0)))
         norms[f"norm_{name}"] = norm
         if not math.isfinite(norm) and scaler.get_scale() <= 1:  # else fp16 skips the step
             raise RuntimeError(f"gradient norm {norm} of {name} in step {step}; lower the learning "
@@ -769,7 +766,7 @@ def save_checkpoint(args, student, optimizer, scaler, progress):
     # torch.load does not see a flipped bit: the name tells what the bytes must be
     path = out / f"ckpt-{step:06d}-{m.digest(temporary)[:16]}.pt"
     os.replace(temporary, path)
-    for old in checkpoints(out)[KEEP:]:  # after the new one is in place
+    for old in checkpoints(out)[2:]:  # two stay: one may be damaged
         old.unlink()
 
 
