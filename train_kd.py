@@ -968,8 +968,7 @@ def main(args):
     student.train()
     begun = time.perf_counter()
     while True:
-        last = step == steps
-        if len(eval_set) and (last or step % (args.eval_every or steps) == 0):
+        if len(eval_set) and (step == steps or step % (args.eval_every or steps) == 0):
             record = evaluate(args, student, teacher, eval_set, ranks, autocast)
             score = record.get("eval_kl8_s2t", record.get("eval_kl8_t2t"))
             if best is None or score < best:  # the best early answers by speech
@@ -979,7 +978,7 @@ def main(args):
                 log(out, {"step": step, **record})
             if master and not args.shard:  # sharded ranks would lose step
                 write_samples(student, eval_set.rows, out / "samples.jsonl", step)
-        if last:
+        if step == steps:
             break
         set_rates(args, optimizer, step / steps, (step + 1) / max(1, args.lr_warmup_steps))
 
