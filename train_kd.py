@@ -868,8 +868,7 @@ def start_processes(args):
     """-> rank, world size and device; with torchrun, all processes have met."""
     device = torch.device(args.device)
     if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" not in os.environ:
         return 0, 1, device
     dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
