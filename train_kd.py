@@ -398,6 +398,7 @@ def hear_all(args, student, rows, ranks):
     """
     if not isinstance(student, m.SpeechLLM):
         return lambda row: None
+    student.whisper.to(args.device)
     # named after what is kept of a sound: another mean would need another folder
     folder, clips = Path(args.cache) / fingerprint(student.whisper, "mean so far"), {}
     digest = functools.cache(m.digest)
@@ -898,10 +899,8 @@ def main(args):
     choose_what_trains(args, student, dtype)  # before DDP and optimizer, which read the flags
     if args.gradient_checkpointing:
         student.llm.gradient_checkpointing_enable()
-    if not args.shard:  # else they move piece by piece
+    if not args.shard:  # else it moves piece by piece
         student.to(device)
-    elif hasattr(student, "whisper"):
-        student.whisper.to(device)
 
     # ---- what is heard, read and taught ----
     heard_of = hear_all(args, student, train_rows + eval_rows, ranks)
