@@ -501,16 +501,14 @@ def teacher_rows(teacher, items):
 
 
 def passes_of(items, channels):
-    """What a micro-batch asks of the student: [(channel, its items)]. All processes must make the
+    """What a micro-batch asks of the student: (channel, its items) in turn. All processes make the
     same passes: where no row serves a channel, one that is read stands in, with no answer."""
-    passes = []
     for channel in channels:
         chosen = [item for item in items if channel in item]
         if not chosen:
             idle = next(item for item in items if "t2t" in item)
             chosen = [{**idle, channel: idle["t2t"], "answer": []}]
-        passes.append((channel, chosen))
-    return passes
+        yield channel, chosen
 
 
 def chunk_rows_of(head):
