@@ -580,12 +580,11 @@ def evaluate(args, student, teacher, rows, ranks, autocast):
     share = -(-len(rows) // world)  # as many on every rank: sharded models work together
     for start in range(0, share, EVAL_ROWS):
         numbers = [rank + world * k for k in range(start, min(start + EVAL_ROWS, share))]
-        items = [rows[k % len(rows)] for k in numbers]  # beyond the last: read, not counted
+        items = [rows[k % len(rows)] for k in numbers]
+        counted = sum(k < len(rows) for k in numbers)  # beyond the last they are read alone
         found = measure(student, teacher, items, args.channels, autocast)
         for c, channel in enumerate(args.channels):
-            for k, (kl, agree) in zip(numbers, found[channel]):
-                if k >= len(rows):
-                    continue
+            for kl, agree in found[channel][:counted]:
                 for part, first in enumerate((len(kl), EARLY)):
                     sums[c, part, 0] += kl[:first].sum()  # nats
                     sums[c, part, 1] += agree[:first].sum()
