@@ -40,10 +40,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
                                                      get_state_dict, set_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers.utils import logging
 
 import losses
 import model as m
@@ -878,8 +876,8 @@ def start_processes(args):
 def main(args):
     # ---- rows, before any model loads ----
     signal.signal(signal.SIGTERM, m.stop_now)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     out, dtype, earlier = Path(args.out), getattr(torch, args.dtype), checkpoints(args.out)
     if earlier and not args.resume:
         raise ValueError(f"{earlier[0]} exists: add --resume to go on, or choose another --out")
@@ -947,7 +945,7 @@ def main(args):
     # ---- the loop ----
     model = student
     if world > 1 and not args.shard:
-        model = DistributedDataParallel(student, gradient_as_bucket_view=True)
+        model = torch.nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
     # micro-batches go to the processes in turn: the plan knows nothing of their number
     todo = list(itertools.chain(*[batches[rank::world] for batches in plan[step:]]))
     stream = iter(DataLoader(  # its processes outlive SIGTERM: the run still finishes its step
