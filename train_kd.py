@@ -451,7 +451,7 @@ def align_sounds(student, rows, heard_of):
         for (row, _), vector in zip(kept, vectors):
             clip, offset = row["audio"], vector - torch.stack(vectors).mean(0)    # (H,)
             targets[clip] = targets.get(clip, 0) + offset  # several questions ask about a clip
-            sounds[clip] = heard_of(row).sound.to(student.device)
+            sounds[clip] = heard_of(row).sound.to(table.device)
     if sounds:
         student.adapter.align(list(sounds.values()), torch.stack([targets[c] for c in sounds]))
     return len(sounds)
