@@ -830,12 +830,9 @@ def channel_means(sums, counted):
 def cut_back(path, step):
     """Leave the lines before a step's evaluation, which is repeated: they are as they would be
     without a stop."""
-    kept = []
-    for line in path.read_text().splitlines(True) if path.exists() else []:
-        record = json.loads(line) if line.endswith("\n") else {"step": math.inf}
-        if record["step"] < step or record["step"] == step and "loss" in record:
-            kept.append(line)
-    m.write_atomically(path, "".join(kept))
+    rows = m.json_lines(path, lambda row, _: row, []) if path.exists() else []  # whole lines
+    kept = [row for row in rows if row["step"] < step or row["step"] == step and "loss" in row]
+    m.write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def log(out, record, *more):
