@@ -40,7 +40,6 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
                                                      get_state_dict, set_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import losses
@@ -249,7 +248,7 @@ def answer_ids(tokenizer, row, labels, max_tokens):
     return ids[:max_tokens] + ([] if cut else [m.end_token(tokenizer)])
 
 
-class Rows(Dataset):
+class Rows:
     """Rows of the manifest -> items: what a step needs of a row, and no model has to make.
 
     An item: id, answer (token ids), teacher_ids (its whole prompt; None for a sound), for each
@@ -302,8 +301,7 @@ class Rows(Dataset):
         if world > 1:
             parts = [None] * world
             dist.all_gather_object(parts, found)
-            for part in parts:
-                found |= part
+            found = collections.ChainMap(*parts)
         silent = []
         for k, reason in sorted(found.items()):
             row = self.rows[k]
@@ -945,7 +943,7 @@ def main(args):
         model = torch.nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
     # micro-batches go to the processes in turn: the plan knows nothing of their number
     todo = list(itertools.chain(*[batches[rank::world] for batches in plan[step:]]))
-    stream = iter(DataLoader(  # its processes outlive SIGTERM: the run still finishes its step
+    stream = iter(torch.utils.data.DataLoader(  # workers outlive SIGTERM: a step is finished
         train_set, batch_sampler=todo, num_workers=args.workers, collate_fn=list,
         worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),
         multiprocessing_context="fork" if args.workers else None))
