@@ -661,7 +661,7 @@ def choose_what_trains(args, student, dtype):
 
 
 def make_optimizer(args, student):
-    """AdamW over the parts that train; matrices decay, vectors do not. The loop sets the rates."""
+    """AdamW over the parts that train; matrices decay, vectors do not. main sets the rates."""
     groups = []
     for name in args.train:
         part = torch.nn.ModuleList(student.parts()[name])
@@ -670,13 +670,6 @@ def make_optimizer(args, student):
             chosen = [p for p in trained if (p.dim() >= 2) == matrices]  # no norms, biases
             groups.append({"params": chosen, "weight_decay": decay, "part": name})
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
-
-
-def set_rates(args, optimizer, done, warm):
-    """Linear warm-up, then a cosine to zero. done, warm: shares of the steps, of the warm-up."""
-    for group in optimizer.param_groups:
-        peak = getattr(args, f"lr_{group['part']}")
-        group["lr"] = peak * min(1.0, warm) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def update(args, optimizer, scaler, step):
@@ -968,7 +961,10 @@ def main(args):
                 write_samples(student, eval_set.rows, out / "samples.jsonl", step)
         if step == steps:
             break
-        set_rates(args, optimizer, step / steps, (step + 1) / max(1, args.lr_warmup_steps))
+        warm = (step + 1) / max(1, args.lr_warmup_steps)  # linear, times a cosine to zero
+        for group in optimizer.param_groups:
+            peak = getattr(args, f"lr_{group['part']}")
+            group["lr"] = peak * min(1.0, warm) * 0.5 * (1 + math.cos(math.pi * (step / steps)))
 
         # -------- one optimizer step --------
         started = time.perf_counter()
