@@ -479,7 +479,7 @@ def teacher_rows(teacher, items):
     """One teacher forward for both channels -> the hidden rows that predict the answers,
     list of (n_i, H'); from the cache if the items carry them. The student's own LLM teaches with
     its adapters off."""
-    if "taught" in items[0]:
+    if all("taught" in item for item in items):
         return [item["taught"] for item in items]
     rows = [torch.tensor(item["teacher_ids"] + item["answer"], device=teacher.device)
             for item in items]
@@ -988,9 +988,8 @@ def main(args):
         sums = torch.zeros(len(CHANNELS), 3, dtype=torch.float64, device=device)  # loss, CE, KD
         for micro_step, items in enumerate(micro_batches):
             asked = [item for item in items if item["teacher_ids"]] if args.kd_weight else []
-            if asked:  # one teacher pass serves both channels
-                for item, taught in zip(asked, teacher_rows(teacher, asked)):
-                    item["taught"] = taught
+            for item, taught in zip(asked, teacher_rows(teacher, asked)):  # once for both channels
+                item["taught"] = taught
             for channel, chosen in passes_of(items, channels):
                 final = micro_step == len(micro_batches) - 1 and channel == channels[-1]
                 model.require_backward_grad_sync = final  # what no_sync sets: forward reads it, too
