@@ -808,16 +808,6 @@ def begin_logs(args, step, world):
     m.write_atomically(Path(args.out, "args.json"), json.dumps(about, indent=1))
 
 
-def channel_means(sums, counted):
-    """Sums (3 channels, 3: loss, CE, KD) of a step, over tokens or rows -> means for the log."""
-    record = {}
-    for channel, (_, ce, kd) in zip(CHANNELS, sums.tolist()):
-        count = counted[channel]
-        if count:
-            record |= {f"ce_{channel}": ce / count, f"kd_{channel}": kd / count}
-    return record
-
-
 def cut_back(path, step):
     """Leave the lines before a step's evaluation, which is repeated: they are as they would be
     without a stop."""
@@ -1014,7 +1004,11 @@ def main(args):
 
         if master:
             seconds = time.perf_counter() - started
-            record = {"step": step, "loss": total, **channel_means(sums, counted)}
+            record = {"step": step, "loss": total}
+            for channel, (_, ce, kd) in zip(CHANNELS, sums.tolist()):
+                count = counted[channel]  # of tokens, or rows
+                if count:
+                    record |= {f"ce_{channel}": ce / count, f"kd_{channel}": kd / count}
             record |= {**norms, "lr": max(group["lr"] for group in optimizer.param_groups),
                        "tokens_per_s": counted["tokens"] / seconds, "seconds": seconds,
                        "hours": (time.perf_counter() - begun) / 3600, **resources(device)}
