@@ -846,8 +846,7 @@ def start_processes(args):
     if "RANK" not in os.environ:
         return 0, 1, device
     dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
-    if args.device == "cpu":  # torchrun sets one thread a process
-        torch.set_num_threads(max(1, m.cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    torch.set_num_threads(max(1, m.cores() // int(os.environ["LOCAL_WORLD_SIZE"])))  # else one
     return dist.get_rank(), dist.get_world_size(), device
 
 
