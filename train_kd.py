@@ -61,8 +61,7 @@ def get_args(argv=None):
     natural, positive = m.number(int, 0), m.number(int, 1)
     rate, weight = m.number(float, 0, 1), m.number(float, 0)
     add = p.add_argument_group("models and data").add_argument
-    add("--teacher", default=m.DEFAULT_LLM,
-        help="text LLM, folder or hub id (NAME@REVISION); frozen")
+    add("--teacher", default=m.DEFAULT_LLM, help="frozen text LLM: folder or hub id, NAME@REVISION")
     add("--student", default=m.DEFAULT_STUDENT,
         help="WHISPER+LLM, a speech LLM of transformers, or a folder that this script wrote")
     add("--data", nargs="+", required=True, help="manifests to train on")
