@@ -551,8 +551,7 @@ def measure(student, teacher, items, channels, autocast):
     over each answer's tokens."""
     answers, results = [item["answer"] for item in items], {}
     lengths = [len(answer) for answer in answers]
-    heads = [whole(llm.get_output_embeddings().weight).to(student.device)
-             for llm in (student.llm, teacher)]
+    heads = [whole(llm.get_output_embeddings().weight) for llm in (student.llm, teacher)]
     taught = torch.cat(list(teacher_rows(teacher, items))).to(student.device)     # (N, H')
     for channel in channels:
         prompts = [item[channel] for item in items]
