@@ -201,11 +201,9 @@ def choose_rows(args, rows, eval_rows):
 
     Raises: ValueError if a channel that was asked for has none, or nothing can be measured.
     """
-    used, counts = [], collections.Counter()
-    for row in rows:
-        channels = channels_of(row, args)
-        used += [row] if channels else []
-        counts.update(channels)
+    served = [channels_of(row, args) for row in rows]
+    used = [row for row, channels in zip(rows, served) if channels]
+    counts = collections.Counter(itertools.chain(*served))
     sounds_only = counts["sound"] == len(used) > 0
     strange = set().union(*rows) - set(KEYS)  # `audio` under another name, for instance
     for channel in args.channels:
