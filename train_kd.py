@@ -458,8 +458,7 @@ def teach_all(args, teacher, datasets, ranks):
     folder, items = Path(args.teacher_cache) / fingerprint(teacher, teacher.dtype), {}
 
     def name_of(item):
-        content = json.dumps([item["teacher_ids"], item["answer"]])
-        return hashlib.sha256(content.encode()).hexdigest()
+        return hashlib.sha256(json.dumps([item["teacher_ids"], item["answer"]]).encode()).hexdigest()
 
     for item in itertools.chain(*datasets):
         if item["teacher_ids"]:
@@ -815,9 +814,8 @@ def cut_back(path, step):
 def log(out, record, *more):
     """A line of log.jsonl, and one for people."""
     append(out / "log.jsonl", record)
-    cells = [f"step {record['step']}"]
-    cells += [f"{key} {value:.4g}" for key, value in record.items() if key != "step"]
-    print(*cells, *more, sep=" | ", flush=True)
+    cells = [f"{key} {value:.4g}" for key, value in record.items() if key != "step"]
+    print(f"step {record['step']}", *cells, *more, sep=" | ", flush=True)
 
 
 def resources(device):
