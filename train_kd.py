@@ -567,7 +567,7 @@ def evaluate(args, student, teacher, rows, ranks, autocast):
     tokens and over the first EARLY, of each channel; the gap between the channels."""
     (rank, world), training = ranks, student.training
     student.eval()
-    sums = torch.zeros(len(args.channels), 2, 3, dtype=torch.float64)  # KL, agreements, tokens
+    sums = torch.zeros(len(args.channels), 2, 3, dtype=torch.float64, device=student.device)
     share = -(-len(rows) // world)  # as many on every rank: sharded models work together
     for start in range(0, share, EVAL_ROWS):
         numbers = [rank + world * k for k in range(start, min(start + EVAL_ROWS, share))]
@@ -579,10 +579,9 @@ def evaluate(args, student, teacher, rows, ranks, autocast):
                 for part, first in enumerate((len(kl), EARLY)):
                     sums[c, part, 0] += kl[:first].sum()  # nats
                     sums[c, part, 1] += agree[:first].sum()
-                    sums[c, part, 2] += len(kl[:first])
+                    sums[c, part, 2] += len(kl[:first])  # tokens
     student.train(training)
     if world > 1:
-        sums = sums.to(student.device)
         dist.all_reduce(sums)  # of counts and sums, so that the mean is exact
     record = {}
     for channel, parts in zip(args.channels, sums.tolist()):
