@@ -443,8 +443,9 @@ def align_sounds(student, rows, heard_of):
         for _, ids in kept:
             own = [token for token in ids if token not in common]
             vectors.append(table[own].mean(0) if own else torch.zeros_like(table[0]))
-        for (row, _), vector in zip(kept, vectors):
-            clip, offset = row["audio"], vector - torch.stack(vectors).mean(0)    # (H,)
+        offsets = torch.stack(vectors) - torch.stack(vectors).mean(0) if kept else []
+        for (row, _), offset in zip(kept, offsets):                               # (H,)
+            clip = row["audio"]
             targets[clip] = targets.get(clip, 0) + offset  # several questions ask about a clip
             sounds[clip] = heard_of(row).sound.to(table.device)
     if sounds:
