@@ -459,7 +459,7 @@ def teach_all(args, teacher, datasets, ranks):
     folder, items = Path(args.teacher_cache) / fingerprint(teacher, teacher.dtype), {}
 
     def name_of(item):
-        return hashlib.sha256(json.dumps([item["teacher_ids"], item["answer"]]).encode()).hexdigest()
+        return hashlib.sha256(str([item["teacher_ids"], item["answer"]]).encode()).hexdigest()
 
     for item in itertools.chain(*datasets):
         if item["teacher_ids"]:
