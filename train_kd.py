@@ -21,7 +21,6 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -1028,6 +1027,6 @@ if __name__ == "__main__":
         sys.exit(main(get_args()))
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         print("train_kd.py:", *str(error).split(), file=sys.stderr)
-        for worker in multiprocessing.active_children():
+        for worker in torch.multiprocessing.active_children():
             worker.kill()  # of the loader: Python would wait for what outlives SIGTERM
         sys.exit(2)
