@@ -689,7 +689,7 @@ def update(args, optimizer, scaler, step):
 def shard(student, teacher, dtype, device):
     """FSDP2: layers one by one, then the rest. Layers are gathered in `dtype` when they are needed,
     gradients are summed in float32; the adapter is all float32. The teacher's head stays whole."""
-    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = dist.device_mesh.init_device_mesh(device, (dist.get_world_size(),))
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False))
     for llm in filter(None, (student.llm, teacher)):
@@ -819,7 +819,7 @@ def log(out, record, *more):
 
 def resources(device):
     """What a long run must not use more and more of, see tools/soak.py."""
-    memory = (torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
+    memory = (torch.cuda.max_memory_allocated() / 2**30 if device == "cuda"
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     record = {"memory": memory}
     if sys.platform == "linux":
@@ -832,15 +832,14 @@ def resources(device):
 # ---- main ----
 
 def start_processes(args):
-    """-> rank, world size and device; with torchrun, all processes have met."""
-    device = torch.device(args.device)
+    """-> rank, world size; with torchrun, all processes have met."""
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" not in os.environ:
-        return 0, 1, device
+        return 0, 1
     dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
     torch.set_num_threads(max(1, m.cores() // int(os.environ["LOCAL_WORLD_SIZE"])))  # else one
-    return dist.get_rank(), dist.get_world_size(), device
+    return dist.get_rank(), dist.get_world_size()
 
 
 def main(args):
@@ -851,7 +850,7 @@ def main(args):
     out, dtype, earlier = Path(args.out), getattr(torch, args.dtype), checkpoints(args.out)
     if earlier and not args.resume:
         raise ValueError(f"{earlier[0]} exists: add --resume to go on, or choose another --out")
-    rank, world, device = start_processes(args)  # world: processes, one a GPU
+    rank, world = start_processes(args)  # world: processes, one a GPU
     ranks, master = (rank, world), rank == 0
     train_rows, eval_rows, counts, bad = read_data(args, master)
     out.mkdir(parents=True, exist_ok=True)  # fails now, not after the first steps
@@ -865,7 +864,7 @@ def main(args):
     if args.gradient_checkpointing:
         student.llm.gradient_checkpointing_enable()
     if not args.shard:  # else it moves piece by piece
-        student.to(device)
+        student.to(args.device)
 
     # ---- what is heard, read and taught ----
     heard_of = hear_all(args, student, train_rows + eval_rows, ranks)
@@ -888,7 +887,7 @@ def main(args):
         student.adapter.listens.fill_(True)
         said += [f"sound layer: begins with {aligned} clips, in closed form"] * (aligned > 0)
     if teacher is not None and (args.teacher_cache or not args.shard):
-        teacher.to(device)
+        teacher.to(args.device)
     if args.teacher_cache and teacher is not None:
         taught_of = teach_all(args, teacher, [train_set, eval_set], ranks)
         train_set.taught_of = eval_set.taught_of = taught_of
@@ -897,9 +896,9 @@ def main(args):
 
     # ---- optimizer, resume, log ----
     if args.shard:
-        shard(student, teacher, dtype, device)
+        shard(student, teacher, dtype, args.device)
     optimizer = make_optimizer(args, student)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # bf16 needs none
+    scaler = torch.amp.GradScaler(args.device, enabled=dtype == torch.float16)  # bf16 needs none
     identity = run_identity(args, train_set.rows + eval_set.rows, world)
     step, best, steps = 0, None, len(plan)
     if earlier:
@@ -923,7 +922,7 @@ def main(args):
         worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),
         multiprocessing_context="fork" if args.workers else None))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch raises in mid-step, not in next()
-    autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
+    autocast = functools.partial(torch.autocast, args.device, dtype, dtype != torch.float32)
     channel_weights = {"t2t": args.t2t_weight, "s2t": 1.0, "sound": args.sound_weight}
     # speech first: it keeps more for backward, and there are no gradients yet. By text only the LLM
     # can learn; the adapter is a part of the graph all the same: DDP waits for what trains
@@ -959,7 +958,7 @@ def main(args):
                 num_tokens = sum(len(item["answer"]) for item in chosen)
                 counted[channel] += len(chosen) if channel == "sound" else num_tokens
                 counted["tokens"] += num_tokens
-        shared = torch.tensor(list(counted.values()), device=device)
+        shared = torch.tensor(list(counted.values()), device=args.device)
         if world > 1:
             dist.all_reduce(shared)
         counted = dict(zip(counted, shared.tolist()))
@@ -967,7 +966,7 @@ def main(args):
             break
         # dropout, if a model has any, is the same after a restart
         torch.manual_seed(args.seed + 100_003 * step + rank)
-        sums = torch.zeros(len(CHANNELS), 3, dtype=torch.float64, device=device)  # loss, CE, KD
+        sums = torch.zeros(len(CHANNELS), 3, dtype=torch.float64, device=args.device)
         for micro_step, items in enumerate(micro_batches):
             asked = [item for item in items if item["teacher_ids"]] if args.kd_weight else []
             for item, taught in zip(asked, teacher_rows(teacher, asked)):  # once for both channels
@@ -1003,7 +1002,7 @@ def main(args):
                     record |= {f"ce_{channel}": ce / count, f"kd_{channel}": kd / count}
             record |= {**norms, "lr": max(group["lr"] for group in optimizer.param_groups),
                        "tokens_per_s": counted["tokens"] / seconds, "seconds": seconds,
-                       "hours": (time.perf_counter() - begun) / 3600, **resources(device)}
+                       "hours": (time.perf_counter() - begun) / 3600, **resources(args.device)}
             log(out, record, f"{seconds * (steps - step) / 60:.1f} minutes left")
         if step % args.save_every == 0 or step == steps:
             save_checkpoint(args, student, optimizer, scaler, (step, best, identity))
