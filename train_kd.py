@@ -247,7 +247,7 @@ def answer_ids(tokenizer, row, labels, max_tokens):
 class Rows:
     """Rows of the manifest -> items: what a step needs of a row, and no model has to make.
 
-    An item: id, answer (token ids), teacher_ids (its whole prompt; None for a sound), for each
+    An item: id, answer (token ids), teacher_ids (its whole prompt; none for a sound), for each
     channel that the row serves the student's prompt; taught, the teacher's rows, if it has a cache.
     """
 
@@ -261,7 +261,7 @@ class Rows:
 
     def __getitem__(self, i):
         row = self.rows[i]
-        item = {"id": row["id"], "teacher_ids": None,
+        item = {"id": row["id"], "teacher_ids": [],
                 "answer": answer_ids(self.student.tokenizer, row, self.args.labels,
                                      self.args.max_answer_tokens)}
         for channel in channels_of(row, self.args):
@@ -275,9 +275,8 @@ class Rows:
             item["teacher_ids"] = before + m.text_ids(self.teacher_tokenizer, row["prompt"]) + after
             if self.taught_of:
                 item["taught"] = self.taught_of(item)
-        sizes = [len(item["teacher_ids"] or [])]  # in tokens, the teacher's first
-        sizes += [m.positions(item[channel]) for channel in CHANNELS if channel in item]
-        size = max(sizes) + max(len(item["answer"]), self.new_tokens)
+        sizes = [m.positions(item[channel]) for channel in CHANNELS if channel in item]  # in tokens
+        size = max(len(item["teacher_ids"]), *sizes) + max(len(item["answer"]), self.new_tokens)
         if size > self.context:
             raise ValueError(f"{size} tokens of prompt, speech and answer, the models have room for"
                              f" {self.context}; shorten it or lower --max-answer-tokens")
