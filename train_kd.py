@@ -21,7 +21,6 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -40,19 +39,13 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
                                                      get_state_dict, set_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers.utils import logging
 
 import losses
 import model as m
 
 EARLY = 8  # answer tokens before the answer itself gives the question away: the gap shows there
 CHANNELS = ("t2t", "s2t", "sound")
-MAX_GRAD_NORM = 1.0   # of each part by itself: the LLM's gradient would drown the adapter's
-WEIGHT_DECAY = 0.01   # of matrices; what nearly everyone takes for fine-tuning
-KEEP = 2              # newest checkpoints that stay: one may be damaged
 EVAL_ROWS = 16        # measured together
 SAMPLE_TOKENS = 40    # of an answer in samples.jsonl
 KEYS = ("id", "prompt", "audio", "response", "reference", "finish", "instruction", "system",
@@ -67,8 +60,7 @@ def get_args(argv=None):
     natural, positive = m.number(int, 0), m.number(int, 1)
     rate, weight = m.number(float, 0, 1), m.number(float, 0)
     add = p.add_argument_group("models and data").add_argument
-    add("--teacher", default=m.DEFAULT_LLM,
-        help="text LLM, folder or hub id (NAME@REVISION); frozen")
+    add("--teacher", default=m.DEFAULT_LLM, help="frozen text LLM: folder or hub id, NAME@REVISION")
     add("--student", default=m.DEFAULT_STUDENT,
         help="WHISPER+LLM, a speech LLM of transformers, or a folder that this script wrote")
     add("--data", nargs="+", required=True, help="manifests to train on")
@@ -193,33 +185,26 @@ def read_manifest(path, seen=None, bad=None):
     return m.json_lines(path, parse, bad)
 
 
-def label_of(row, labels):
-    """Key of a row's answer: what is said about a sound has no second form."""
-    return "response" if row["prompt"] is None else labels
-
-
 def channels_of(row, args):
-    """The channels that a row serves: those of --channels, or "sound"."""
-    if not row.get(label_of(row, args.labels)):
-        return []  # no answer to learn
-    if row["prompt"] is None:
-        return ["sound"]  # nothing that a teacher could read
+    """The channels that a row serves: those of --channels, or "sound"; none without an answer."""
+    if row["prompt"] is None:  # nothing that a teacher could read
+        return ["sound"] if row["response"] else []
+    if not row.get(args.labels):
+        return []
     return [c for c in args.channels if c == "t2t" or row.get("audio")]
 
 
-def usable_rows(args, rows):
-    """Rows that some channel can use, and how many each channel has.
+def choose_rows(args, rows, eval_rows):
+    """-> rows to train on, which some channel can use; rows to measure on, which serve all, so that
+    channels are compared on the same questions; how many each channel has, also in words.
 
-    Raises: ValueError if a channel that was asked for has none.
+    Raises: ValueError if a channel that was asked for has none, or nothing can be measured.
     """
-    counts, used, strange = dict.fromkeys(CHANNELS, 0), [], set()
-    for row in rows:
-        channels = channels_of(row, args)
-        used += [row] if channels else []
-        strange |= row.keys() - set(KEYS)  # `audio` under another name, for instance
-        for channel in channels:
-            counts[channel] += 1
+    served = [channels_of(row, args) for row in rows]
+    used = [row for row, channels in zip(rows, served) if channels]
+    counts = collections.Counter(itertools.chain(*served))
     sounds_only = counts["sound"] == len(used) > 0
+    strange = set().union(*rows) - set(KEYS)  # `audio` under another name, for instance
     for channel in args.channels:
         if not counts[channel] and not sounds_only:
             needs = f"{'prompt' if channel == 't2t' else 'audio with words'} and {args.labels}"
@@ -227,7 +212,14 @@ def usable_rows(args, rows):
                 f"{' '.join(args.data)}: none of {len(rows)} rows has {needs}, which channel "
                 f"{channel} needs; unknown keys: {', '.join(sorted(strange)) or 'none'}; rename "
                 f"one, or leave {channel} out of --channels")
-    return used, counts
+    measured = [row for row in eval_rows if channels_of(row, args) == args.channels]
+    if args.eval_data and not measured:
+        raise ValueError(f"--eval-data {' '.join(args.eval_data)}: no row can be measured; that "
+                         f"needs prompt, audio and {args.labels}")
+    few = " (fewer than half: the rest has no audio)" * (counts["t2t"] > 2 * counts["s2t"] > 0)
+    said = (f"rows: {counts['t2t']} by text, {counts['s2t']} by speech{few}, {counts['sound']} "
+            f"without a teacher, {len(measured)} to measure on")
+    return used, measured, counts, said
 
 
 def read_data(args, master):
@@ -238,42 +230,24 @@ def read_data(args, master):
     for path in args.eval_data:
         eval_rows += read_manifest(path, {}, bad)  # may be a part of the training data
     m.leave_out(bad, args.max_bad_rows, args.out, master)
-    train_rows, counts = usable_rows(args, train_rows)
-    eval_rows = measurable(args, eval_rows)
+    train_rows, eval_rows, counts, said = choose_rows(args, train_rows, eval_rows)
     if master:
-        print(rows_line(counts, eval_rows), flush=True)
+        print(said, flush=True)
     return train_rows, eval_rows, counts, bad
-
-
-def rows_line(counts, eval_rows):
-    few = " (fewer than half: the rest has no audio)" * (counts["t2t"] > 2 * counts["s2t"] > 0)
-    return (f"rows: {counts['t2t']} by text, {counts['s2t']} by speech{few}, {counts['sound']} "
-            f"without a teacher, {len(eval_rows)} to measure on")
-
-
-def measurable(args, rows):
-    """Rows that serve all channels, so that these are compared on the same questions.
-
-    Raises: ValueError if none of those that were asked for does.
-    """
-    chosen = [row for row in rows if channels_of(row, args) == args.channels]
-    if args.eval_data and not chosen:
-        raise ValueError(f"--eval-data {' '.join(args.eval_data)}: no row can be measured; that "
-                         f"needs prompt, audio and {args.labels}")
-    return chosen
 
 
 def answer_ids(tokenizer, row, labels, max_tokens):
     """The answer, tokenised once for teacher and both channels; a cut one teaches no stopping."""
-    ids = m.text_ids(tokenizer, row[label_of(row, labels)])
+    # what is said about a sound has no second form
+    ids = m.text_ids(tokenizer, row["response" if row["prompt"] is None else labels])
     cut = (row.get("finish") == "length" and labels == "response") or len(ids) > max_tokens
     return ids[:max_tokens] + ([] if cut else [m.end_token(tokenizer)])
 
 
-class Rows(Dataset):
+class Rows:
     """Rows of the manifest -> items: what a step needs of a row, and no model has to make.
 
-    An item: id, answer (token ids), teacher_ids (its whole prompt; None for a sound), for each
+    An item: id, answer (token ids), teacher_ids (its whole prompt; none for a sound), for each
     channel that the row serves the student's prompt; taught, the teacher's rows, if it has a cache.
     """
 
@@ -287,7 +261,7 @@ class Rows(Dataset):
 
     def __getitem__(self, i):
         row = self.rows[i]
-        item = {"id": row["id"], "teacher_ids": None,
+        item = {"id": row["id"], "teacher_ids": [],
                 "answer": answer_ids(self.student.tokenizer, row, self.args.labels,
                                      self.args.max_answer_tokens)}
         for channel in channels_of(row, self.args):
@@ -301,9 +275,8 @@ class Rows(Dataset):
             item["teacher_ids"] = before + m.text_ids(self.teacher_tokenizer, row["prompt"]) + after
             if self.taught_of:
                 item["taught"] = self.taught_of(item)
-        sizes = [len(item["teacher_ids"] or [])]  # in tokens, the teacher's first
-        sizes += [m.positions(item[channel]) for channel in CHANNELS if channel in item]
-        size = max(sizes) + max(len(item["answer"]), self.new_tokens)
+        sizes = [m.positions(item[channel]) for channel in CHANNELS if channel in item]  # in tokens
+        size = max(len(item["teacher_ids"]), *sizes) + max(len(item["answer"]), self.new_tokens)
         if size > self.context:
             raise ValueError(f"{size} tokens of prompt, speech and answer, the models have room for"
                              f" {self.context}; shorten it or lower --max-answer-tokens")
@@ -323,8 +296,7 @@ class Rows(Dataset):
         if world > 1:
             parts = [None] * world
             dist.all_gather_object(parts, found)
-            for part in parts:
-                found |= part
+            found = collections.ChainMap(*parts)
         silent = []
         for k, reason in sorted(found.items()):
             row = self.rows[k]
@@ -351,31 +323,27 @@ def plan_steps(rows, args):
         for epoch in itertools.count():
             yield from random.Random(f"{args.seed} {epoch}").sample(numbers, len(numbers))
 
-    asked, sounds = [], {}
+    asked, sounds, kinds, plan = [], {}, [], []
     for k, row in enumerate(rows):
         if row["prompt"] is None:
             sounds.setdefault(row.get("instruction"), []).append(k)
         else:
             asked.append(k)
     micro_batches = args.global_batch_size // args.batch_size  # of a step, of all processes
-    sizes = {"with": micro_batches * args.batch_size,
-             "without": micro_batches * args.sound_batch_size}
-    # kind of row -> how many there are, and iterators of row numbers that take turns
-    kinds = {"with": (len(asked), itertools.cycle([drawn(asked)])),
-             "without": (len(rows) - len(asked),
-                         itertools.cycle([drawn(numbers) for numbers in sounds.values()]))}
-    kinds = {kind: (count, turns) for kind, (count, turns) in kinds.items() if count}
-    for kind, (count, _) in kinds.items():
-        if count < sizes[kind]:
+    for kind, questions, batch_size in (("with", [asked], args.batch_size),
+                                        ("without", sounds.values(), args.sound_batch_size)):
+        count, size = sum(map(len, questions)), micro_batches * batch_size
+        if 0 < count < size:
             raise ValueError(f"{count} rows {kind} a teacher and with {args.labels} in "
-                             f"{', '.join(args.data)}, fewer than the {sizes[kind]} of one step; "
+                             f"{', '.join(args.data)}, fewer than the {size} of one step; "
                              "give more rows or a smaller batch")
-    first = next(iter(kinds))  # whose epochs count
-    plan, steps = [], args.max_steps or round(args.epochs * kinds[first][0] / sizes[first])
-    for _ in range(max(1, steps)):
+        if count:  # questions take turns
+            kinds.append((count, size, itertools.cycle([drawn(numbers) for numbers in questions])))
+    count, size, _ = kinds[0]  # whose epochs count
+    for _ in range(max(1, args.max_steps or round(args.epochs * count / size))):
         step = [[] for _ in range(micro_batches)]
-        for kind, (_, turns) in kinds.items():
-            for k in range(sizes[kind]):
+        for _, size, turns in kinds:
+            for k in range(size):
                 step[k % micro_batches].append(next(next(turns)))  # the next question's next row
         plan.append(step)
     return plan
@@ -400,14 +368,12 @@ def fill_cache(folder, things, compute, what, ranks):
     """
     (rank, world), names = ranks, list(things)
     folder.mkdir(parents=True, exist_ok=True)
-    there, todo = set(os.listdir(folder)), []
-    for start in range(32 * rank, len(names), 32 * world):
-        batch = names[start:start + 32]
-        if any(f"{name}.safetensors" not in there for name in batch):
-            todo.append(batch)
+    there = {path.stem for path in folder.glob("*.safetensors")}
+    batches = [names[start:start + 32] for start in range(32 * rank, len(names), 32 * world)]
+    todo = [batch for batch in batches if not there.issuperset(batch)]
     for batch in tqdm(todo, desc=what, unit="batch", disable=rank > 0 or not todo):
         for name, value in zip(batch, compute([things[name] for name in batch])):
-            if value and f"{name}.safetensors" not in there:
+            if value and name not in there:
                 temporary = folder / f"{name}.{os.getpid()}"
                 save_file({k: v.contiguous().cpu() for k, v in value.items()}, temporary)
                 os.replace(temporary, folder / f"{name}.safetensors")
@@ -423,16 +389,18 @@ def hear_all(args, student, rows, ranks):
     """
     if not isinstance(student, m.SpeechLLM):
         return lambda row: None
+    student.whisper.to(args.device)
     # named after what is kept of a sound: another mean would need another folder
-    folder, names, clips = Path(args.cache) / fingerprint(student.whisper, "mean so far"), {}, {}
+    folder, clips = Path(args.cache) / fingerprint(student.whisper, "mean so far"), {}
+    digest = functools.cache(m.digest)
+
+    def name_of(row):
+        return hashlib.sha256(f"{digest(row['audio'])} {row.get('language')}".encode()).hexdigest()
+
     spoken = [row for row in rows if row.get("audio")]
     # like sizes together: what Whisper hears at once should end at once
     for row in sorted(spoken, key=lambda row: (os.path.getsize(row["audio"]), row["id"])):
-        key = row["audio"], row.get("language")
-        if key not in names:
-            content = f"{m.digest(row['audio'])} {row.get('language')}"
-            names[key] = hashlib.sha256(content.encode()).hexdigest()
-            clips.setdefault(names[key], row)
+        clips.setdefault(name_of(row), row)
 
     def compute(batch):
         found, waveforms, languages = [None] * len(batch), {}, []
@@ -446,9 +414,7 @@ def hear_all(args, student, rows, ranks):
         return found
 
     def heard_of(row):
-        if not row.get("audio"):
-            return None
-        path = folder / f"{names[row['audio'], row.get('language')]}.safetensors"
+        path = folder / f"{name_of(row)}.safetensors"
         if not path.exists():
             m.load_audio(row["audio"])  # raises ValueError
         return student.whisper.heard(**load_file(path))
@@ -475,10 +441,11 @@ def align_sounds(student, rows, heard_of):
         for _, ids in kept:
             own = [token for token in ids if token not in common]
             vectors.append(table[own].mean(0) if own else torch.zeros_like(table[0]))
-        for (row, _), vector in zip(kept, vectors):
-            clip, offset = row["audio"], vector - torch.stack(vectors).mean(0)    # (H,)
+        offsets = torch.stack(vectors) - torch.stack(vectors).mean(0) if kept else []
+        for (row, _), offset in zip(kept, offsets):                               # (H,)
+            clip = row["audio"]
             targets[clip] = targets.get(clip, 0) + offset  # several questions ask about a clip
-            sounds[clip] = heard_of(row).sound.to(student.device)
+            sounds[clip] = heard_of(row).sound.to(table.device)
     if sounds:
         student.adapter.align(list(sounds.values()), torch.stack([targets[c] for c in sounds]))
     return len(sounds)
@@ -490,14 +457,11 @@ def teach_all(args, teacher, datasets, ranks):
     folder, items = Path(args.teacher_cache) / fingerprint(teacher, teacher.dtype), {}
 
     def name_of(item):
-        content = json.dumps([item["teacher_ids"], item["answer"]])
-        return hashlib.sha256(content.encode()).hexdigest()
+        return hashlib.sha256(str([item["teacher_ids"], item["answer"]]).encode()).hexdigest()
 
-    for dataset in datasets:
-        for k in range(len(dataset)):
-            item = dataset[k]
-            if item["teacher_ids"]:
-                items[name_of(item)] = item
+    for item in itertools.chain(*datasets):
+        if item["teacher_ids"]:
+            items[name_of(item)] = item
     fill_cache(folder, items, lambda batch: [{"x": x} for x in teacher_rows(teacher, batch)],
                "teaching", ranks)
     return lambda item: load_file(folder / f"{name_of(item)}.safetensors")["x"]
@@ -505,42 +469,37 @@ def teach_all(args, teacher, datasets, ranks):
 
 # ---- one pass through teacher and student ----
 
-@contextlib.contextmanager
-def lora_off(llm):
-    """The student's own LLM as its teacher: no adapters, no dropout."""
-    training = llm.training
-    llm.eval()
-    llm.disable_adapters()
-    yield
-    llm.enable_adapters()
-    llm.train(training)
-
-
 @torch.no_grad()
 def teacher_rows(teacher, items):
     """One teacher forward for both channels -> the hidden rows that predict the answers,
-    list of (n_i, H'); from the cache if the items carry them."""
-    if "taught" in items[0]:
+    list of (n_i, H'); from the cache if the items carry them. The student's own LLM teaches with
+    its adapters off."""
+    if all("taught" in item for item in items):
         return [item["taught"] for item in items]
     rows = [torch.tensor(item["teacher_ids"] + item["answer"], device=teacher.device)
             for item in items]
     lengths = [len(item["answer"]) for item in items]
     shared = len(os.path.commonprefix([item["teacher_ids"] for item in items]))  # template's tokens
-    with lora_off(teacher) if hasattr(teacher, "peft_config") else contextlib.nullcontext():
-        return m.answer_states(teacher, rows, lengths, shared).split(lengths)
+    own, training = hasattr(teacher, "peft_config"), teacher.training
+    teacher.eval()  # no dropout
+    if own:
+        teacher.disable_adapters()
+    states = m.answer_states(teacher, rows, lengths, shared)                      # (N, H')
+    if own:
+        teacher.enable_adapters()
+    teacher.train(training)
+    return states.split(lengths)
 
 
 def passes_of(items, channels):
-    """What a micro-batch asks of the student: [(channel, its items)]. All processes must make the
+    """What a micro-batch asks of the student: (channel, its items) in turn. All processes make the
     same passes: where no row serves a channel, one that is read stands in, with no answer."""
-    passes = []
     for channel in channels:
         chosen = [item for item in items if channel in item]
         if not chosen:
             idle = next(item for item in items if "t2t" in item)
             chosen = [{**idle, channel: idle["t2t"], "answer": []}]
-        passes.append((channel, chosen))
-    return passes
+        yield channel, chosen
 
 
 def chunk_rows_of(head):
@@ -588,8 +547,7 @@ def measure(student, teacher, items, channels, autocast):
     over each answer's tokens."""
     answers, results = [item["answer"] for item in items], {}
     lengths = [len(answer) for answer in answers]
-    heads = [whole(llm.get_output_embeddings().weight).to(student.device)
-             for llm in (student.llm, teacher)]
+    heads = [whole(llm.get_output_embeddings().weight) for llm in (student.llm, teacher)]
     taught = torch.cat(list(teacher_rows(teacher, items))).to(student.device)     # (N, H')
     for channel in channels:
         prompts = [item[channel] for item in items]
@@ -608,23 +566,21 @@ def evaluate(args, student, teacher, rows, ranks, autocast):
     tokens and over the first EARLY, of each channel; the gap between the channels."""
     (rank, world), training = ranks, student.training
     student.eval()
-    sums = torch.zeros(len(args.channels), 2, 3, dtype=torch.float64)  # KL, agreements, tokens
+    sums = torch.zeros(len(args.channels), 2, 3, dtype=torch.float64, device=student.device)
     share = -(-len(rows) // world)  # as many on every rank: sharded models work together
     for start in range(0, share, EVAL_ROWS):
         numbers = [rank + world * k for k in range(start, min(start + EVAL_ROWS, share))]
-        items = [rows[k % len(rows)] for k in numbers]  # beyond the last: read, not counted
+        items = [rows[k % len(rows)] for k in numbers]
+        counted = sum(k < len(rows) for k in numbers)  # beyond the last they are read alone
         found = measure(student, teacher, items, args.channels, autocast)
         for c, channel in enumerate(args.channels):
-            for k, (kl, agree) in zip(numbers, found[channel]):
-                if k >= len(rows):
-                    continue
+            for kl, agree in found[channel][:counted]:
                 for part, first in enumerate((len(kl), EARLY)):
                     sums[c, part, 0] += kl[:first].sum()  # nats
                     sums[c, part, 1] += agree[:first].sum()
-                    sums[c, part, 2] += len(kl[:first])
+                    sums[c, part, 2] += len(kl[:first])  # tokens
     student.train(training)
     if world > 1:
-        sums = sums.to(student.device)
         dist.all_reduce(sums)  # of counts and sums, so that the mean is exact
     record = {}
     for channel, parts in zip(args.channels, sums.tolist()):
@@ -651,12 +607,9 @@ def write_samples(student, rows, path, step):
 def check_pair(teacher, teacher_tokenizer, student):
     """Same ordinary vocabulary and end of turn, and plain heads;
     special tokens may be named differently."""
-    vocabs, tokenizers = [], (teacher_tokenizer, student.tokenizer)
-    for tokenizer in tokenizers:
-        added = tokenizer.get_added_vocab()
-        vocabs.append({(k, v) for k, v in tokenizer.get_vocab().items() if k not in added})
-    ends = [m.end_token(tokenizer) for tokenizer in tokenizers]
-    differ = sorted(vocabs[0] ^ vocabs[1])
+    tokenizers = teacher_tokenizer, student.tokenizer
+    taught, spoken = (t.get_vocab().items() - t.get_added_vocab().items() for t in tokenizers)
+    ends, differ = [m.end_token(tokenizer) for tokenizer in tokenizers], sorted(taught ^ spoken)
     if differ or ends[0] != ends[1]:
         example = differ[0][0] if differ else None
         raise RuntimeError(f"teacher and student need one tokenizer: {tokenizers[0].name_or_path} "
@@ -681,14 +634,12 @@ def load_teacher(args, student, dtype):
 
 def choose_what_trains(args, student, dtype):
     """Parts of --train stay in float32 and train; the rest is frozen, the LLM in `dtype`."""
-    missing = [name for name in args.train if name not in student.parts()]
-    if missing:
-        raise ValueError(f"--train {missing[0]}: {args.student} trains "
-                         f"{', '.join(student.parts())}; its Whisper stays as it is")
     student.requires_grad_(False)  # then what --train names
     for name in args.train:
-        for part in student.parts()[name]:
-            part.requires_grad_(True)
+        if name not in student.parts():
+            raise ValueError(f"--train {name}: {args.student} trains "
+                             f"{', '.join(student.parts())}; its Whisper stays as it is")
+        torch.nn.ModuleList(student.parts()[name]).requires_grad_(True)
     if args.lora_rank:
         # peft asks for it, and a part of a student has none
         student.llm.name_or_path = args.student.partition("+")[2] or args.student
@@ -703,23 +654,15 @@ def choose_what_trains(args, student, dtype):
 
 
 def make_optimizer(args, student):
-    """AdamW over the parts that train; matrices decay, vectors do not. The loop sets the rates."""
+    """AdamW over the parts that train; matrices decay, vectors do not. main sets the rates."""
     groups = []
     for name in args.train:
-        trained = []
-        for part in student.parts()[name]:
-            trained += [p for p in part.parameters() if p.requires_grad]
-        for decay, matrices in ((WEIGHT_DECAY, True), (0.0, False)):
+        part = torch.nn.ModuleList(student.parts()[name])
+        trained = [p for p in part.parameters() if p.requires_grad]
+        for decay, matrices in ((0.01, True), (0.0, False)):  # what nearly everyone takes
             chosen = [p for p in trained if (p.dim() >= 2) == matrices]  # no norms, biases
             groups.append({"params": chosen, "weight_decay": decay, "part": name})
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
-
-
-def set_rates(args, optimizer, done, warm):
-    """Linear warm-up, then a cosine to zero. done, warm: shares of the steps, of the warm-up."""
-    for group in optimizer.param_groups:
-        peak = getattr(args, f"lr_{group['part']}")
-        group["lr"] = peak * min(1.0, warm) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def update(args, optimizer, scaler, step):
@@ -727,10 +670,10 @@ def update(args, optimizer, scaler, step):
     scaler.unscale_(optimizer)  # clip the true gradient
     norms = {}
     for name in args.train:
-        trained = []
+        trained = []  # of one part: the LLM's gradient would drown the adapter's
         for group in optimizer.param_groups:
             trained += group["params"] if group["part"] == name else []
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(trained, 1.0)))
         norms[f"norm_{name}"] = norm
         if not math.isfinite(norm) and scaler.get_scale() <= 1:  # else fp16 skips the step
             raise RuntimeError(f"gradient norm {norm} of {name} in step {step}; lower the learning "
@@ -745,15 +688,14 @@ def update(args, optimizer, scaler, step):
 def shard(student, teacher, dtype, device):
     """FSDP2: layers one by one, then the rest. Layers are gathered in `dtype` when they are needed,
     gradients are summed in float32; the adapter is all float32. The teacher's head stays whole."""
-    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = dist.device_mesh.init_device_mesh(device, (dist.get_world_size(),))
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False))
     for llm in filter(None, (student.llm, teacher)):
         for layer in m.layers_of(llm):
             fully_shard(layer, **options)
-    for part in student.parts()["adapter"]:
-        fully_shard(part, mesh=mesh, reshard_after_forward=False,
-                    mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    fully_shard(student.parts()["adapter"], mesh=mesh, reshard_after_forward=False,
+                mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     listener = getattr(student, "whisper", torch.nn.Module())
     fully_shard(student, ignored_params=set(listener.parameters()), **options)
     if teacher is not None:
@@ -804,7 +746,7 @@ def save_checkpoint(args, student, optimizer, scaler, progress):
     # torch.load does not see a flipped bit: the name tells what the bytes must be
     path = out / f"ckpt-{step:06d}-{m.digest(temporary)[:16]}.pt"
     os.replace(temporary, path)
-    for old in checkpoints(out)[KEEP:]:  # after the new one is in place
+    for old in checkpoints(out)[2:]:  # two stay: one may be damaged
         old.unlink()
 
 
@@ -859,37 +801,24 @@ def begin_logs(args, step, world):
     m.write_atomically(Path(args.out, "args.json"), json.dumps(about, indent=1))
 
 
-def channel_means(sums, counted):
-    """Sums (3 channels, 3: loss, CE, KD) of a step, over tokens or rows -> means for the log."""
-    record = {}
-    for channel, (_, ce, kd) in zip(CHANNELS, sums.tolist()):
-        if counted[channel]:
-            count = counted[channel]
-            record |= {f"ce_{channel}": ce / count, f"kd_{channel}": kd / count}
-    return record
-
-
 def cut_back(path, step):
     """Leave the lines before a step's evaluation, which is repeated: they are as they would be
     without a stop."""
-    kept = []
-    for line in path.read_text().splitlines(True) if path.exists() else []:
-        record = json.loads(line) if line.endswith("\n") else {"step": math.inf}
-        if record["step"] < step or record["step"] == step and "loss" in record:
-            kept.append(line)
-    m.write_atomically(path, "".join(kept))
+    rows = m.json_lines(path, lambda row, _: row, []) if path.exists() else []  # whole lines
+    kept = [row for row in rows if row["step"] < step or row["step"] == step and "loss" in row]
+    m.write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def print_record(record, *more):
-    """One line for people."""
-    cells = [f"step {record['step']}"]
-    cells += [f"{key} {value:.4g}" for key, value in record.items() if key != "step"]
-    print(*cells, *more, sep=" | ", flush=True)
+def log(out, record, *more):
+    """A line of log.jsonl, and one for people."""
+    append(out / "log.jsonl", record)
+    cells = [f"{key} {value:.4g}" for key, value in record.items() if key != "step"]
+    print(f"step {record['step']}", *cells, *more, sep=" | ", flush=True)
 
 
 def resources(device):
     """What a long run must not use more and more of, see tools/soak.py."""
-    memory = (torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
+    memory = (torch.cuda.max_memory_allocated() / 2**30 if device == "cuda"
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     record = {"memory": memory}
     if sys.platform == "linux":
@@ -902,33 +831,25 @@ def resources(device):
 # ---- main ----
 
 def start_processes(args):
-    """-> rank, world size and device; with torchrun, all processes have met."""
-    device = torch.device(args.device)
+    """-> rank, world size; with torchrun, all processes have met."""
     if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" not in os.environ:
-        return 0, 1, device
+        return 0, 1
     dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
-    if args.device == "cpu":  # torchrun sets one thread a process
-        torch.set_num_threads(max(1, m.cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def outlive_sigterm(_worker):
-    """A loader's process ends with the run, which still finishes its step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(max(1, m.cores() // int(os.environ["LOCAL_WORLD_SIZE"])))  # else one
+    return dist.get_rank(), dist.get_world_size()
 
 
 def main(args):
     # ---- rows, before any model loads ----
     signal.signal(signal.SIGTERM, m.stop_now)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     out, dtype, earlier = Path(args.out), getattr(torch, args.dtype), checkpoints(args.out)
     if earlier and not args.resume:
         raise ValueError(f"{earlier[0]} exists: add --resume to go on, or choose another --out")
-    rank, world, device = start_processes(args)  # world: processes, one a GPU
+    rank, world = start_processes(args)  # world: processes, one a GPU
     ranks, master = (rank, world), rank == 0
     train_rows, eval_rows, counts, bad = read_data(args, master)
     out.mkdir(parents=True, exist_ok=True)  # fails now, not after the first steps
@@ -941,10 +862,8 @@ def main(args):
     choose_what_trains(args, student, dtype)  # before DDP and optimizer, which read the flags
     if args.gradient_checkpointing:
         student.llm.gradient_checkpointing_enable()
-    if not args.shard:  # else they move piece by piece
-        student.to(device)
-    elif hasattr(student, "whisper"):
-        student.whisper.to(device)
+    if not args.shard:  # else it moves piece by piece
+        student.to(args.device)
 
     # ---- what is heard, read and taught ----
     heard_of = hear_all(args, student, train_rows + eval_rows, ranks)
@@ -958,17 +877,16 @@ def main(args):
         silent += dataset.check(bad, ranks)
     said = [m.leave_out(bad, args.max_bad_rows, out, master)] if bad else []
     # again, now that it is known which clips are bad or silent
-    train_set.rows, counts = usable_rows(args, train_set.rows)
-    eval_set.rows = measurable(args, eval_set.rows)
+    train_set.rows, eval_set.rows, counts, line = choose_rows(args, train_set.rows, eval_set.rows)
     if silent:
         said.append(f"no words heard in {len(silent)} clips, e.g. {silent[0]}; they are read alone")
-    said += [rows_line(counts, eval_set)] if said else []
+    said += [line] if said else []
     if isinstance(student, m.SpeechLLM) and not student.adapter.listens:  # untrained so far
         aligned = align_sounds(student, train_set.rows, heard_of)
         student.adapter.listens.fill_(True)
         said += [f"sound layer: begins with {aligned} clips, in closed form"] * (aligned > 0)
     if teacher is not None and (args.teacher_cache or not args.shard):
-        teacher.to(device)
+        teacher.to(args.device)
     if args.teacher_cache and teacher is not None:
         taught_of = teach_all(args, teacher, [train_set, eval_set], ranks)
         train_set.taught_of = eval_set.taught_of = taught_of
@@ -977,9 +895,9 @@ def main(args):
 
     # ---- optimizer, resume, log ----
     if args.shard:
-        shard(student, teacher, dtype, device)
+        shard(student, teacher, dtype, args.device)
     optimizer = make_optimizer(args, student)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # bf16 needs none
+    scaler = torch.amp.GradScaler(args.device, enabled=dtype == torch.float16)  # bf16 needs none
     identity = run_identity(args, train_set.rows + eval_set.rows, world)
     step, best, steps = 0, None, len(plan)
     if earlier:
@@ -995,15 +913,15 @@ def main(args):
     # ---- the loop ----
     model = student
     if world > 1 and not args.shard:
-        model = DistributedDataParallel(student, gradient_as_bucket_view=True,
-                                        device_ids=None if device.index is None else [device.index])
+        model = torch.nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
     # micro-batches go to the processes in turn: the plan knows nothing of their number
     todo = list(itertools.chain(*[batches[rank::world] for batches in plan[step:]]))
-    stream = iter(DataLoader(train_set, batch_sampler=todo, num_workers=args.workers,
-                             collate_fn=list, worker_init_fn=outlive_sigterm,
-                             multiprocessing_context="fork" if args.workers else None))
+    stream = iter(torch.utils.data.DataLoader(  # workers outlive SIGTERM: a step is finished
+        train_set, batch_sampler=todo, num_workers=args.workers, collate_fn=list,
+        worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+        multiprocessing_context="fork" if args.workers else None))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch raises in mid-step, not in next()
-    autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
+    autocast = functools.partial(torch.autocast, args.device, dtype, dtype != torch.float32)
     channel_weights = {"t2t": args.t2t_weight, "s2t": 1.0, "sound": args.sound_weight}
     # speech first: it keeps more for backward, and there are no gradients yet. By text only the LLM
     # can learn; the adapter is a part of the graph all the same: DDP waits for what trains
@@ -1011,21 +929,22 @@ def main(args):
     student.train()
     begun = time.perf_counter()
     while True:
-        last = step == steps
-        if len(eval_set) and (last or step % (args.eval_every or steps) == 0):
+        if len(eval_set) and (step == steps or step % (args.eval_every or steps) == 0):
             record = evaluate(args, student, teacher, eval_set, ranks, autocast)
             score = record.get("eval_kl8_s2t", record.get("eval_kl8_t2t"))
             if best is None or score < best:  # the best early answers by speech
                 best = score
                 save_folder(student, out / "best", dtype)
             if master:
-                append(out / "log.jsonl", {"step": step, **record})
-                print_record({"step": step, **record})
+                log(out, {"step": step, **record})
             if master and not args.shard:  # sharded ranks would lose step
                 write_samples(student, eval_set.rows, out / "samples.jsonl", step)
-        if last:
+        if step == steps:
             break
-        set_rates(args, optimizer, step / steps, (step + 1) / max(1, args.lr_warmup_steps))
+        warm = (step + 1) / max(1, args.lr_warmup_steps)  # linear, times a cosine to zero
+        for group in optimizer.param_groups:
+            peak = getattr(args, f"lr_{group['part']}")
+            group["lr"] = peak * min(1.0, warm) * 0.5 * (1 + math.cos(math.pi * (step / steps)))
 
         # -------- one optimizer step --------
         started = time.perf_counter()
@@ -1038,7 +957,7 @@ def main(args):
                 num_tokens = sum(len(item["answer"]) for item in chosen)
                 counted[channel] += len(chosen) if channel == "sound" else num_tokens
                 counted["tokens"] += num_tokens
-        shared = torch.tensor(list(counted.values()), device=device)
+        shared = torch.tensor(list(counted.values()), device=args.device)
         if world > 1:
             dist.all_reduce(shared)
         counted = dict(zip(counted, shared.tolist()))
@@ -1046,25 +965,22 @@ def main(args):
             break
         # dropout, if a model has any, is the same after a restart
         torch.manual_seed(args.seed + 100_003 * step + rank)
-        sums = torch.zeros(len(CHANNELS), 3, dtype=torch.float64, device=device)  # loss, CE, KD
+        sums = torch.zeros(len(CHANNELS), 3, dtype=torch.float64, device=args.device)
         for micro_step, items in enumerate(micro_batches):
             asked = [item for item in items if item["teacher_ids"]] if args.kd_weight else []
-            if asked:  # one teacher pass serves both channels
-                for item, taught in zip(asked, teacher_rows(teacher, asked)):
-                    item["taught"] = taught
+            for item, taught in zip(asked, teacher_rows(teacher, asked)):  # once for both channels
+                item["taught"] = taught
             for channel, chosen in passes_of(items, channels):
                 final = micro_step == len(micro_batches) - 1 and channel == channels[-1]
-                # no_sync must cover forward AND backward:
-                # DDP decides in forward whether this backward will sync
-                with contextlib.nullcontext() if final or model is student else model.no_sync():
-                    prompts = [item[channel] for item in chosen]
-                    answers = [item["answer"] for item in chosen]
-                    with autocast():
-                        hidden = model(prompts, answers)                          # (N, H)
-                        loss, ce, kd = channel_loss(args, channel, (student.llm, teacher), hidden,
-                                                    chosen)
-                    loss = channel_weights[channel] / max(1, counted[channel]) * loss
-                    scaler.scale(loss * world).backward()  # frees this channel before the next
+                model.require_backward_grad_sync = final  # what no_sync sets: forward reads it, too
+                prompts = [item[channel] for item in chosen]
+                answers = [item["answer"] for item in chosen]
+                with autocast():
+                    hidden = model(prompts, answers)                              # (N, H)
+                    loss, ce, kd = channel_loss(args, channel, (student.llm, teacher), hidden,
+                                                chosen)
+                loss = channel_weights[channel] / max(1, counted[channel]) * loss
+                scaler.scale(loss * world).backward()  # frees this channel before the next
                 sums[CHANNELS.index(channel)] += torch.stack([loss.detach(), ce, kd])
         if world > 1:
             dist.all_reduce(sums)
@@ -1078,12 +994,15 @@ def main(args):
 
         if master:
             seconds = time.perf_counter() - started
-            record = {"step": step, "loss": total, **channel_means(sums, counted)}
+            record = {"step": step, "loss": total}
+            for channel, (_, ce, kd) in zip(CHANNELS, sums.tolist()):
+                count = counted[channel]  # of tokens, or rows
+                if count:
+                    record |= {f"ce_{channel}": ce / count, f"kd_{channel}": kd / count}
             record |= {**norms, "lr": max(group["lr"] for group in optimizer.param_groups),
                        "tokens_per_s": counted["tokens"] / seconds, "seconds": seconds,
-                       "hours": (time.perf_counter() - begun) / 3600, **resources(device)}
-            append(out / "log.jsonl", record)
-            print_record(record, f"{seconds * (steps - step) / 60:.1f} minutes left")
+                       "hours": (time.perf_counter() - begun) / 3600, **resources(args.device)}
+            log(out, record, f"{seconds * (steps - step) / 60:.1f} minutes left")
         if step % args.save_every == 0 or step == steps:
             save_checkpoint(args, student, optimizer, scaler, (step, best, identity))
 
@@ -1106,6 +1025,6 @@ if __name__ == "__main__":
         sys.exit(main(get_args()))
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         print("train_kd.py:", *str(error).split(), file=sys.stderr)
-        for worker in multiprocessing.active_children():
+        for worker in torch.multiprocessing.active_children():
             worker.kill()  # of the loader: Python would wait for what outlives SIGTERM
         sys.exit(2)
