@@ -972,15 +972,17 @@ def main(args):
                 item["taught"] = taught
             for channel, chosen in passes_of(items, channels):
                 final = micro_step == len(micro_batches) - 1 and channel == channels[-1]
-                model.require_backward_grad_sync = final  # what no_sync sets: forward reads it, too
-                prompts = [item[channel] for item in chosen]
-                answers = [item["answer"] for item in chosen]
-                with autocast():
-                    hidden = model(prompts, answers)                              # (N, H)
-                    loss, ce, kd = channel_loss(args, channel, (student.llm, teacher), hidden,
-                                                chosen)
-                loss = channel_weights[channel] / max(1, counted[channel]) * loss
-                scaler.scale(loss * world).backward()  # frees this channel before the next
+                # no_sync must cover forward AND backward:
+                # DDP decides in forward whether this backward will sync
+                with contextlib.nullcontext() if final or model is student else model.no_sync():
+                    prompts = [item[channel] for item in chosen]
+                    answers = [item["answer"] for item in chosen]
+                    with autocast():
+                        hidden = model(prompts, answers)                          # (N, H)
+                        loss, ce, kd = channel_loss(args, channel, (student.llm, teacher), hidden,
+                                                    chosen)
+                    loss = channel_weights[channel] / max(1, counted[channel]) * loss
+                    scaler.scale(loss * world).backward()  # frees this channel before the next
                 sums[CHANNELS.index(channel)] += torch.stack([loss.detach(), ce, kd])
         if world > 1:
             dist.all_reduce(sums)
