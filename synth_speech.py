@@ -198,11 +198,6 @@ def to_row(raw, where):
     return row | {key: text for key, text in more.items() if text}
 
 
-def read_rows(path, limit=0, bad=None):
-    """JSON lines or JSON list -> rows; raises ValueError that names the line, or adds it to bad."""
-    return m.json_lines(Path(path), to_row, bad)[:limit or None]
-
-
 def hub_rows(args):
     """Rows of --hub-dataset; one that cannot be read, which nobody can mend there, is dropped."""
     from datasets import load_dataset
@@ -293,7 +288,7 @@ def choose(rows, args):
     -> rows in input order, `split` set; what was dropped and why."""
     seen, ids, kept, drops = set(), set(), [], []
     for path in args.exclude:
-        for row in read_rows(path):
+        for row in m.json_lines(path, to_row):
             seen |= fingerprints(tidy(row["prompt"]))
     for row in rows:
         text, row_id = tidy(row["prompt"]), row["id"].removesuffix(TAKE2)
@@ -719,7 +714,7 @@ def main(args):
 
     # ---- prompts ----
     bad = []
-    raw = read_rows(args.input, args.limit, bad) if args.input else []
+    raw = m.json_lines(args.input, to_row, bad)[:args.limit or None] if args.input else []
     if args.hub_dataset:
         raw = hub_rows(args)
     rows, drops = choose(raw, args)
