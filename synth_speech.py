@@ -405,18 +405,18 @@ def prompt_ids(tokenizer, row):
     return before + m.text_ids(tokenizer, row["prompt"]) + after
 
 
-def unfit(args, rows, teacher):
-    """Rows that the teacher's template refuses or its context cannot hold -> bad rows."""
-    bad, answered = [], Stage(args.out, "answers", place()[0]).load()
+def fitting(args, rows, teacher, bad):
+    """Rows, less those that the teacher's template refuses or its context cannot hold: into bad."""
+    fit, answered = [], Stage(args.out, "answers", place()[0]).load()
     for row in rows:
-        if row.get("response") or row["id"] in answered:  # where all are, no teacher is loaded
-            continue
         try:
-            llm, tokenizer = teacher()
-            m.check_context(llm, len(prompt_ids(tokenizer, row)), args.max_new_tokens)
+            if not (row.get("response") or row["id"] in answered):  # if all are, no teacher loads
+                llm, tokenizer = teacher()
+                m.check_context(llm, len(prompt_ids(tokenizer, row)), args.max_new_tokens)
+            fit.append(row)
         except ValueError as error:
             bad.append({"id": row["id"], "reason": f"row {row['id']!r}: {error}"})
-    return bad
+    return fit
 
 
 def answer(teacher, tokenizer, rows, max_new_tokens):
@@ -731,10 +731,8 @@ def main(args):
         rows, drops = enough_prompts(args, teacher)
 
     # ---- answers ----
-    bad += unfit(args, rows, teacher)
+    rows = fitting(args, rows, teacher, bad)
     said = m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
-    left_out = {row["id"] for row in bad}
-    rows = [row for row in rows if row["id"] not in left_out]
     wanted = [row for row in rows if not row.get("response")]
     answers = staged(args, "answers", wanted, min(args.batch_size, 1 + len(wanted) // world),
                      lambda batch: answer(*teacher(), batch, args.max_new_tokens))
