@@ -353,8 +353,6 @@ def staged(args, name, rows, size, work):
     What is done already stays; a run that is started again cuts the same batches."""
     rank, world = place()
     stage = Stage(args.out, name, rank)
-    if world > 1:
-        dist.barrier()
     done = stage.load()
     rows = sorted(rows, key=lambda row: (len(row.get("prompt", "")), row["id"]))  # like lengths
     todo = []
