@@ -685,7 +685,7 @@ def load_teacher(args):
 
 
 def begin(args, raw, rows, teacher):
-    """Try what can fail, so that it fails now; refuse an OUT of other options."""
+    """Try what can fail, so that it fails now, in every process; refuse an OUT of other options."""
     path = Path(args.out) / ".stages" / "args.json"
     plan = {key: value for key, value in vars(args).items()
             if key not in ("workers", "preview", "device", "out")}
@@ -721,10 +721,7 @@ def main(args):
         raise ValueError(f"no row is left of {len(raw) + len(bad)}: {reasons}")
     m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
     teacher = functools.cache(lambda: load_teacher(args))  # loaded when first needed, if ever
-    if rank == 0:
-        begin(args, raw, rows, teacher)
-    if world > 1:
-        dist.barrier()
+    begin(args, raw, rows, teacher)
     if args.sample_prompts:
         rows, drops = enough_prompts(args, teacher)
 
