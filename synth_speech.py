@@ -708,10 +708,9 @@ def begin(args, raw, rows, teacher):
 
 
 def main(args):
-    rank, world = start_ranks(args.device), place()[1]
+    rank, bad = start_ranks(args.device), []
 
     # ---- prompts ----
-    bad = []
     raw = m.json_lines(args.input, to_row, bad)[:args.limit or None] if args.input else []
     if args.hub_dataset:
         raw = hub_rows(args)
@@ -729,7 +728,7 @@ def main(args):
     rows = fitting(args, rows, teacher, bad)
     said = m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
     wanted = [row for row in rows if not row.get("response")]
-    answers = staged(args, "answers", wanted, min(args.batch_size, 1 + len(wanted) // world),
+    answers = staged(args, "answers", wanted, min(args.batch_size, 1 + len(wanted) // place()[1]),
                      lambda batch: answer(*teacher(), batch, args.max_new_tokens))
     teacher.cache_clear()
     rows = [{**row, **answers.get(row["id"], {})} for row in rows]
@@ -750,8 +749,6 @@ def main(args):
     failed = rank == 0 and write_results(args, rows, drops, clips)
     if said and rank == 0:
         print(said)
-    if world > 1:
-        dist.destroy_process_group()
     return 1 if failed else 0
 
 
