@@ -638,8 +638,8 @@ def sound_rows(rows):
     return sounds
 
 
-def write_results(args, rows, drops, clips):
-    """Spoken and checked clips -> manifests, dropped.jsonl, summary.json, preview.html."""
+def write_results(args, rows, drops, clips, said):
+    """Spoken and checked clips -> manifests, dropped.jsonl, summary.json, preview.html; exit code."""
     rows, files = {row["id"]: row for row in rows}, {"train": [], "heldout": []}
     for clip in clips:
         row = {"source": "sampled" if args.sample_prompts else args.input or args.hub_dataset,
@@ -673,7 +673,7 @@ def write_results(args, rows, drops, clips):
     m.write_atomically(Path(args.out) / "summary.json", json.dumps(summary, indent=1))
     if args.preview:
         m.write_atomically(Path(args.out) / "preview.html", preview(kept[:args.preview]))
-    print(json.dumps(summary, indent=1))
+    print(f"{json.dumps(summary, indent=1)}\n{said}".rstrip())
     return 1 if reasons["no speech"] else 0
 
 
@@ -746,10 +746,7 @@ def main(args):
                    lambda batch: listen(args, whisper().to(args.device), batch))
     clips = [{**clip, **heard.get(clip["id"], {})} for clip in clips]
 
-    failed = rank == 0 and write_results(args, rows, drops, clips)
-    if said and rank == 0:
-        print(said)
-    return 1 if failed else 0
+    return write_results(args, rows, drops, clips, said) if rank == 0 else 0
 
 
 if __name__ == "__main__":
