@@ -639,7 +639,7 @@ def sound_rows(rows):
 
 
 def write_results(args, rows, drops, clips, said):
-    """Spoken and checked clips -> manifests, dropped.jsonl, summary.json, preview.html; exit code."""
+    """Spoken, checked clips -> manifests, dropped.jsonl, summary.json, preview.html; exit code."""
     rows, files = {row["id"]: row for row in rows}, {"train": [], "heldout": []}
     for clip in clips:
         row = {"source": "sampled" if args.sample_prompts else args.input or args.hub_dataset,
@@ -680,7 +680,6 @@ def write_results(args, rows, drops, clips, said):
 def load_teacher(args):
     llm, tokenizer = m.load_llm(args.teacher, getattr(torch, args.dtype))
     m.check_context(llm, 1, args.max_new_tokens)
-    m.chat_parts(tokenizer)  # refuses a template that opens <think> whatever it is told
     return llm.to(args.device), tokenizer
 
 
