@@ -355,13 +355,11 @@ def staged(args, name, rows, size, work):
     stage = Stage(args.out, name, rank)
     done = stage.load()
     rows = sorted(rows, key=lambda row: (len(row.get("prompt", "")), row["id"]))  # like lengths
-    todo = []
-    for start in range(rank * size, len(rows), world * size):
+    starts = range(rank * size, len(rows), world * size)
+    for start in tqdm(starts, name, unit="batch", disable=rank > 0 or not rows):
         batch = rows[start:start + size]
         if not done.keys() >= {row["id"] for row in batch}:
-            todo.append(batch)
-    for batch in tqdm(todo, name, unit="batch", disable=rank > 0 or not todo):
-        stage.add([record for record in work(batch) if record["id"] not in done])
+            stage.add([record for record in work(batch) if record["id"] not in done])
     if world > 1:
         dist.barrier()
     return stage.load()
