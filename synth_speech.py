@@ -286,7 +286,7 @@ def fingerprints(text):
 def choose(rows, args):
     """Filter, drop near-duplicates, split off the held-out
     -> rows in input order, `split` set; what was dropped and why."""
-    seen, ids, kept, drops = set(), set(), [], []
+    seen, kept, drops = set(), {}, []
     for path in args.exclude:
         for row in m.json_lines(path, to_row):
             seen |= fingerprints(tidy(row["prompt"]))
@@ -294,15 +294,14 @@ def choose(rows, args):
         text, row_id = tidy(row["prompt"]), row["id"].removesuffix(TAKE2)
         reason = row.get("drop") or unspeakable(row["prompt"], args.max_words, args.language)
         marks = fingerprints(text)
-        if not reason and (marks & seen or row_id in ids):
+        if not reason and (marks & seen or row_id in kept):
             reason = "near-duplicate" if marks & seen else "duplicate id"
         if not reason:
             seen |= marks
-            ids.add(row_id)
-            kept.append({**row, "id": row_id, "prompt": text, "split": "train"})
+            kept[row_id] = {**row, "id": row_id, "prompt": text, "split": "train"}
         elif row_id == row["id"]:  # the second take of a manifest of ours goes unsaid
             drops.append({"id": row_id, "reason": reason, "prompt": text})
-    kept = kept[:args.sample_prompts or None]
+    kept = list(kept.values())[:args.sample_prompts or None]
     for row in random.Random(args.seed).sample(kept, min(args.heldout, len(kept))):
         row["split"] = "heldout"
     return kept, drops
