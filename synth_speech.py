@@ -32,7 +32,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import regex
 import soundfile
 import torch
 import torch.distributed as dist
@@ -585,7 +584,7 @@ def units(text, language, spellings):
     if language == "en":
         return english_normalizer.EnglishTextNormalizer(spellings)(text).split()
     text = unicodedata.normalize("NFKC", text.lower())
-    words = regex.sub(r"[\p{P}\p{S}]", " ", text).split()
+    words = "".join(" " if unicodedata.category(c)[0] in "PS" else c for c in text).split()
     return list("".join(words)) if language in UNSPACED else words
 
 
