@@ -370,9 +370,8 @@ def sample_prompts(teacher, tokenizer, args, chunk):
     before, end = m.chat_parts(tokenizer)[0], m.end_token(tokenizer)
     start = teacher.get_input_embeddings()(torch.tensor(before, device=teacher.device))
     generator = torch.Generator(teacher.device).manual_seed(1_000_003 * args.seed + chunk)
-    longest = min(32, 8 + args.max_words)  # tokens
-    outputs = m.generate(teacher, [start] * SAMPLE_CHUNK, max_new_tokens=longest, eos_ids=[end],
-                         temperature=1.0, generator=generator)
+    outputs = m.generate(teacher, [start] * SAMPLE_CHUNK, eos_ids=[end], temperature=1.0,
+                         max_new_tokens=min(32, 8 + args.max_words), generator=generator)
     rows = [{"id": f"sampled-{chunk:04d}-{i:03d}", "prompt": tokenizer.decode(ids[:-1])}
             for i, ids in enumerate(outputs) if ids[-1] == end and len(ids) > 1]
     return {"id": chunk, "rows": rows}
