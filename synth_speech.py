@@ -54,13 +54,11 @@ SLOW, FAST, ESPEAK_PITCH = (0, 0.25), (0.75, 1), (35, 65)  # speeds of two takes
 NUMBER = (r"([$€£])? ?(\d{{1,3}}(?:{0}\d{{3}})+(?!\d)|\d+)(?:{1}(\d+))?"
           r"( (?:thousand|million|billion|trillion)\b)?(?:(st|nd|rd|th|s)\b)?")
 MONEY = {"$": ("USD", "dollars"), "€": ("EUR", "euros"), "£": ("GBP", "pounds")}
-POINT = ("en", "zh", "ja", "ko", "th", "he")  # languages that write 3.5, not 3,5
 # who speaks in messages and conversations -> key of a row; how a row says that it has no input
 ROLES = {"system": "system", "user": "prompt", "human": "prompt", "assistant": "reference",
          "gpt": "reference", "bot": "reference", "model": "reference"}
 NO_INPUT = re.compile(r"(?i)|\[\]|[\W_]*(no[\W_]?input( (provided|needed|required|given))?|none|"
                       r"null|n\W?a|nan|not applicable)[\W_]*")
-UNSPACED = ("zh", "yue", "ja", "th", "lo", "my", "km")  # no spaces: error rates of characters
 BACKGROUNDS, SNR_DB = ["rain", "hum", "beeps"], (12, 20)  # voice over background
 TAKE2 = "-take2"    # ends the id of a prompt's second clip
 SAMPLE_CHUNK = 256  # prompts that are sampled together
@@ -259,7 +257,7 @@ def number_words(found, language, num2words):
 def readable(text, language="en"):
     """Numbers and signs as words, for engines that do not read them themselves."""
     from num2words import num2words
-    marks = (",", r"\.") if language in POINT else ("[. ]", ",")  # of thousands, of decimals
+    marks = (",", r"\.") if language in "en zh ja ko th he".split() else ("[. ]", ",")
     if language == "en":
         text = re.sub(r"(?<![\w)])-(?=[$€£]?\d)", "minus ", text)
         text = re.sub(r"(?<=\d):(?=\d\d(?!\d))", "  ", text.replace(":00", " o'clock "))  # 12:30
@@ -584,7 +582,7 @@ def units(text, language, spellings):
         return english_normalizer.EnglishTextNormalizer(spellings)(text).split()
     text = unicodedata.normalize("NFKC", text.lower())
     words = "".join(" " if unicodedata.category(c)[0] in "PS" else c for c in text).split()
-    return list("".join(words)) if language in UNSPACED else words
+    return list("".join(words)) if language in "zh yue ja th lo my km".split() else words
 
 
 def listen(args, whisper, clips):
