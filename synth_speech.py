@@ -47,9 +47,6 @@ VOICES = {"espeak": "en-us en-us+m1 en-us+m3 en-us+m6 en-us+m7 en-us+m8 en-us+f1
                     "en-us+Gene en-us+Mike en-us+rob en-us+robert en-us+edward en-gb-x-rp "
                     "en-gb-x-rp+m3 en-gb-x-rp+f5".split(),
           "piper": ["en_US-joe-medium"], "hf": ["default"], "command": ["default"]}
-# speed 0 (slowest) to 1 (fastest) in the engines' units; Whisper-base hears all of it well
-ESPEAK_WPM, PIPER_LENGTH = (110, 180), (1.6, 0.7)  # words a minute; factor on the length of sounds
-SLOW, FAST, ESPEAK_PITCH = (0, 0.25), (0.75, 1), (35, 65)  # speeds of two takes; pitch of 0-99
 # $5.99, 1st, 1984, 1960s, 1,200; the thousands' mark and the point are the language's
 NUMBER = (r"([$€£])? ?(\d{{1,3}}(?:{0}\d{{3}})+(?!\d)|\d+)(?:{1}(\d+))?"
           r"( (?:thousand|million|billion|trillion)\b)?(?:(st|nd|rd|th|s)\b)?")
@@ -425,6 +422,7 @@ def answer(teacher, tokenizer, rows, max_new_tokens):
 
 
 # ---- speech engines: (args, text, voice, speed, rng) -> (samples (S,) float32, Hz) ----
+# speed 0 (slowest) to 1 (fastest); Whisper-base hears all of it well
 
 def espeak(_args, text, voice, speed, rng):
     import _ctypes
@@ -442,8 +440,8 @@ def espeak(_args, text, voice, speed, rng):
     library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # it takes the time otherwise
     library.espeak_SetSynthCallback(collect)
     failed = library.espeak_SetVoiceByName(voice.encode())
-    library.espeak_SetParameter(1, round(np.interp(speed, (0, 1), ESPEAK_WPM)), 0)
-    library.espeak_SetParameter(3, rng.randint(*ESPEAK_PITCH), 0)
+    library.espeak_SetParameter(1, round(np.interp(speed, (0, 1), (110, 180))), 0)  # words a minute
+    library.espeak_SetParameter(3, rng.randint(35, 65), 0)  # pitch of 0-99
     library.espeak_Synth(text.encode(), len(text.encode()) + 1, 0, 1, 0, 1, None, None)
     library.espeak_Terminate()
     _ctypes.dlclose(library._handle)
@@ -474,7 +472,7 @@ def piper(_args, text, voice, speed, _rng):
     from piper import SynthesisConfig
     # without its own noise a sentence always sounds alike, whatever was said before
     style = SynthesisConfig(noise_scale=0.0, noise_w_scale=0.0,
-                            length_scale=float(np.interp(speed, (0, 1), PIPER_LENGTH)))
+                            length_scale=float(np.interp(speed, (0, 1), (1.6, 0.7))))
     speaker = piper_voice(voice)
     chunks = [chunk.audio_float_array for chunk in speaker.synthesize(text, style)]
     return np.concatenate([*chunks, np.zeros(0, np.float32)]), speaker.config.sample_rate
@@ -532,7 +530,7 @@ def clips_of(args, row):
     for take, clip in enumerate(pair):
         if args.engine in ("espeak", "piper"):  # the others go at their own speed
             clip["rate"] = "fast" if take == fast else "slow"
-        clip["speed"] = rng.uniform(*(FAST if take == fast else SLOW))
+        clip["speed"] = rng.uniform(0.75, 1) if take == fast else rng.uniform(0, 0.25)
         clip["background"] = background if take == (noisy < 0.5) else "quiet"
     return pair
 
