@@ -58,7 +58,6 @@ NO_INPUT = re.compile(r"(?i)|\[\]|[\W_]*(no[\W_]?input( (provided|needed|require
                       r"null|n\W?a|nan|not applicable)[\W_]*")
 BACKGROUNDS, SNR_DB = ["rain", "hum", "beeps"], (12, 20)  # voice over background
 TAKE2 = "-take2"    # ends the id of a prompt's second clip
-SAMPLE_CHUNK = 256  # prompts that are sampled together
 QUESTIONS = {  # key of a clip -> what is asked about it, the answer to each value
     "rate": ("Does the speaker talk fast or slowly?", {"fast": "Fast.", "slow": "Slowly."}),
     "background": ("Is there a noise behind the voice?",
@@ -361,11 +360,11 @@ def staged(args, name, rows, size, work):
 # ---- prompts and answers by the teacher ----
 
 def sample_prompts(teacher, tokenizer, args, chunk):
-    """SAMPLE_CHUNK prompts: the teacher goes on in its chat template where the user begins."""
+    """256 prompts: the teacher goes on in its chat template where the user begins."""
     before, end = m.chat_parts(tokenizer)[0], m.end_token(tokenizer)
     start = teacher.get_input_embeddings()(torch.tensor(before, device=teacher.device))
     generator = torch.Generator(teacher.device).manual_seed(1_000_003 * args.seed + chunk)
-    outputs = m.generate(teacher, [start] * SAMPLE_CHUNK, eos_ids=[end], temperature=1.0,
+    outputs = m.generate(teacher, [start] * 256, eos_ids=[end], temperature=1.0,
                          max_new_tokens=min(32, 8 + args.max_words), generator=generator)
     rows = [{"id": f"sampled-{chunk:04d}-{i:03d}", "prompt": tokenizer.decode(ids[:-1])}
             for i, ids in enumerate(outputs) if ids[-1] == end and len(ids) > 1]
