@@ -502,8 +502,7 @@ def command(args, text, voice, _speed, _rng):
         if result.returncode or not os.path.exists(wav):
             said = result.stderr.strip()[-200:] or "no audio file"
             raise ValueError(f"{words[0]} exited {result.returncode}: {said}")
-        samples, rate_hz = soundfile.read(wav, dtype="float32", always_2d=True)
-        return samples.mean(1), rate_hz
+        return m.load_audio(wav).numpy(), m.SAMPLE_RATE
 
 
 ENGINES = {"espeak": espeak, "piper": piper, "hf": hf, "command": command}

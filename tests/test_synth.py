@@ -527,7 +527,8 @@ def test_a_program_gets_the_text_as_one_argument_and_its_failures_are_listed(tmp
     command = [sys.executable, "speak.py", "log.jsonl", "{text}", "{wav}", "{voice}"]
     evil = """Say "hi"; touch a 'b' & $(touch c) `touch d` | touch e"""
     args = argparse.Namespace(tts_command=command, language="en")
-    assert len(synth.command(args, f"--{evil}", "v 1", 0, None)[0]) == 8000
+    samples, rate = synth.command(args, f"--{evil}", "v 1", 0, None)
+    assert len(samples) == rate == 16_000
     assert read("log.jsonl") == [[evil.replace("&", "and").replace("$", "dollars "), "v 1"]]
     texts = ['A "quoted; word"', "Two cats?", "a silence", "a noise"]
     code, kept, dropped = spoken(tmp_path, texts, "--engine", "command", "--tts-command", *command)
