@@ -171,9 +171,8 @@ def to_row(raw, where):
     prompt = texts.get("prompt") or texts.get("question") or texts.get("instruction", "")
     for key in ("input", "context"):
         more = text_of(raw.get(key), where)
-        known = NO_INPUT.fullmatch(more) or more in texts.get("prompt", "")
-        if not known and (prompt or key == "input"):
-            prompt = f"{prompt}\n{more}"
+        if not NO_INPUT.fullmatch(more) and more not in texts.get("prompt", ""):
+            prompt = f"{prompt}\n{more}" if prompt or key == "input" else ""
     prompt = m.untagged(prompt.strip(), where)
     if not prompt:
         raise ValueError(f"{where}: no text under prompt, question or instruction, nor one turn in "
