@@ -696,8 +696,7 @@ def main(args):
 
     # ---- prompts ----
     raw = m.json_lines(args.input, to_row, bad)[:args.limit or None] if args.input else []
-    if args.hub_dataset:
-        raw = hub_rows(args)
+    raw += hub_rows(args) if args.hub_dataset else []
     rows, drops = choose(raw, args)
     if not (rows or args.sample_prompts):  # before OUT is there
         reasons = bad[0]["reason"] if bad else collections.Counter(drop["reason"] for drop in drops)
