@@ -50,7 +50,8 @@ VOICES = {"espeak": "en-us en-us+m1 en-us+m3 en-us+m6 en-us+m7 en-us+m8 en-us+f1
 # $5.99, 1st, 1984, 1960s, 1,200; the thousands' mark and the point are the language's
 NUMBER = (r"([$€£])? ?(\d{{1,3}}(?:{0}\d{{3}})+(?!\d)|\d+)(?:{1}(\d+))?"
           r"( (?:thousand|million|billion|trillion)\b)?(?:(st|nd|rd|th|s)\b)?")
-MONEY = {"$": ("USD", "dollars"), "€": ("EUR", "euros"), "£": ("GBP", "pounds")}
+SIGNS = {"&": " and ", "%": " percent", "+": " plus ", "°": " degrees ",
+         "$": " dollars ", "€": " euros ", "£": " pounds "}
 # who speaks in messages and conversations -> key of a row; how a row says that it has no input
 ROLES = {"system": "system", "user": "prompt", "human": "prompt", "assistant": "reference",
          "gpt": "reference", "bot": "reference", "model": "reference"}
@@ -236,9 +237,9 @@ def number_words(found, language, num2words):
     if language != "en":
         return f"{sign} {num2words(number, lang=language)}{size}{ending} "
     if sign:
-        code, name = MONEY[sign]
         if size or len(part) > 2:
-            return f" {num2words(number)}{size} {name} "
+            return f" {num2words(number)}{size}{SIGNS[sign]}"
+        code = {"$": "USD", "€": "EUR", "£": "GBP"}[sign]
         money = num2words(f"{digits}.{part or 0}", to="currency", currency=code)
         money = re.sub(r"^zero \w+, (?!zero)|, zero \w+$", "", money.replace(" sterling", ""))
         return " " + re.sub(r"(.*), (.*) (cents?|pence|penny)$", r"\1 \2", money) + " "
@@ -263,9 +264,7 @@ def readable(text, language="en"):
     except (NotImplementedError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"num2words reads no numbers in {language!r}; write them as words, or use "
                          "an engine that reads them") from error
-    signs = {"&": " and ", "%": " percent", "+": " plus ", "°": " degrees "}
-    signs |= {sign: f" {name} " for sign, (_, name) in MONEY.items()}
-    text = text.translate(str.maketrans(signs if language == "en" else {}))
+    text = text.translate(str.maketrans(SIGNS if language == "en" else {}))
     return tidy(re.sub(r"\s+(?=[.,;:?!])", "", text))
 
 
