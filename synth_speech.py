@@ -298,21 +298,18 @@ def choose(rows, args):
     return kept, drops
 
 
-class Stage:
-    """OUT/.stages/NAME.RANK.jsonl, append-only, one a process; a half-written last line is cut
-    off. `load` gives what all processes wrote so far."""
+class Stage(dict):
+    """{id: record} of all that processes wrote so far to OUT/.stages/NAME.RANK.jsonl, append-only,
+    one a process; a half-written last line is cut off."""
 
-    def __init__(self, out, name, rank):
-        self.own, self.all = Path(out) / ".stages" / f"{name}.{rank}.jsonl", f"{name}.*.jsonl"
+    def __init__(self, out, name):
+        self.own = Path(out) / ".stages" / f"{name}.{place()[0]}.jsonl"
         self.own.parent.mkdir(parents=True, exist_ok=True)
         if self.own.exists():
             os.truncate(self.own, self.own.read_bytes().rfind(b"\n") + 1)
-
-    def load(self):
-        records = []
-        for path in sorted(self.own.parent.glob(self.all)):
-            records += map(json.loads, path.read_text().split("\n")[:-1])
-        return {record["id"]: record for record in records}
+        for path in sorted(self.own.parent.glob(f"{name}.*.jsonl")):
+            for record in map(json.loads, path.read_text().split("\n")[:-1]):
+                self[record["id"]] = record
 
     def add(self, records):
         with open(self.own, "a") as file:
@@ -342,17 +339,16 @@ def staged(args, name, rows, size, work):
     """work(batch of rows) -> records, shared by all processes -> {id: record} of all of them.
     What is done already stays; a run that is started again cuts the same batches."""
     rank, world = place()
-    stage = Stage(args.out, name, rank)
-    done = stage.load()
+    done = Stage(args.out, name)
     rows = sorted(rows, key=lambda row: (len(row.get("prompt", "")), row["id"]))  # like lengths
     starts = range(rank * size, len(rows), world * size)
     for start in tqdm(starts, name, unit="batch", disable=rank > 0 or not rows):
         batch = rows[start:start + size]
         if not done.keys() >= {row["id"] for row in batch}:
-            stage.add([record for record in work(batch) if record["id"] not in done])
+            done.add([record for record in work(batch) if record["id"] not in done])
     if world > 1:
         dist.barrier()
-    return stage.load()
+    return Stage(args.out, name)
 
 
 # ---- prompts and answers by the teacher ----
@@ -392,7 +388,7 @@ def prompt_ids(tokenizer, row):
 
 def fitting(args, rows, teacher, bad):
     """Rows, less those that the teacher's template refuses or its context cannot hold: into bad."""
-    fit, answered = [], Stage(args.out, "answers", place()[0]).load()
+    fit, answered = [], Stage(args.out, "answers")
     for row in rows:
         try:
             if not (row.get("response") or row["id"] in answered):  # if all are, no teacher loads
