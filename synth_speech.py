@@ -491,8 +491,7 @@ def command(args, text, voice, _speed, _rng):
         said = readable(text, args.language).lstrip("-")  # no option of the program's
         values = {"{text}": said, "{wav}": wav, "{voice}": voice}
         words = [values.get(word, word) for word in args.tts_command]  # never through a shell
-        result = subprocess.run(words, capture_output=True, text=True, errors="replace",
-                                timeout=300)
+        result = subprocess.run(words, capture_output=True, errors="replace", timeout=300)
         if result.returncode or not os.path.exists(wav):
             said = result.stderr.strip()[-200:] or "no audio file"
             raise ValueError(f"{words[0]} exited {result.returncode}: {said}")
