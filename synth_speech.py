@@ -501,23 +501,20 @@ def command(args, text, voice, _speed, _rng):
 ENGINES = {"espeak": espeak, "piper": piper, "hf": hf, "command": command}
 
 
-def sex_of(voice):
-    """Of espeak's variants m1, f2, ..."""
-    return {"m": "man", "f": "woman"}.get(re.sub(r".*\+([mf])\d+", r"\1", voice))
-
-
 def clips_of(args, row):
     """How a prompt is spoken: in one clip, or in two that differ in speed, background and sex, so
     that all three are balanced, and neither the words nor the number of a take give them away."""
     rng = random.Random(f"{args.seed} {row['id']}")
+    sexes = {v: {"m": "man", "f": "woman"}.get(re.sub(r".*\+([mf])\d+", r"\1", v))
+             for v in args.voices}  # of espeak's variants m1, f2, ...
     voice, background, noisy = rng.choice(args.voices), rng.choice(BACKGROUNDS), rng.random()
     clip = {"id": row["id"], "prompt": row["prompt"], "voice": voice, "speed": rng.random(),
-            "background": background if noisy < args.noise else "quiet", "sex": sex_of(voice)}
+            "background": background if noisy < args.noise else "quiet", "sex": sexes[voice]}
     if args.takes == 1:
         return [clip]
-    others = [v for v in args.voices if {sex_of(v), sex_of(voice)} == {"man", "woman"}]
+    others = [v for v in args.voices if {sexes[v], sexes[voice]} == {"man", "woman"}]
     voice, fast = rng.choice(others or [voice]), rng.randrange(2)
-    pair = [clip, {**clip, "id": row["id"] + TAKE2, "voice": voice, "sex": sex_of(voice)}]
+    pair = [clip, {**clip, "id": row["id"] + TAKE2, "voice": voice, "sex": sexes[voice]}]
     for take, clip in enumerate(pair):
         if args.engine in ("espeak", "piper"):  # the others go at their own speed
             clip["rate"] = "fast" if take == fast else "slow"
