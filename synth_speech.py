@@ -35,10 +35,10 @@ import numpy as np
 import soundfile
 import torch
 import torch.distributed as dist
+import transformers
 from torchaudio.functional import edit_distance, resample
 from tqdm import tqdm
 from transformers.models.whisper import english_normalizer
-from transformers.utils import logging
 
 import model as m
 
@@ -324,8 +324,8 @@ def place():
 def start_ranks(device):
     """Handlers and, under torchrun, which sets one thread a process, their group -> rank."""
     signal.signal(signal.SIGTERM, m.stop_now)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     rank, world = place()
     if world > 1:
         if device == "cuda":
@@ -473,9 +473,8 @@ def piper(_args, text, voice, speed, _rng):
 
 @functools.cache
 def hf_pipeline(name):
-    from transformers import pipeline
-    return pipeline("text-to-speech", model=m.resolve(name), trust_remote_code=False,
-                    model_kwargs={"use_safetensors": True})
+    return transformers.pipeline("text-to-speech", model=m.resolve(name), trust_remote_code=False,
+                                 model_kwargs={"use_safetensors": True})
 
 
 def hf(args, text, _voice, _speed, rng):
