@@ -298,6 +298,11 @@ def choose(rows, args):
     return kept, drops
 
 
+def place():
+    """Rank of this process of torchrun, and how many there are."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 class Stage(dict):
     """{id: record} of all that processes wrote so far to OUT/.stages/NAME.RANK.jsonl, append-only,
     one a process; a half-written last line is cut off."""
@@ -314,11 +319,6 @@ class Stage(dict):
     def add(self, records):
         with open(self.own, "a") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records))
-
-
-def place():
-    """Rank of this process of torchrun, and how many there are."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start_ranks(device):
