@@ -32,14 +32,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import regex
 import soundfile
 import torch
 import torch.distributed as dist
+import transformers
 from torchaudio.functional import edit_distance, resample
 from tqdm import tqdm
 from transformers.models.whisper import english_normalizer
-from transformers.utils import logging
 
 import model as m
 
@@ -48,23 +47,18 @@ VOICES = {"espeak": "en-us en-us+m1 en-us+m3 en-us+m6 en-us+m7 en-us+m8 en-us+f1
                     "en-us+Gene en-us+Mike en-us+rob en-us+robert en-us+edward en-gb-x-rp "
                     "en-gb-x-rp+m3 en-gb-x-rp+f5".split(),
           "piper": ["en_US-joe-medium"], "hf": ["default"], "command": ["default"]}
-# speed 0 (slowest) to 1 (fastest) in the engines' units; Whisper-base hears all of it well
-ESPEAK_WPM, PIPER_LENGTH = (110, 180), (1.6, 0.7)  # words a minute; factor on the length of sounds
-SLOW, FAST, ESPEAK_PITCH = (0, 0.25), (0.75, 1), (35, 65)  # speeds of two takes; pitch of 0-99
 # $5.99, 1st, 1984, 1960s, 1,200; the thousands' mark and the point are the language's
 NUMBER = (r"([$€£])? ?(\d{{1,3}}(?:{0}\d{{3}})+(?!\d)|\d+)(?:{1}(\d+))?"
           r"( (?:thousand|million|billion|trillion)\b)?(?:(st|nd|rd|th|s)\b)?")
-MONEY = {"$": ("USD", "dollars"), "€": ("EUR", "euros"), "£": ("GBP", "pounds")}
-POINT = ("en", "zh", "ja", "ko", "th", "he")  # languages that write 3.5, not 3,5
+SIGNS = {"&": " and ", "%": " percent", "+": " plus ", "°": " degrees ",
+         "$": " dollars ", "€": " euros ", "£": " pounds "}
 # who speaks in messages and conversations -> key of a row; how a row says that it has no input
 ROLES = {"system": "system", "user": "prompt", "human": "prompt", "assistant": "reference",
          "gpt": "reference", "bot": "reference", "model": "reference"}
 NO_INPUT = re.compile(r"(?i)|\[\]|[\W_]*(no[\W_]?input( (provided|needed|required|given))?|none|"
                       r"null|n\W?a|nan|not applicable)[\W_]*")
-UNSPACED = ("zh", "yue", "ja", "th", "lo", "my", "km")  # no spaces: error rates of characters
 BACKGROUNDS, SNR_DB = ["rain", "hum", "beeps"], (12, 20)  # voice over background
 TAKE2 = "-take2"    # ends the id of a prompt's second clip
-SAMPLE_CHUNK = 256  # prompts that are sampled together
 QUESTIONS = {  # key of a clip -> what is asked about it, the answer to each value
     "rate": ("Does the speaker talk fast or slowly?", {"fast": "Fast.", "slow": "Slowly."}),
     "background": ("Is there a noise behind the voice?",
@@ -178,9 +172,8 @@ def to_row(raw, where):
     prompt = texts.get("prompt") or texts.get("question") or texts.get("instruction", "")
     for key in ("input", "context"):
         more = text_of(raw.get(key), where)
-        known = NO_INPUT.fullmatch(more) or more in texts.get("prompt", "")
-        if not known and (prompt or key == "input"):
-            prompt = f"{prompt}\n{more}"
+        if not NO_INPUT.fullmatch(more) and more not in texts.get("prompt", ""):
+            prompt = f"{prompt}\n{more}" if prompt or key == "input" else ""
     prompt = m.untagged(prompt.strip(), where)
     if not prompt:
         raise ValueError(f"{where}: no text under prompt, question or instruction, nor one turn in "
@@ -196,11 +189,6 @@ def to_row(raw, where):
     more = {"system": texts.get("system") or texts.get("system_prompt"),
             "reference": texts.get("reference") or texts.get("response") or texts.get("output")}
     return row | {key: text for key, text in more.items() if text}
-
-
-def read_rows(path, limit=0, bad=None):
-    """JSON lines or JSON list -> rows; raises ValueError that names the line, or adds it to bad."""
-    return m.json_lines(Path(path), to_row, bad)[:limit or None]
 
 
 def hub_rows(args):
@@ -249,9 +237,9 @@ def number_words(found, language, num2words):
     if language != "en":
         return f"{sign} {num2words(number, lang=language)}{size}{ending} "
     if sign:
-        code, name = MONEY[sign]
         if size or len(part) > 2:
-            return f" {num2words(number)}{size} {name} "
+            return f" {num2words(number)}{size}{SIGNS[sign]}"
+        code = {"$": "USD", "€": "EUR", "£": "GBP"}[sign]
         money = num2words(f"{digits}.{part or 0}", to="currency", currency=code)
         money = re.sub(r"^zero \w+, (?!zero)|, zero \w+$", "", money.replace(" sterling", ""))
         return " " + re.sub(r"(.*), (.*) (cents?|pence|penny)$", r"\1 \2", money) + " "
@@ -265,7 +253,7 @@ def number_words(found, language, num2words):
 def readable(text, language="en"):
     """Numbers and signs as words, for engines that do not read them themselves."""
     from num2words import num2words
-    marks = (",", r"\.") if language in POINT else ("[. ]", ",")  # of thousands, of decimals
+    marks = (",", r"\.") if language in "en zh ja ko th he".split() else ("[. ]", ",")
     if language == "en":
         text = re.sub(r"(?<![\w)])-(?=[$€£]?\d)", "minus ", text)
         text = re.sub(r"(?<=\d):(?=\d\d(?!\d))", "  ", text.replace(":00", " o'clock "))  # 12:30
@@ -276,9 +264,7 @@ def readable(text, language="en"):
     except (NotImplementedError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"num2words reads no numbers in {language!r}; write them as words, or use "
                          "an engine that reads them") from error
-    signs = {"&": " and ", "%": " percent", "+": " plus ", "°": " degrees "}
-    signs |= {sign: f" {name} " for sign, (_, name) in MONEY.items()}
-    text = text.translate(str.maketrans(signs if language == "en" else {}))
+    text = text.translate(str.maketrans(SIGNS if language == "en" else {}))
     return tidy(re.sub(r"\s+(?=[.,;:?!])", "", text))
 
 
@@ -291,47 +277,25 @@ def fingerprints(text):
 def choose(rows, args):
     """Filter, drop near-duplicates, split off the held-out
     -> rows in input order, `split` set; what was dropped and why."""
-    seen, ids, kept, drops = set(), set(), [], []
+    seen, kept, drops = set(), {}, []
     for path in args.exclude:
-        for row in read_rows(path):
+        for row in m.json_lines(path, to_row):
             seen |= fingerprints(tidy(row["prompt"]))
     for row in rows:
         text, row_id = tidy(row["prompt"]), row["id"].removesuffix(TAKE2)
         reason = row.get("drop") or unspeakable(row["prompt"], args.max_words, args.language)
         marks = fingerprints(text)
-        if not reason and (marks & seen or row_id in ids):
+        if not reason and (marks & seen or row_id in kept):
             reason = "near-duplicate" if marks & seen else "duplicate id"
         if not reason:
             seen |= marks
-            ids.add(row_id)
-            kept.append({**row, "id": row_id, "prompt": text, "split": "train"})
+            kept[row_id] = {**row, "id": row_id, "prompt": text, "split": "train"}
         elif row_id == row["id"]:  # the second take of a manifest of ours goes unsaid
             drops.append({"id": row_id, "reason": reason, "prompt": text})
-    kept = kept[:args.sample_prompts or None]
+    kept = list(kept.values())[:args.sample_prompts or None]
     for row in random.Random(args.seed).sample(kept, min(args.heldout, len(kept))):
         row["split"] = "heldout"
     return kept, drops
-
-
-class Stage:
-    """OUT/.stages/NAME.RANK.jsonl, append-only, one a process; a half-written last line is cut
-    off. `load` gives what all processes wrote so far."""
-
-    def __init__(self, out, name, rank):
-        self.own, self.all = Path(out) / ".stages" / f"{name}.{rank}.jsonl", f"{name}.*.jsonl"
-        self.own.parent.mkdir(parents=True, exist_ok=True)
-        if self.own.exists():
-            os.truncate(self.own, self.own.read_bytes().rfind(b"\n") + 1)
-
-    def load(self):
-        records = []
-        for path in sorted(self.own.parent.glob(self.all)):
-            records += map(json.loads, path.read_text().split("\n")[:-1])
-        return {record["id"]: record for record in records}
-
-    def add(self, records):
-        with open(self.own, "a") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
 def place():
@@ -339,11 +303,29 @@ def place():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+class Stage(dict):
+    """{id: record} of all that processes wrote so far to OUT/.stages/NAME.RANK.jsonl, append-only,
+    one a process; a half-written last line is cut off."""
+
+    def __init__(self, out, name):
+        self.own = Path(out) / ".stages" / f"{name}.{place()[0]}.jsonl"
+        self.own.parent.mkdir(parents=True, exist_ok=True)
+        if self.own.exists():
+            os.truncate(self.own, self.own.read_bytes().rfind(b"\n") + 1)
+        for path in sorted(self.own.parent.glob(f"{name}.*.jsonl")):
+            for record in map(json.loads, path.read_text().split("\n")[:-1]):
+                self[record["id"]] = record
+
+    def add(self, records):
+        with open(self.own, "a") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+
+
 def start_ranks(device):
     """Handlers and, under torchrun, which sets one thread a process, their group -> rank."""
     signal.signal(signal.SIGTERM, m.stop_now)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     rank, world = place()
     if world > 1:
         if device == "cuda":
@@ -357,33 +339,27 @@ def staged(args, name, rows, size, work):
     """work(batch of rows) -> records, shared by all processes -> {id: record} of all of them.
     What is done already stays; a run that is started again cuts the same batches."""
     rank, world = place()
-    stage = Stage(args.out, name, rank)
-    if world > 1:
-        dist.barrier()
-    done = stage.load()
+    done = Stage(args.out, name)
     rows = sorted(rows, key=lambda row: (len(row.get("prompt", "")), row["id"]))  # like lengths
-    todo = []
-    for start in range(rank * size, len(rows), world * size):
+    starts = range(rank * size, len(rows), world * size)
+    for start in tqdm(starts, name, unit="batch", disable=rank > 0 or not rows):
         batch = rows[start:start + size]
         if not done.keys() >= {row["id"] for row in batch}:
-            todo.append(batch)
-    for batch in tqdm(todo, name, unit="batch", disable=rank > 0 or not todo):
-        stage.add([record for record in work(batch) if record["id"] not in done])
+            done.add([record for record in work(batch) if record["id"] not in done])
     if world > 1:
         dist.barrier()
-    return stage.load()
+    return Stage(args.out, name)
 
 
 # ---- prompts and answers by the teacher ----
 
 def sample_prompts(teacher, tokenizer, args, chunk):
-    """SAMPLE_CHUNK prompts: the teacher goes on in its chat template where the user begins."""
+    """256 prompts: the teacher goes on in its chat template where the user begins."""
     before, end = m.chat_parts(tokenizer)[0], m.end_token(tokenizer)
     start = teacher.get_input_embeddings()(torch.tensor(before, device=teacher.device))
     generator = torch.Generator(teacher.device).manual_seed(1_000_003 * args.seed + chunk)
-    longest = min(32, 8 + args.max_words)  # tokens
-    outputs = m.generate(teacher, [start] * SAMPLE_CHUNK, max_new_tokens=longest, eos_ids=[end],
-                         temperature=1.0, generator=generator)
+    outputs = m.generate(teacher, [start] * 256, eos_ids=[end], temperature=1.0,
+                         max_new_tokens=min(32, 8 + args.max_words), generator=generator)
     rows = [{"id": f"sampled-{chunk:04d}-{i:03d}", "prompt": tokenizer.decode(ids[:-1])}
             for i, ids in enumerate(outputs) if ids[-1] == end and len(ids) > 1]
     return {"id": chunk, "rows": rows}
@@ -410,18 +386,18 @@ def prompt_ids(tokenizer, row):
     return before + m.text_ids(tokenizer, row["prompt"]) + after
 
 
-def unfit(args, rows, teacher):
-    """Rows that the teacher's template refuses or its context cannot hold -> bad rows."""
-    bad, answered = [], Stage(args.out, "answers", place()[0]).load()
+def fitting(args, rows, teacher, bad):
+    """Rows, less those that the teacher's template refuses or its context cannot hold: into bad."""
+    fit, answered = [], Stage(args.out, "answers")
     for row in rows:
-        if row.get("response") or row["id"] in answered:  # where all are, no teacher is loaded
-            continue
         try:
-            llm, tokenizer = teacher()
-            m.check_context(llm, len(prompt_ids(tokenizer, row)), args.max_new_tokens)
+            if not (row.get("response") or row["id"] in answered):  # if all are, no teacher loads
+                llm, tokenizer = teacher()
+                m.check_context(llm, len(prompt_ids(tokenizer, row)), args.max_new_tokens)
+            fit.append(row)
         except ValueError as error:
             bad.append({"id": row["id"], "reason": f"row {row['id']!r}: {error}"})
-    return bad
+    return fit
 
 
 def answer(teacher, tokenizer, rows, max_new_tokens):
@@ -439,35 +415,33 @@ def answer(teacher, tokenizer, rows, max_new_tokens):
 
 
 # ---- speech engines: (args, text, voice, speed, rng) -> (samples (S,) float32, Hz) ----
+# speed 0 (slowest) to 1 (fastest); Whisper-base hears all of it well
 
 def espeak(_args, text, voice, speed, rng):
     import _ctypes
     import espeakng_loader
-    data, chunks = espeakng_loader.get_data_path(), [np.zeros(0, np.int16)]
+    data, sound = espeakng_loader.get_data_path(), bytearray()
 
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
     def collect(samples, count, _events):
-        if samples:
-            chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        sound.extend(ctypes.string_at(samples, 2 * count))  # int16
         return 0
 
     # loaded anew for each row (3 ms): its oscillators' phase outlives even espeak_Terminate
     library = ctypes.CDLL(espeakng_loader.get_library_path())
-    try:
-        rate_hz = library.espeak_Initialize(2, 0, data.encode(), 0)  # 2: synchronous, by callback
-        library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # it takes the time otherwise
-        library.espeak_SetSynthCallback(collect)
-        variant = Path(data, "voices", "!v", voice.partition("+")[2])
-        # espeak ignores a variant that it lacks
-        if library.espeak_SetVoiceByName(voice.encode()) != 0 or not variant.exists():
-            raise ValueError(f"espeak has no voice {voice!r}")
-        library.espeak_SetParameter(1, round(np.interp(speed, (0, 1), ESPEAK_WPM)), 0)
-        library.espeak_SetParameter(3, rng.randint(*ESPEAK_PITCH), 0)
-        library.espeak_Synth(text.encode(), len(text.encode()) + 1, 0, 1, 0, 1, None, None)
-        library.espeak_Terminate()
-    finally:
-        _ctypes.dlclose(library._handle)
-    return np.concatenate(chunks).astype(np.float32) / 32768, rate_hz
+    rate_hz = library.espeak_Initialize(2, 0, data.encode(), 0)  # 2: synchronous, by callback
+    library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # it takes the time otherwise
+    library.espeak_SetSynthCallback(collect)
+    failed = library.espeak_SetVoiceByName(voice.encode())
+    library.espeak_SetParameter(1, round(np.interp(speed, (0, 1), (110, 180))), 0)  # words a minute
+    library.espeak_SetParameter(3, rng.randint(35, 65), 0)  # pitch of 0-99
+    library.espeak_Synth(text.encode(), len(text.encode()) + 1, 0, 1, 0, 1, None, None)
+    library.espeak_Terminate()
+    _ctypes.dlclose(library._handle)
+    # espeak ignores a variant that it lacks
+    if failed or not Path(data, "voices", "!v", voice.partition("+")[2]).exists():
+        raise ValueError(f"espeak has no voice {voice!r}")
+    return np.frombuffer(sound, np.int16).astype(np.float32) / 32768, rate_hz
 
 
 @functools.cache
@@ -491,7 +465,7 @@ def piper(_args, text, voice, speed, _rng):
     from piper import SynthesisConfig
     # without its own noise a sentence always sounds alike, whatever was said before
     style = SynthesisConfig(noise_scale=0.0, noise_w_scale=0.0,
-                            length_scale=float(np.interp(speed, (0, 1), PIPER_LENGTH)))
+                            length_scale=float(np.interp(speed, (0, 1), (1.6, 0.7))))
     speaker = piper_voice(voice)
     chunks = [chunk.audio_float_array for chunk in speaker.synthesize(text, style)]
     return np.concatenate([*chunks, np.zeros(0, np.float32)]), speaker.config.sample_rate
@@ -499,9 +473,8 @@ def piper(_args, text, voice, speed, _rng):
 
 @functools.cache
 def hf_pipeline(name):
-    from transformers import pipeline
-    return pipeline("text-to-speech", model=m.resolve(name), trust_remote_code=False,
-                    model_kwargs={"use_safetensors": True})
+    return transformers.pipeline("text-to-speech", model=m.resolve(name), trust_remote_code=False,
+                                 model_kwargs={"use_safetensors": True})
 
 
 def hf(args, text, _voice, _speed, rng):
@@ -517,39 +490,34 @@ def command(args, text, voice, _speed, _rng):
         said = readable(text, args.language).lstrip("-")  # no option of the program's
         values = {"{text}": said, "{wav}": wav, "{voice}": voice}
         words = [values.get(word, word) for word in args.tts_command]  # never through a shell
-        result = subprocess.run(words, capture_output=True, text=True, errors="replace",
-                                timeout=300)
+        result = subprocess.run(words, capture_output=True, errors="replace", timeout=300)
         if result.returncode or not os.path.exists(wav):
             said = result.stderr.strip()[-200:] or "no audio file"
             raise ValueError(f"{words[0]} exited {result.returncode}: {said}")
-        samples, rate_hz = soundfile.read(wav, dtype="float32", always_2d=True)
-        return samples.mean(1), rate_hz
+        return m.load_audio(wav).numpy(), m.SAMPLE_RATE
 
 
 ENGINES = {"espeak": espeak, "piper": piper, "hf": hf, "command": command}
-
-
-def sex_of(voice):
-    """Of espeak's variants m1, f2, ..."""
-    return {"m": "man", "f": "woman"}.get(re.sub(r".*\+([mf])\d+", r"\1", voice))
 
 
 def clips_of(args, row):
     """How a prompt is spoken: in one clip, or in two that differ in speed, background and sex, so
     that all three are balanced, and neither the words nor the number of a take give them away."""
     rng = random.Random(f"{args.seed} {row['id']}")
+    sexes = {v: {"m": "man", "f": "woman"}.get(re.sub(r".*\+([mf])\d+", r"\1", v))
+             for v in args.voices}  # of espeak's variants m1, f2, ...
     voice, background, noisy = rng.choice(args.voices), rng.choice(BACKGROUNDS), rng.random()
     clip = {"id": row["id"], "prompt": row["prompt"], "voice": voice, "speed": rng.random(),
-            "background": background if noisy < args.noise else "quiet", "sex": sex_of(voice)}
+            "background": background if noisy < args.noise else "quiet", "sex": sexes[voice]}
     if args.takes == 1:
         return [clip]
-    others = [v for v in args.voices if {sex_of(v), sex_of(voice)} == {"man", "woman"}]
+    others = [v for v in args.voices if {sexes[v], sexes[voice]} == {"man", "woman"}]
     voice, fast = rng.choice(others or [voice]), rng.randrange(2)
-    pair = [clip, {**clip, "id": row["id"] + TAKE2, "voice": voice, "sex": sex_of(voice)}]
+    pair = [clip, {**clip, "id": row["id"] + TAKE2, "voice": voice, "sex": sexes[voice]}]
     for take, clip in enumerate(pair):
         if args.engine in ("espeak", "piper"):  # the others go at their own speed
             clip["rate"] = "fast" if take == fast else "slow"
-        clip["speed"] = rng.uniform(*(FAST if take == fast else SLOW))
+        clip["speed"] = rng.uniform(0.75, 1) if take == fast else rng.uniform(0, 0.25)
         clip["background"] = background if take == (noisy < 0.5) else "quiet"
     return pair
 
@@ -598,8 +566,8 @@ def units(text, language, spellings):
     if language == "en":
         return english_normalizer.EnglishTextNormalizer(spellings)(text).split()
     text = unicodedata.normalize("NFKC", text.lower())
-    words = regex.sub(r"[\p{P}\p{S}]", " ", text).split()
-    return list("".join(words)) if language in UNSPACED else words
+    words = "".join(" " if unicodedata.category(c)[0] in "PS" else c for c in text).split()
+    return list("".join(words)) if language in "zh yue ja th lo my km".split() else words
 
 
 def listen(args, whisper, clips):
@@ -645,8 +613,8 @@ def sound_rows(rows):
     return sounds
 
 
-def write_results(args, rows, drops, clips):
-    """Spoken and checked clips -> manifests, dropped.jsonl, summary.json, preview.html."""
+def write_results(args, rows, drops, clips, said):
+    """Spoken, checked clips -> manifests, dropped.jsonl, summary.json, preview.html; exit code."""
     rows, files = {row["id"]: row for row in rows}, {"train": [], "heldout": []}
     for clip in clips:
         row = {"source": "sampled" if args.sample_prompts else args.input or args.hub_dataset,
@@ -680,19 +648,18 @@ def write_results(args, rows, drops, clips):
     m.write_atomically(Path(args.out) / "summary.json", json.dumps(summary, indent=1))
     if args.preview:
         m.write_atomically(Path(args.out) / "preview.html", preview(kept[:args.preview]))
-    print(json.dumps(summary, indent=1))
+    print(f"{json.dumps(summary, indent=1)}\n{said}".rstrip())
     return 1 if reasons["no speech"] else 0
 
 
 def load_teacher(args):
     llm, tokenizer = m.load_llm(args.teacher, getattr(torch, args.dtype))
     m.check_context(llm, 1, args.max_new_tokens)
-    m.chat_parts(tokenizer)  # refuses a template that opens <think> whatever it is told
     return llm.to(args.device), tokenizer
 
 
 def begin(args, raw, rows, teacher):
-    """Try what can fail, so that it fails now; refuse an OUT of other options."""
+    """Try what can fail, so that it fails now, in every process; refuse an OUT of other options."""
     path = Path(args.out) / ".stages" / "args.json"
     plan = {key: value for key, value in vars(args).items()
             if key not in ("workers", "preview", "device", "out")}
@@ -715,33 +682,26 @@ def begin(args, raw, rows, teacher):
 
 
 def main(args):
-    rank, world = start_ranks(args.device), place()[1]
+    rank, bad = start_ranks(args.device), []
 
     # ---- prompts ----
-    bad = []
-    raw = read_rows(args.input, args.limit, bad) if args.input else []
-    if args.hub_dataset:
-        raw = hub_rows(args)
+    raw = m.json_lines(args.input, to_row, bad)[:args.limit or None] if args.input else []
+    raw += hub_rows(args) if args.hub_dataset else []
     rows, drops = choose(raw, args)
     if not (rows or args.sample_prompts):  # before OUT is there
         reasons = bad[0]["reason"] if bad else collections.Counter(drop["reason"] for drop in drops)
         raise ValueError(f"no row is left of {len(raw) + len(bad)}: {reasons}")
     m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
     teacher = functools.cache(lambda: load_teacher(args))  # loaded when first needed, if ever
-    if rank == 0:
-        begin(args, raw, rows, teacher)
-    if world > 1:
-        dist.barrier()
+    begin(args, raw, rows, teacher)
     if args.sample_prompts:
         rows, drops = enough_prompts(args, teacher)
 
     # ---- answers ----
-    bad += unfit(args, rows, teacher)
+    rows = fitting(args, rows, teacher, bad)
     said = m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
-    left_out = {row["id"] for row in bad}
-    rows = [row for row in rows if row["id"] not in left_out]
     wanted = [row for row in rows if not row.get("response")]
-    answers = staged(args, "answers", wanted, min(args.batch_size, 1 + len(wanted) // world),
+    answers = staged(args, "answers", wanted, min(args.batch_size, 1 + len(wanted) // place()[1]),
                      lambda batch: answer(*teacher(), batch, args.max_new_tokens))
     teacher.cache_clear()
     rows = [{**row, **answers.get(row["id"], {})} for row in rows]
@@ -759,12 +719,7 @@ def main(args):
                    lambda batch: listen(args, whisper().to(args.device), batch))
     clips = [{**clip, **heard.get(clip["id"], {})} for clip in clips]
 
-    failed = rank == 0 and write_results(args, rows, drops, clips)
-    if said and rank == 0:
-        print(said)
-    if world > 1:
-        dist.destroy_process_group()
-    return 1 if failed else 0
+    return write_results(args, rows, drops, clips, said) if rank == 0 else 0
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
 def test_a_reader_gives_rows_or_a_value_error_that_names_the_line(folder, lines):
     path = folder / "data.jsonl"
     path.write_bytes(b"\n".join(lines))
-    readers = [train_kd.read_manifest, synth_speech.read_rows, eval_mmau.read_items]
+    readers = [train_kd.read_manifest, lambda p: m.json_lines(p, synth_speech.to_row), eval_mmau.read_items]
     for read in [*readers, *(lambda p, s=s: vb.read_subset(p, s, "response") for s in ("sd-qa", "mmsu", "bbh", "ifeval", "wildvoice"))]:
         try:
             rows = read(path)

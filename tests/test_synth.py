@@ -96,9 +96,9 @@ def reference(tiny, options, tmp_path_factory):
     "\ufeff" + "\r\n\n".join(json.dumps(raw, ensure_ascii=False) for raw in RAW)], ids=["1", "list", "BOM"])
 def test_every_key_set_is_read(tmp_path, content):
     (tmp_path / "in.json").write_text(content, encoding="utf-8")
-    rows = synth.read_rows(tmp_path / "in.json")
+    rows = m.json_lines(tmp_path / "in.json", synth.to_row)
     assert [{k: v for k, v in row.items() if k != "id"} for row in rows] == ROWS
-    assert rows[2]["id"] == "7" and synth.read_rows(tmp_path / "in.json", limit=2) == rows[:2]
+    assert rows[2]["id"] == "7"
 
 
 @pytest.mark.parametrize("content, message", [
@@ -118,7 +118,7 @@ def test_another_frameworks_tag_is_stripped_at_the_ends_and_a_bad_row_inside(tmp
              "[AUDIO] Who?", "<start_of_audio>Who?<end_of_audio>", "<audio>a.wav</audio>\nWho?"]
     write(tmp_path / "in.jsonl", [{"prompt": text} for text in texts])
     bad = []
-    rows = synth.read_rows(tmp_path / "in.jsonl", bad=bad)
+    rows = m.json_lines(tmp_path / "in.jsonl", synth.to_row, bad)
     assert [row["prompt"] for row in rows] == ["Who?"] * 9
     assert [re.sub(".*jsonl:", "", row["reason"])[:10] for row in bad] == ["4: <audio>", "5: no text", "12: <audio"]
 
@@ -433,9 +433,9 @@ def test_a_manifest_as_input_keeps_its_answers_in_other_voices(reference, tmp_pa
     assert "<script" not in page and "&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt; &amp; more" in page
 
 
-def test_rows_that_are_dropped_need_no_teacher(tmp_path):
-    rows = [{"prompt": "Who is it?", "response": "Ann.", "finish": "stop"}, {"prompt": "Run `ls`"}]
-    assert run("no/teacher", tmp_path / "out", "--input", write(tmp_path / "in.jsonl", rows)) == 0
+def test_rows_that_are_dropped_or_over_the_limit_need_no_teacher(tmp_path):
+    rows = [{"prompt": "Who is it?", "response": "Ann.", "finish": "stop"}, {"prompt": "Run `ls`"}, {"prompt": "Why?"}]
+    assert run("no/teacher", tmp_path / "out", "--input", write(tmp_path / "in.jsonl", rows), "--limit", 2) == 0
 
 
 def test_sampled_prompts_depend_on_seed_and_chunk_alone_and_go_on(tiny, tmp_path):
@@ -527,7 +527,8 @@ def test_a_program_gets_the_text_as_one_argument_and_its_failures_are_listed(tmp
     command = [sys.executable, "speak.py", "log.jsonl", "{text}", "{wav}", "{voice}"]
     evil = """Say "hi"; touch a 'b' & $(touch c) `touch d` | touch e"""
     args = argparse.Namespace(tts_command=command, language="en")
-    assert len(synth.command(args, f"--{evil}", "v 1", 0, None)[0]) == 8000
+    samples, rate = synth.command(args, f"--{evil}", "v 1", 0, None)
+    assert len(samples) == rate == 16_000
     assert read("log.jsonl") == [[evil.replace("&", "and").replace("$", "dollars "), "v 1"]]
     texts = ['A "quoted; word"', "Two cats?", "a silence", "a noise"]
     code, kept, dropped = spoken(tmp_path, texts, "--engine", "command", "--tts-command", *command)

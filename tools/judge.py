@@ -108,8 +108,7 @@ def add_scores(args, rows):
     """What the judge replies about rows becomes their "score"; RuntimeError if it fails for good.
     OUT/.stages keeps the replies."""
     options = {"model": args.model, "temperature": 0.5, "max_tokens": args.max_tokens}
-    stage, stop, names, todo, lost = Stage(args.out, "judge", 0), threading.Event(), [], {}, []
-    done = stage.load()
+    done, stop, names, todo, lost = Stage(args.out, "judge"), threading.Event(), [], {}, []
     for row in rows:
         text = OPEN if row.get("reference") is None else QA
         text = text.format(**{**row, "response": vb.spoken(row["response"])})
@@ -126,12 +125,12 @@ def add_scores(args, rows):
             for future in tqdm(as_completed(asked), "judge", len(asked), unit="reply"):
                 reply, why = future.result()
                 if reply:
-                    stage.add([{"id": asked[future], "reply": reply}])
+                    done.add([{"id": asked[future], "reply": reply}])
                 elif why:
                     lost.append(why)
         finally:
             stop.set()
-    done = stage.load()
+    done = Stage(args.out, "judge")
     if lost:
         judged = sum(done.keys() >= set(samples) for samples in names)
         raise RuntimeError(f"judge failed ({lost[0]}); {judged} of {len(rows)} rows are judged, "
