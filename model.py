@@ -32,10 +32,10 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (AutoConfig, AutoFeatureExtractor, AutoModel,
-                          AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor,
-                          AutoTokenizer, DynamicCache, EncoderDecoderCache, GenerationConfig,
-                          PretrainedConfig, PreTrainedModel, WhisperFeatureExtractor, WhisperModel)
+from transformers import (AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM,
+                          AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer,
+                          DynamicCache, EncoderDecoderCache, GenerationConfig, PretrainedConfig,
+                          PreTrainedModel, WhisperFeatureExtractor, WhisperModel)
 from transformers.cache_utils import DynamicLayer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.core_model_loading import revert_weight_conversion
@@ -1203,7 +1203,3 @@ def save_hub_model(model, state, folder):
         if (wanted or path.name == "spk_dict.pt") and path.name not in left:
             if not (folder / path.name).exists():
                 shutil.copy(path, folder)
-
-
-AutoConfig.register(SpeechLLMConfig.model_type, SpeechLLMConfig, exist_ok=True)
-AutoModel.register(SpeechLLMConfig, SpeechLLM, exist_ok=True)
