@@ -814,8 +814,6 @@ class SpeechLLMConfig(PretrainedConfig):
 
 class SpeechLLM(PreTrainedModel):
     config_class = SpeechLLMConfig
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
     _keep_in_fp32_modules_strict = ["adapter"]
 
     def __init__(self, config, whisper=None, llm=None):
