@@ -420,27 +420,14 @@ class Whisper(nn.Module):
     def __init__(self, model, folder):
         super().__init__()
         self.model, self.folder = model, folder
-
-    @functools.cached_property
-    def extractor(self):
-        return from_folder(WhisperFeatureExtractor, self.folder)
-
-    @functools.cached_property
-    def tokenizer(self):
-        return from_folder(AutoTokenizer, self.folder)
-
-    @functools.cached_property
-    def vocab(self):
-        return self.tokenizer.get_vocab()
-
-    @functools.cached_property
-    def languages(self):
-        """{ISO code: token id}; empty if it knows English alone."""
-        config, last, found = self.model.config, self.vocab.get("<|translate|>", 0), {}
+        self.extractor = from_folder(WhisperFeatureExtractor, folder)
+        self.tokenizer = from_folder(AutoTokenizer, folder)
+        self.vocab = self.tokenizer.get_vocab()
+        config, last = model.config, self.vocab.get("<|translate|>", 0)
+        self.languages = {}  # ISO code -> token id; empty if it knows English alone
         for token, i in self.vocab.items():
             if config.decoder_start_token_id < i < last and config.vocab_size > 51864:  # English's
-                found[token[2:-2]] = i
-        return found
+                self.languages[token[2:-2]] = i
 
     def pieces(self, ids):
         """Token ids -> the bytes that each writes."""
@@ -1105,9 +1092,7 @@ def load_student(name):
     config = PretrainedConfig.get_config_dict(folder)[0]
     kind = config.get("model_type")
     if kind == SpeechLLMConfig.model_type:
-        student = from_folder(SpeechLLM, folder, dtype=torch.float32).eval()
-        _ = student.whisper.extractor, student.whisper.tokenizer  # or they fail when it first hears
-        return student
+        return from_folder(SpeechLLM, folder, dtype=torch.float32).eval()
     model = load_multimodal(folder, torch.float32)
     if not hasattr(model, "model") or not hasattr(model.config, "audio_token_id"):
         raise RuntimeError(f"{name}: a model of type {kind!r}, expected WHISPER+LLM, a folder that "
