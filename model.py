@@ -803,24 +803,21 @@ class SpeechLLM(PreTrainedModel):
     config_class = SpeechLLMConfig
     _keep_in_fp32_modules_strict = ["adapter"]
 
-    def __init__(self, config, whisper=None, llm=None):
+    def __init__(self, config, whisper=None, llm=None, tokenizer=None):
         super().__init__(config)
         if whisper is None:  # from_pretrained fills in the weights
             whisper = Whisper(WhisperModel(AutoConfig.for_model(**config.whisper)),
                               Path(self.name_or_path) / "whisper")
             llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.llm),
                                                    dtype=torch.get_default_dtype())
-        self.whisper, self.llm = whisper, llm
+            tokenizer = from_folder(AutoTokenizer, self.name_or_path, config=config)
+        self.whisper, self.llm, self.tokenizer = whisper, llm, tokenizer
         self.adapter = Adapter(config.whisper["d_model"],
                                llm.get_input_embeddings().embedding_dim)
         self.post_init()
 
     def _init_weights(self, module):
         """Nothing: the parts keep what they were made or loaded with."""
-
-    @functools.cached_property
-    def tokenizer(self):
-        return from_folder(AutoTokenizer, self.name_or_path)
 
     def train(self, mode=True):
         """Whisper stays in eval mode."""
@@ -1074,9 +1071,8 @@ def build_student(name=DEFAULT_STUDENT):
     if not tokenizer.is_fast:
         raise RuntimeError(f"{llm_name}: its tokenizer tells no offsets, which place what was heard"
                            "; expected one with a tokenizer.json")
-    model = SpeechLLM(SpeechLLMConfig(whisper=whisper.model.config.to_dict(),
-                                      llm=llm.config.to_dict()), whisper, llm)
-    model.tokenizer = tokenizer
+    config = SpeechLLMConfig(whisper=whisper.model.config.to_dict(), llm=llm.config.to_dict())
+    model = SpeechLLM(config, whisper, llm, tokenizer)
     filler = tokenizer(FILLER, add_special_tokens=False).input_ids[-1]
     with torch.no_grad():
         model.adapter.sound.bias.copy_(llm.get_input_embeddings()(torch.tensor([filler]))[0])
