@@ -396,6 +396,7 @@ class Heard(NamedTuple):
     ids: Tensor     # (n,)
     states: Tensor  # (n, D) of the decoder, which chose the tokens
     sound: Tensor   # (A, D) of the encoder, its mean so far, SOUND_HZ a second
+    spans: Tensor   # (n, 2) first character of the text that a token has a part in, and their end
 
 
 def quiet_cuts(waveform):
@@ -429,14 +430,17 @@ class Whisper(nn.Module):
             if config.decoder_start_token_id < i < last and config.vocab_size > 51864:  # English's
                 self.languages[token[2:-2]] = i
 
-    def pieces(self, ids):
-        """Token ids -> the bytes that each writes."""
-        tokens = self.tokenizer.convert_ids_to_tokens(ids.tolist())
-        return [bytes(map(BYTES.get, token)) for token in tokens]
-
     def heard(self, ids, states, sound):
-        text = b"".join(self.pieces(ids)).decode("utf-8", "ignore")
-        return Heard(text.strip(), ids, states, sound)
+        """What a clip's tokens write, and which characters each has a part in -> Heard."""
+        decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        text, spans = "", []
+        for token in self.tokenizer.convert_ids_to_tokens(ids.tolist()):
+            first = len(text)
+            text += decoder.decode(bytes(map(BYTES.get, token)))
+            begun = bool(decoder.getstate()[0])  # a letter, which the next token ends
+            spans.append((first, len(text) + begun))
+        spans = torch.tensor(spans).view(-1, 2) - (len(text) - len(text.lstrip()))
+        return Heard(text.strip(), ids, states, sound, spans)
 
     @torch.inference_mode()
     def hear(self, waveforms, language=None):
@@ -843,31 +847,18 @@ class SpeechLLM(PreTrainedModel):
             heard = self.hear([waveform_of(row)], row.get("language"))[0]
         words = self.tokenizer(heard.text, add_special_tokens=False, split_special_tokens=True,
                                return_offsets_mapping=True)
-        states = self.states_of(heard, words.offset_mapping)
+        offsets = torch.tensor(words.offset_mapping).view(-1, 2)                  # (W, 2)
+        ends = torch.maximum(offsets[:, 1], offsets[:, 0] + 1)  # some tokenizers have empty ones
+        # a word's state is the mean of those of the tokens that wrote a part of it
+        overlap = (heard.spans[:, 0] < ends[:, None]) & (heard.spans[:, 1] > offsets[:, :1])
+        share = overlap / overlap.sum(1, keepdim=True).clamp(min=1)               # (W, n)
+        states = share @ heard.states.float()
         return Prompt(before, words.input_ids, states, heard.sound, after)
 
     def unheard(self, ids):
         """Token ids -> Prompt that is read as it is."""
         nothing = torch.zeros(0, self.config.whisper["d_model"])
         return Prompt(ids, [], nothing, nothing, [])
-
-    def states_of(self, heard, offsets):
-        """Offsets in heard.text, (first, end) characters of W tokens -> (W, D): the mean of the
-        decoder states that wrote a part of each."""
-        decoder = codecs.getincrementaldecoder("utf-8")("ignore")
-        text, spans = "", []  # characters that each of Whisper's n tokens has a part in
-        for piece in self.whisper.pieces(heard.ids):
-            first = len(text)
-            text += decoder.decode(piece)
-            begun = bool(decoder.getstate()[0])  # a letter, which the next token ends
-            spans.append((first, len(text) + begun))
-        lead = len(text) - len(text.lstrip())
-        spans = torch.tensor(spans).view(-1, 2) - lead                            # (n, 2)
-        offsets = torch.tensor(offsets).view(-1, 2)                               # (W, 2)
-        ends = torch.maximum(offsets[:, 1], offsets[:, 0] + 1)  # some tokenizers have empty ones
-        overlap = (spans[:, 0] < ends[:, None]) & (spans[:, 1] > offsets[:, :1])  # (W, n)
-        share = overlap / overlap.sum(1, keepdim=True).clamp(min=1)
-        return share @ heard.states.float()
 
     def embed(self, prompts, answers):
         """B Prompts and B lists of answer tokens -> B (T_i, H), the LLM's inputs."""
