@@ -459,24 +459,20 @@ class Whisper(nn.Module):
         if unknown:
             raise ValueError(f"language {unknown.pop()!r}: this Whisper knows "
                              f"{', '.join(sorted(self.languages)) or 'en'}")
-        pieces, owners, groups = [], [], {context: [] for context in CONTEXT_S}
-        for row, waveform in enumerate(waveforms):
-            for piece in quiet_cuts(waveform):
-                pieces.append(piece)
-                owners.append(row)
-        for k in sorted(range(len(pieces)), key=lambda k: len(pieces[k])):  # such end together
-            seconds = len(pieces[k]) / SAMPLE_RATE + 1
-            groups[next(context for context in CONTEXT_S if seconds <= context)].append(k)
-        found = {}
+        parts, groups = [quiet_cuts(waveform) for waveform in waveforms], {}
+        for row, pieces in enumerate(parts):
+            for k, piece in enumerate(pieces):
+                seconds = len(piece) / SAMPLE_RATE + 1
+                context = next(context for context in CONTEXT_S if seconds <= context)
+                groups.setdefault(context, []).append((len(piece), row, k))
         for context, group in groups.items():
+            group.sort()  # such end together
             for start in range(0, len(group), HEAR_BATCH):
                 batch = group[start:start + HEAR_BATCH]
-                some = [pieces[k] for k in batch]
-                languages = [spoken[owners[k]] for k in batch]
-                found.update(zip(batch, self.hear_batch(some, context, languages)))
-        parts = [[] for _ in waveforms]
-        for k, row in enumerate(owners):
-            parts[row].append(found[k])
+                some = [parts[row][k] for _, row, k in batch]
+                found = self.hear_batch(some, context, [spoken[row] for _, row, _ in batch])
+                for (_, row, k), said in zip(batch, found):
+                    parts[row][k] = said
         return [self.heard(*map(torch.cat, zip(*some))) for some in parts]
 
     def hear_batch(self, waveforms, context_s, spoken):
