@@ -477,10 +477,9 @@ class Whisper(nn.Module):
 
     def hear_batch(self, waveforms, context_s, spoken):
         """Waveforms of less than a context -> [(ids (n,), states (n, D), sound (A, D))]."""
-        weight, silence = self.model.encoder.conv1.weight, context_s * SAMPLE_RATE
-        mel = self.extractor([F.pad(w, (0, silence - len(w))).numpy() for w in waveforms],
-                             sampling_rate=SAMPLE_RATE, padding=False, return_tensors="pt")
-        mel = mel.input_features.to(weight.device, weight.dtype)                  # (B, M, F)
+        mel = self.extractor([waveform.numpy() for waveform in waveforms], return_tensors="pt",
+                             sampling_rate=SAMPLE_RATE, max_length=context_s * SAMPLE_RATE)
+        mel = mel.input_features.to(self.model.device, self.model.dtype)          # (B, M, F)
         # four at a time stay in a CPU's cache: 1.2 times as fast there as all at once
         features = torch.cat([self.encode(some) for some in mel.split(4)])        # (B, S, D)
         longest = self.model.config.max_target_positions - 8
