@@ -519,9 +519,9 @@ class Whisper(nn.Module):
         # what the first token tells: is it speech, in which language
         first = (read([[config.decoder_start_token_id]] * len(features)) @ head.T).float()
         silent = vocab.get("<|nospeech|>", vocab.get("<|nocaptions|>"))
-        done = [False] * len(features)
         if silent is not None:
-            done = (first.softmax(-1)[:, silent] > NO_SPEECH).tolist()
+            quiet = (first.softmax(-1)[:, silent] > NO_SPEECH).tolist()
+            limits = [0 if no_words else limit for no_words, limit in zip(quiet, limits)]
         prompts = [[vocab["<|notimestamps|>"]]] * len(features)
         if self.languages:
             known = torch.tensor(list(self.languages.values()), device=device)
@@ -533,18 +533,19 @@ class Whisper(nn.Module):
         banned[list(config.suppress_tokens or [])] = True
 
         state, alive = read(prompts), list(range(len(features)))
-        written = [([], []) for _ in alive]  # ids, states
+        written = [([], [state[:0]]) for _ in alive]  # ids, states
         for count in range(max(limits)):
             logits = (state @ head.T).masked_fill(banned, -torch.inf)             # (b, V)
             if count == 0:
                 logits[:, list(config.begin_suppress_tokens or [])] = -torch.inf
-            tokens = logits.argmax(-1).tolist()
+            tokens, going = logits.argmax(-1).tolist(), []
             for place, row in enumerate(alive):
-                done[row] |= tokens[place] == config.eos_token_id or count == limits[row]
-                if not done[row]:
+                if tokens[place] == config.eos_token_id:
+                    limits[row] = 0
+                if count < limits[row]:
                     written[row][0].append(tokens[place])
-                    written[row][1].append(state[place])
-            going = [place for place, row in enumerate(alive) if not done[row]]
+                    written[row][1].append(state[place:place + 1])
+                    going.append(place)
             if not going:
                 break
             if len(going) <= 0.7 * len(alive):  # copying the cache costs about a step
@@ -553,11 +554,8 @@ class Whisper(nn.Module):
                 features, alive = features[keep], [alive[place] for place in going]
                 tokens = [tokens[place] for place in going]
             state = read([[token] for token in tokens])
-        results = []
-        for ids, states in written:
-            states = torch.stack(states) if states else features.new_zeros(0, features.shape[2])
-            results.append((torch.tensor(ids, dtype=torch.long), states.cpu()))
-        return results
+        return [(torch.tensor(ids, dtype=torch.long), torch.cat(states).cpu())
+                for ids, states in written]
 
 
 def load_whisper(name, dtype=torch.float32):
