@@ -601,29 +601,28 @@ def answer_states(llm, rows, lengths, shared=0):
         hidden (N, H) with N = sum(lengths).
     """
     sizes, device = [len(row) for row in rows], rows[0].device
-    width, total = max(sizes), shared + sum(sizes) - shared * len(rows)
-    packed = packs(llm, width, total)
-    pieces, owner, predict = [rows[0][:shared]], [-1] * shared, []  # -1 = read by all rows
-    position_ids = list(range(shared))
-    for b, (row, count) in enumerate(zip(rows, lengths)):
-        for place in range(len(row) - count - 1, len(row) - 1):  # predicts the token behind it
-            start = len(owner) - shared if place >= shared else 0
-            predict.append(place + (start if packed else b * width))
-        pieces.append(row[shared:])
-        owner += [b] * (len(row) - shared)
-        position_ids += range(shared, len(row))
+    packed = packs(llm, max(sizes), sum(sizes) - shared * (len(rows) - 1))
+    shared = shared if packed else 0
+    owner, position_ids, predict = [-1] * shared, list(range(shared)), []  # -1 = read by all rows
+    for b, (size, count) in enumerate(zip(sizes, lengths)):
+        places = [*range(shared), *range(len(owner), len(owner) + size - shared)]
+        predict += places[-count - 1:-1]  # each predicts the token behind it
+        owner += [b] * (size - shared)
+        position_ids += range(shared, size)
     if packed:
-        inputs, owner, order = torch.cat(pieces)[None], torch.tensor(owner), torch.arange(total)
+        inputs = torch.cat([rows[0][:shared], *[row[shared:] for row in rows]])[None]
+        owner, order = torch.tensor(owner), torch.arange(len(owner))
         mask = ((owner[:, None] == owner) | (owner == -1)) & (order[:, None] >= order)
         options = dict(attention_mask=mask[None, None].to(device),  # (1, 1, S, S), 1 = attend
                        position_ids=torch.tensor([position_ids], device=device))
     else:
         inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # no causal row looks right
-        mask = torch.arange(width) < torch.tensor(sizes)[:, None]
-        options = dict(attention_mask=mask.long().to(device))
+        mask = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).to(device)
+        options = dict(attention_mask=mask.long())
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
     hidden = llm.base_model(**{name: inputs}, use_cache=False, **options).last_hidden_state
-    return hidden.flatten(0, 1)[torch.tensor(predict, dtype=torch.long, device=device)]
+    hidden = hidden[0] if packed else hidden[mask]                                # (S, H)
+    return hidden[torch.tensor(predict, dtype=torch.long, device=device)]
 
 
 def check_context(llm, prompt_tokens, new_tokens):
