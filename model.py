@@ -316,8 +316,10 @@ def audio_seconds(path):
 
 def load_audio(path):
     """Audio file -> waveform (S,) float32 at 16 kHz, mono: the mean of its channels, or the loudest
-    one where they cancel each other out. Raises ValueError if it is no usable audio."""
+    one where they cancel each other out. A waveform is given back. ValueError: no usable audio."""
     from torchaudio.functional import resample
+    if isinstance(path, Tensor):
+        return path
     seconds = audio_seconds(path)
     try:
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
@@ -333,11 +335,6 @@ def load_audio(path):
         raise ValueError(f"{path}: a sample of {waveform.abs().max()}, expected finite samples "
                          "of -1 to 1; divide them by their full scale")
     return resample(waveform, rate, SAMPLE_RATE)
-
-
-def waveform_of(row):
-    """The audio of a row, a path or a waveform (S,) already -> waveform."""
-    return row["audio"] if isinstance(row["audio"], Tensor) else load_audio(row["audio"])
 
 
 def render(tokenizer, system, content, mark):
@@ -836,7 +833,7 @@ class SpeechLLM(PreTrainedModel):
         if row.get("audio") is None:
             return self.unheard(before + text_ids(self.tokenizer, row["prompt"]) + after)
         if heard is None:
-            heard = self.hear([waveform_of(row)], row.get("language"))[0]
+            heard = self.hear([load_audio(row["audio"])], row.get("language"))[0]
         words = self.tokenizer(heard.text, add_special_tokens=False, split_special_tokens=True,
                                return_offsets_mapping=True)
         offsets = torch.tensor(words.offset_mapping).view(-1, 2)                  # (W, 2)
@@ -894,7 +891,7 @@ class SpeechLLM(PreTrainedModel):
         waveforms, languages, prompts = [], [], []
         for row in rows:
             if row.get("audio") is not None:
-                waveforms.append(waveform_of(row))
+                waveforms.append(load_audio(row["audio"]))
                 languages.append(row.get("language"))
         heard = iter(self.hear(waveforms, languages))  # together
         for row in rows:
@@ -954,7 +951,7 @@ class HubStudent(nn.Module):
         if self.audio_token in self.tokenizer.chat_template:  # else it knows text only
             content = [{"type": "audio"}, {"type": "text", "text": question}][:1 + bool(question)]
         text = render(self.tokenizer, row.get("system"), content, self.audio_token)
-        audio = waveform_of(row)
+        audio = load_audio(row["audio"])
         return self.expand(text, F.pad(audio, (0, max(0, SAMPLE_RATE // 10 - len(audio)))))
 
     def expand(self, text, audio):
