@@ -831,7 +831,9 @@ class SpeechLLM(PreTrainedModel):
         by text. heard: what is known of the clip already."""
         before, after = chat_parts(self.tokenizer, row.get("system"), row.get("instruction"))
         if row.get("audio") is None:
-            return self.unheard(before + text_ids(self.tokenizer, row["prompt"]) + after)
+            nothing = torch.zeros(0, self.config.whisper["d_model"])
+            said = text_ids(self.tokenizer, row["prompt"])
+            return Prompt(before + said + after, [], nothing, nothing, [])
         if heard is None:
             heard = self.hear([load_audio(row["audio"])], row.get("language"))[0]
         words = self.tokenizer(heard.text, add_special_tokens=False, split_special_tokens=True,
@@ -843,11 +845,6 @@ class SpeechLLM(PreTrainedModel):
         share = overlap / overlap.sum(1, keepdim=True).clamp(min=1)               # (W, n)
         states = share @ heard.states.float()
         return Prompt(before, words.input_ids, states, heard.sound, after)
-
-    def unheard(self, ids):
-        """Token ids -> Prompt that is read as it is."""
-        nothing = torch.zeros(0, self.config.whisper["d_model"])
-        return Prompt(ids, [], nothing, nothing, [])
 
     def embed(self, prompts, answers):
         """B Prompts and B lists of answer tokens -> B (T_i, H), the LLM's inputs."""
