@@ -883,8 +883,6 @@ class SpeechLLM(PreTrainedModel):
 
         Rows may carry "system", "instruction", "language"; options are those of `generate`.
         """
-        was_training = self.training
-        self.eval()  # in training mode, gradient checkpointing turns the cache off
         waveforms, languages, prompts = [], [], []
         for row in rows:
             if row.get("audio") is not None:
@@ -896,7 +894,6 @@ class SpeechLLM(PreTrainedModel):
         ids = generate(self.llm, self.embed(prompts, [[]] * len(prompts)),
                        max_new_tokens=max_new_tokens, eos_ids=[end_token(self.tokenizer)],
                        **options)
-        self.train(was_training)
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
@@ -1021,8 +1018,6 @@ class HubStudent(nn.Module):
     @torch.inference_mode()
     def generate(self, rows, max_new_tokens=128):
         """Answer a batch of questions, as SpeechLLM.generate does -> list of str."""
-        was_training = self.training
-        self.eval()
         prompts, answers = [self.prompt(row) for row in rows], []
         end, dtypes = end_token(self.tokenizer), {p.dtype for p in self.parameters()}
         check_context(self.llm, max(map(positions, prompts)), max_new_tokens)
@@ -1034,7 +1029,6 @@ class HubStudent(nn.Module):
                                           eos_token_id=end, pad_token_id=end)
             answers += self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:],
                                                    skip_special_tokens=True)
-        self.train(was_training)
         return answers
 
 

@@ -639,7 +639,9 @@ def evaluate(args, student, teacher, rows, ranks, autocast):
 def write_samples(student, rows, path, step):
     """The student's answers to a few rows, for whoever would rather read than count."""
     rows = sorted(rows, key=lambda row: len(row["prompt"]))[:3]  # short ones are read at a glance
+    student.eval()  # in training mode, gradient checkpointing turns the cache off
     answers = student.generate(rows, max_new_tokens=SAMPLE_TOKENS)
+    student.train()
     for row, text in zip(rows, answers):
         way = "by_speech" if row.get("audio") else "by_text"
         append(path, {"step": step, "prompt": row["prompt"], way: text, "teacher": row["response"]})
