@@ -883,12 +883,9 @@ class SpeechLLM(PreTrainedModel):
 
         Rows may carry "system", "instruction", "language"; options are those of `generate`.
         """
-        waveforms, languages, prompts = [], [], []
-        for row in rows:
-            if row.get("audio") is not None:
-                waveforms.append(load_audio(row["audio"]))
-                languages.append(row.get("language"))
-        heard = iter(self.hear(waveforms, languages))  # together
+        spoken, prompts = [row for row in rows if row.get("audio") is not None], []
+        waveforms = [load_audio(row["audio"]) for row in spoken]
+        heard = iter(self.hear(waveforms, [row.get("language") for row in spoken]))  # together
         for row in rows:
             prompts.append(self.prompt(row, None if row.get("audio") is None else next(heard)))
         ids = generate(self.llm, self.embed(prompts, [[]] * len(prompts)),
