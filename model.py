@@ -701,15 +701,12 @@ def layers_of(model):
 
 
 def add_lora(llm, rank):
-    """LoRA, untrained and in float32, on all linear layers but the head; the rest is frozen."""
+    """LoRA, untrained, on all linear layers but the head; the rest is frozen."""
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise RuntimeError("LoRA needs the package peft: pip install peft") from error
     llm.add_adapter(LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules="all-linear"))
-    for name, parameter in llm.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
 
 
 def merge_lora(state):
