@@ -693,13 +693,6 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, generato
 
 # ---- LoRA ----
 
-def layers_of(model):
-    """The layers of a causal LM or an encoder: the outermost list of modules in it."""
-    lists = [x for x in getattr(model, "base_model", model).modules()
-             if isinstance(x, nn.ModuleList)]
-    return lists[0] if lists else []
-
-
 def add_lora(llm, rank):
     """LoRA, untrained, on all linear layers but the head; the rest is frozen."""
     try:

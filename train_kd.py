@@ -751,7 +751,8 @@ def shard(student, teacher, dtype, device):
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False))
     for llm in filter(None, (student.llm, teacher)):
-        for layer in m.layers_of(llm):
+        lists = (x for x in llm.base_model.modules() if isinstance(x, torch.nn.ModuleList))
+        for layer in next(lists):  # the outermost list: its layers
             fully_shard(layer, **options)
     for part in student.parts()["adapter"]:
         fully_shard(part, mesh=mesh, reshard_after_forward=False,
