@@ -894,10 +894,6 @@ class HubStudent(nn.Module):
         self.config, self.__dict__["llm"] = model.config, TextLLM(model)  # shares its weights
         self.audio_token = tokenizer.convert_ids_to_tokens(self.config.audio_token_id)
 
-    @property
-    def device(self):
-        return self.llm.device
-
     def parts(self):
         """What can train, by name. Vision never does, nor the audio_bos_eos that nothing reads."""
         inner = self.model.model
@@ -982,7 +978,7 @@ class HubStudent(nn.Module):
             width = max(x.shape[-1] for x in found)
             value = torch.cat([F.pad(x, (0, width - x.shape[-1])) for x in found])
             inputs[key] = value.to(dtype) if value.is_floating_point() else value
-        return {key: value.to(self.device) for key, value in inputs.items()}
+        return {key: value.to(self.llm.device) for key, value in inputs.items()}
 
     def forward(self, prompts, answers):
         """Hidden states that predict the answers' tokens, (N, H) in row order; what DDP wraps."""
@@ -1010,7 +1006,7 @@ class HubStudent(nn.Module):
         check_context(self.llm, max(map(positions, prompts)), max_new_tokens)
         for batch in self.batches(prompts):
             inputs = self.join(batch, "left")
-            with torch.autocast(self.device.type, min(dtypes, key=lambda dtype: dtype.itemsize),
+            with torch.autocast(self.llm.device.type, min(dtypes, key=lambda dtype: dtype.itemsize),
                                 enabled=len(dtypes) > 1):  # in training, what is frozen is rounded
                 ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
                                           eos_token_id=end, pad_token_id=end)

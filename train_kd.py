@@ -478,7 +478,7 @@ def align_sounds(student, rows, heard_of):
         for (row, _), vector in zip(kept, vectors):
             clip, offset = row["audio"], vector - torch.stack(vectors).mean(0)    # (H,)
             targets[clip] = targets.get(clip, 0) + offset  # several questions ask about a clip
-            sounds[clip] = heard_of(row).sound.to(student.device)
+            sounds[clip] = heard_of(row).sound.to(student.llm.device)
     if sounds:
         student.adapter.align(list(sounds.values()), torch.stack([targets[c] for c in sounds]))
     return len(sounds)
@@ -588,9 +588,9 @@ def measure(student, teacher, items, channels, autocast):
     over each answer's tokens."""
     answers, results = [item["answer"] for item in items], {}
     lengths = [len(answer) for answer in answers]
-    heads = [whole(llm.get_output_embeddings().weight).to(student.device)
+    heads = [whole(llm.get_output_embeddings().weight).to(student.llm.device)
              for llm in (student.llm, teacher)]
-    taught = torch.cat(list(teacher_rows(teacher, items))).to(student.device)     # (N, H')
+    taught = torch.cat(list(teacher_rows(teacher, items))).to(student.llm.device)  # (N, H')
     for channel in channels:
         prompts = [item[channel] for item in items]
         with autocast():
@@ -624,7 +624,7 @@ def evaluate(args, student, teacher, rows, ranks, autocast):
                     sums[c, part, 2] += len(kl[:first])
     student.train(training)
     if world > 1:
-        sums = sums.to(student.device)
+        sums = sums.to(student.llm.device)
         dist.all_reduce(sums)  # of counts and sums, so that the mean is exact
     record = {}
     for channel, parts in zip(args.channels, sums.tolist()):
