@@ -451,6 +451,7 @@ class Whisper(nn.Module):
         Raises:
             ValueError: if this Whisper does not know the language.
         """
+        self.eval()  # also within a student that is being trained
         spoken = language if isinstance(language, list) else [language] * len(waveforms)
         unknown = set(spoken) - {None, "en", *self.languages}
         if unknown:
@@ -801,12 +802,6 @@ class SpeechLLM(PreTrainedModel):
 
     def _init_weights(self, module):
         """Nothing: the parts keep what they were made or loaded with."""
-
-    def train(self, mode=True):
-        """Whisper stays in eval mode."""
-        super().train(mode)
-        self.whisper.eval()
-        return self
 
     def parts(self):
         """What can train, by name."""
