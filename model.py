@@ -912,12 +912,11 @@ class HubStudent(nn.Module):
         return [None] * len(waveforms)
 
     def prompt(self, row, heard=None):
-        """A row of the manifest -> {"ids": (T,), and by speech its features}, by the model's own
-        template. An instruction follows the sound, as these models were trained."""
+        """A row of the manifest -> {"ids": T of them, and by speech its features}, by the model's
+        own template. An instruction follows the sound, as these models were trained."""
         if row.get("audio") is None:
             before, after = chat_parts(self.tokenizer, row.get("system"), row.get("instruction"))
-            said = text_ids(self.tokenizer, row["prompt"])
-            return {"ids": torch.tensor(before + said + after)}
+            return {"ids": before + text_ids(self.tokenizer, row["prompt"]) + after}
         question = row.get("instruction") or ""
         content = self.audio_token + question
         if self.audio_token in self.tokenizer.chat_template:  # else it knows text only
@@ -927,7 +926,7 @@ class HubStudent(nn.Module):
         return self.expand(text, F.pad(audio, (0, max(0, SAMPLE_RATE // 10 - len(audio)))))
 
     def expand(self, text, audio):
-        """A prompt with one audio token, audio (S,) -> {"ids": (T,) with as many audio tokens as
+        """A prompt with one audio token, audio (S,) -> {"ids": with as many audio tokens as
         embeddings, the features that the model makes these of}."""
         token, config = self.audio_token, self.config
         options = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt"}
@@ -949,9 +948,9 @@ class HubStudent(nn.Module):
             features = dict(self.processor(text=text, audio=[audio.numpy()],
                                            add_special_tokens=False, **options))
             del features["attention_mask"]
-            return {"ids": features.pop("input_ids")[0], **features}
+            return {"ids": features.pop("input_ids")[0].tolist(), **features}
         ids = self.tokenizer(text.replace(token, token * count), add_special_tokens=False).input_ids
-        return {"ids": torch.tensor(ids), **features}
+        return {"ids": ids, **features}
 
     def batches(self, rows):
         """Rows that can go through the model together."""
@@ -962,7 +961,7 @@ class HubStudent(nn.Module):
     def join(self, prompts, side):
         """Prompts, filled on this side -> arguments of the model's own forward."""
         pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
-        ids, features = [prompt["ids"] for prompt in prompts], {}
+        ids, features = [torch.tensor(prompt["ids"]) for prompt in prompts], {}
         for prompt in prompts:
             for key in prompt.keys() - {"ids"}:
                 features.setdefault(key, []).append(prompt[key])
@@ -979,8 +978,7 @@ class HubStudent(nn.Module):
         """Hidden states that predict the answers' tokens, (N, H) in row order; what DDP wraps."""
         whole, states = [], []
         for prompt, answer in zip(prompts, answers):
-            ids = torch.cat([prompt["ids"], torch.tensor(answer, dtype=torch.long)])
-            whole.append({**prompt, "ids": ids})
+            whole.append({**prompt, "ids": prompt["ids"] + answer})
         for batch in self.batches(whole):
             inputs = self.join(batch, "right")
             states += self.model.model(**inputs, use_cache=False).last_hidden_state
