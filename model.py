@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM,
-                          AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer,
+                          AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, BatchFeature,
                           DynamicCache, EncoderDecoderCache, GenerationConfig, PretrainedConfig,
                           PreTrainedModel, WhisperFeatureExtractor, WhisperModel)
 from transformers.cache_utils import DynamicLayer
@@ -965,14 +965,12 @@ class HubStudent(nn.Module):
         for prompt in prompts:
             for key in prompt.keys() - {"ids"}:
                 features.setdefault(key, []).append(prompt[key])
-        inputs = {"input_ids": pad(ids),                                          # (B, T)
-                  "attention_mask": pad([torch.ones_like(row) for row in ids])}
-        dtype = next(self.parts()["adapter"][0].parameters()).dtype
+        inputs = BatchFeature({"input_ids": pad(ids),                             # (B, T)
+                               "attention_mask": pad([torch.ones_like(row) for row in ids])})
         for key, found in features.items():
             width = max(x.shape[-1] for x in found)
-            value = torch.cat([F.pad(x, (0, width - x.shape[-1])) for x in found])
-            inputs[key] = value.to(dtype) if value.is_floating_point() else value
-        return {key: value.to(self.llm.device) for key, value in inputs.items()}
+            inputs[key] = torch.cat([F.pad(x, (0, width - x.shape[-1])) for x in found])
+        return inputs.to(self.llm.device, self.model.dtype)  # floats alone get the dtype
 
     def forward(self, prompts, answers):
         """Hidden states that predict the answers' tokens, (N, H) in row order; what DDP wraps."""
