@@ -931,12 +931,11 @@ class HubStudent(nn.Module):
         token, config = self.audio_token, self.config
         options = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt"}
         if config.model_type == "voxtral":  # its processor takes files only
-            window = 30 * SAMPLE_RATE
             mel = self.processor(audio.numpy(), padding=True, truncation=False,
-                                 pad_to_multiple_of=window, **options).input_features
-            mel = mel[0].unflatten(1, (-1, window // 160)).transpose(0, 1)        # (W, M, 3000)
+                                 pad_to_multiple_of=30 * SAMPLE_RATE, **options).input_features
+            mel = mel[0].unflatten(1, (-1, 3000)).transpose(0, 1)                 # (W, M, 3000)
             stacked = config.audio_config.intermediate_size // config.audio_config.hidden_size
-            count, features = len(mel) * (window // 320 // stacked), {"input_features": mel}
+            count, features = len(mel) * (1500 // stacked), {"input_features": mel}
         elif config.model_type.endswith("thinker"):  # its processor wants torchvision
             frames = -(-len(audio) // self.processor.hop_length)
             audio = F.pad(audio, (0, self.processor.n_fft)).numpy()
