@@ -284,8 +284,7 @@ def load_multimodal(folder, dtype):
     """A multimodal model in eval mode; of one that also speaks, only the part that thinks."""
     config = PretrainedConfig.get_config_dict(folder)[0]
     name = THINKERS.get(config.get("model_type")) or (config.get("architectures") or [""])[0]
-    loader = getattr(transformers, name, AutoModelForMultimodalLM)
-    return from_folder(loader, folder, dtype=dtype).eval()
+    return from_folder(getattr(transformers, name, AutoModelForMultimodalLM), folder, dtype=dtype)
 
 
 def load_llm(name, dtype=torch.float32):
@@ -1029,8 +1028,7 @@ def load_student(name):
     if "+" in name and not Path(name).exists():
         return build_student(name)
     folder = resolve(name)
-    config = PretrainedConfig.get_config_dict(folder)[0]
-    kind = config.get("model_type")
+    kind = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
     if kind == SpeechLLMConfig.model_type:
         return from_folder(SpeechLLM, folder, dtype=torch.float32).eval()
     model = load_multimodal(folder, torch.float32)
