@@ -34,8 +34,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM,
                           AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, BatchFeature,
-                          DynamicCache, EncoderDecoderCache, GenerationConfig, PretrainedConfig,
-                          PreTrainedModel, WhisperFeatureExtractor, WhisperModel)
+                          DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel,
+                          WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperModel)
 from transformers.cache_utils import DynamicLayer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.core_model_loading import revert_weight_conversion
@@ -561,12 +561,10 @@ def load_whisper(name, dtype=torch.float32):
     kind = from_folder(AutoConfig, folder).model_type
     if kind != "whisper":
         raise RuntimeError(f"{name}: a model of type {kind!r} cannot hear, expected a Whisper")
-    model = from_folder(WhisperModel, folder, dtype=dtype)
-    if Path(folder, "generation_config.json").exists():  # what it must not write, and where not
-        generation = from_folder(GenerationConfig, folder)
-        model.config.suppress_tokens = generation.suppress_tokens
-        model.config.begin_suppress_tokens = generation.begin_suppress_tokens
-    return Whisper(model.requires_grad_(False), folder).eval()
+    whole = from_folder(WhisperForConditionalGeneration, folder, dtype=dtype)
+    for name in ("suppress_tokens", "begin_suppress_tokens"):  # what it must not write
+        setattr(whole.config, name, getattr(whole.generation_config, name))
+    return Whisper(whole.model.requires_grad_(False), folder).eval()
 
 
 # ---- many rows through an LLM ----
