@@ -30,7 +30,6 @@ import torch.nn.functional as F
 import transformers
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM,
                           AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, BatchFeature,
@@ -38,7 +37,6 @@ from transformers import (AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM
                           WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperModel)
 from transformers.cache_utils import DynamicLayer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -70,6 +68,8 @@ TODAY = datetime.date(2025, 1, 1)  # in templates that tell the date: a run that
 FILLER = "user"                    # a sound begins as this: of 20 tokens tried, the one that
                                    # changes answers least
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+# what a model's folder holds beside its weights
+BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "spk_dict.pt")
 # models that also speak: the class of the part that hears and thinks
 THINKERS = {"qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration"}
 TEKKEN_TEMPLATE = (  # of Mistral's models, Voxtral too, whose folders have tekken.json alone
@@ -230,8 +230,7 @@ def resolve(name):
     try:
         return huggingface_hub.snapshot_download(
             repository, revision=revision or None, etag_timeout=5,  # seconds
-            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py",
-                            "spk_dict.pt"])
+            allow_patterns=[*BESIDE, "*.safetensors"])
     except ValueError as error:
         raise RuntimeError(f"{missing}, and is no hub id (ORG/NAME)") from error
     except OSError as error:
@@ -1100,25 +1099,16 @@ def save_own_model(model, state, folder):
 
 def save_hub_model(model, state, folder):
     """A model of transformers, and all else of the folder that it came from: the processor; of a
-    model that also speaks, the weights that nothing here loads."""
-    source, index = Path(model.name_or_path), "model.safetensors.index.json"
-    left = {"adapter_config.json", index}
-    if json.loads((source / "config.json").read_text())["model_type"] in THINKERS:
-        folder.mkdir(parents=True)
-        left.remove(index)
-        state = revert_weight_conversion(model, state)  # the names that the files have
-        for path in source.glob("*.safetensors"):
-            tensors = load_file(path)
-            for name in tensors.keys() & state.keys():
-                tensors[name] = state.pop(name)
-            save_file(tensors, folder / path.name, metadata={"format": "pt"})
-        if state:
-            raise RuntimeError(f"{source}: no place for {len(state)} trained tensors, e.g. "
-                               f"{next(iter(state))}")
-    else:
-        model.save_pretrained(folder, state_dict=state)
+    model that also speaks, what it speaks with."""
+    source = Path(model.name_or_path)
+    folder.mkdir(parents=True)
     for path in source.iterdir():
-        wanted = path.suffix in (".json", ".jinja", ".txt", ".model", ".py")
-        if (wanted or path.name == "spk_dict.pt") and path.name not in left:
-            if not (folder / path.name).exists():
-                shutil.copy(path, folder)
+        beside = any(path.match(pattern) for pattern in BESIDE)
+        if beside and path.name not in ("adapter_config.json", "model.safetensors.index.json"):
+            shutil.copy(path, folder)
+    if PretrainedConfig.get_config_dict(source)[0]["model_type"] in THINKERS:
+        whole = AutoModelForMultimodalLM.from_pretrained(
+            source, dtype="auto", use_safetensors=True, trust_remote_code=False)
+        whole.thinker.load_state_dict(state, strict=False, assign=True)  # all but tied weights
+        model, state = whole, None
+    model.save_pretrained(folder, state_dict=state)
