@@ -1062,19 +1062,16 @@ def save_student(model, folder, dtype=None, state=None):
     folder = Path(folder)
     temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
     shutil.rmtree(temporary, ignore_errors=True)
-    hub = isinstance(model, HubStudent)
-    inner, weights = model.model if hub else model, {}
+    inner, weights = getattr(model, "model", model), {}  # without HubStudent around it
     for name, value in merge_lora(model.state_dict() if state is None else state).items():
         heard = name.startswith(("adapter.", "whisper."))  # must stay the same
         if dtype and value.is_floating_point() and not heard:
             value = value.to(dtype)
-        name = name.removeprefix("model.") if hub else name
+        name = name.removeprefix("model.")
         if name not in inner.all_tied_weights_keys:  # a cast copy is not seen to be tied
             weights[name] = value
-    if hub:
-        save_hub_model(inner, weights, temporary)
-    else:
-        save_own_model(inner, weights, temporary)
+    write = save_hub_model if isinstance(model, HubStudent) else save_own_model
+    write(inner, weights, temporary)
     config = json.loads((temporary / "config.json").read_text())
     config["dtype"] = str(dtype or torch.float32).removeprefix("torch.")  # not the live model's
     (temporary / "config.json").write_text(json.dumps(config, indent=2))
