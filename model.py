@@ -659,7 +659,7 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, generato
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     inputs = dict(inputs_embeds=embeds, position_ids=position_ids[:, shared:width])
 
-    alive, ended, rows = list(range(len(prompts))), set(), [[] for _ in prompts]
+    alive, rows = list(range(len(prompts))), [[] for _ in prompts]
     for length in range(width, width + max_new_tokens):
         logits = llm(**inputs, attention_mask=mask[:, :length], past_key_values=cache,
                      logits_to_keep=1).logits[:, -1]                              # (b, V)
@@ -671,11 +671,9 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, generato
             tokens = candidates.gather(1, drawn)[:, 0]
         going = []
         for place, (row, token) in enumerate(zip(alive, tokens.tolist())):
-            if row not in ended:
+            if not rows[row] or rows[row][-1] not in eos_ids:
                 rows[row].append(token)
-                if token in eos_ids:
-                    ended.add(row)
-                else:
+                if token not in eos_ids:
                     going.append(place)
         if not going:
             break
