@@ -13,7 +13,6 @@ import contextlib
 import datetime
 import functools
 import hashlib
-import importlib.util
 import inspect
 import json
 import os
@@ -1040,7 +1039,7 @@ def load_student(name):
 
 def merge_adapter(model):
     """Granite-Speech's LoRA, which it switches on when it hears, becomes a part of its weights."""
-    if not importlib.util.find_spec("peft"):
+    if not transformers.utils.is_peft_available():
         raise RuntimeError(f"{model.name_or_path} comes with an adapter: pip install peft")
     for name, layer in list(model.named_modules()):
         if hasattr(layer, "base_layer"):
