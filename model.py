@@ -944,33 +944,28 @@ class HubStudent(nn.Module):
         ids = self.tokenizer(text.replace(token, token * count), add_special_tokens=False).input_ids
         return {"ids": ids, **features}
 
-    def batches(self, rows):
-        """Rows that can go through the model together."""
-        if self.config.model_type.startswith("granite"):  # its encoder knows no mask
-            return [[row] for row in rows]
-        return [rows]
-
     def join(self, prompts, side):
-        """Prompts, filled on this side -> arguments of the model's own forward."""
+        """Prompts, filled on this side -> arguments of the model's own forward, batch by batch."""
         pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
-        ids, features = [torch.tensor(prompt["ids"]) for prompt in prompts], {}
-        for prompt in prompts:
-            for key in prompt.keys() - {"ids"}:
-                features.setdefault(key, []).append(prompt[key])
-        inputs = BatchFeature({"input_ids": pad(ids),                             # (B, T)
-                               "attention_mask": pad([torch.ones_like(row) for row in ids])})
-        for key, found in features.items():
-            width = max(x.shape[-1] for x in found)
-            inputs[key] = torch.cat([F.pad(x, (0, width - x.shape[-1])) for x in found])
-        return inputs.to(self.llm.device, self.model.dtype)  # floats alone get the dtype
+        alone = self.config.model_type.startswith("granite")  # its encoder knows no mask
+        for batch in [[prompt] for prompt in prompts] if alone else [prompts]:
+            ids, features = [torch.tensor(prompt["ids"]) for prompt in batch], {}
+            for prompt in batch:
+                for key in prompt.keys() - {"ids"}:
+                    features.setdefault(key, []).append(prompt[key])
+            inputs = BatchFeature({"input_ids": pad(ids),                         # (B, T)
+                                   "attention_mask": pad([torch.ones_like(row) for row in ids])})
+            for key, found in features.items():
+                width = max(x.shape[-1] for x in found)
+                inputs[key] = torch.cat([F.pad(x, (0, width - x.shape[-1])) for x in found])
+            yield inputs.to(self.llm.device, self.model.dtype)  # floats alone get the dtype
 
     def forward(self, prompts, answers):
         """Hidden states that predict the answers' tokens, (N, H) in row order; what DDP wraps."""
         whole, states = [], []
         for prompt, answer in zip(prompts, answers):
             whole.append({**prompt, "ids": prompt["ids"] + answer})
-        for batch in self.batches(whole):
-            inputs = self.join(batch, "right")
+        for inputs in self.join(whole, "right"):
             states += self.model.model(**inputs, use_cache=False).last_hidden_state
         rows, zero = [], 0
         for row, prompt, answer in zip(states, prompts, answers):                 # (T, H)
@@ -987,8 +982,7 @@ class HubStudent(nn.Module):
         prompts, answers = [self.prompt(row) for row in rows], []
         end, dtypes = end_token(self.tokenizer), {p.dtype for p in self.parameters()}
         check_context(self.llm, max(map(positions, prompts)), max_new_tokens)
-        for batch in self.batches(prompts):
-            inputs = self.join(batch, "left")
+        for inputs in self.join(prompts, "left"):
             with torch.autocast(self.llm.device.type, min(dtypes, key=lambda dtype: dtype.itemsize),
                                 enabled=len(dtypes) > 1):  # in training, what is frozen is rounded
                 ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
