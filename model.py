@@ -1075,11 +1075,9 @@ def save_student(model, folder, dtype=None, state=None):
 
 def save_own_model(model, state, folder):
     """SpeechLLM with its code, the LLM's tokenizer, and what Whisper reads and writes with."""
-    SpeechLLM.register_for_auto_class("AutoModel")
-    SpeechLLMConfig.register_for_auto_class("AutoConfig")
-    original, model.__class__ = model.__class__, SpeechLLM  # fully_shard makes it a subclass
+    model.config.auto_map = {"AutoConfig": "model.SpeechLLMConfig", "AutoModel": "model.SpeechLLM"}
     model.save_pretrained(folder, state_dict=state)
-    model.__class__ = original
+    shutil.copy(__file__, folder / "model.py")
     model.tokenizer.save_pretrained(folder)
     for part in (model.whisper.extractor, model.whisper.tokenizer):
         part.save_pretrained(folder / "whisper")
