@@ -256,8 +256,7 @@ class TextLLM(PreTrainedModel):
 def logit_scale(llm):
     """Logits are this times hidden @ head.T: Cohere multiplies, Granite divides."""
     config = llm.config.get_text_config(decoder=True)
-    return ((getattr(config, "logit_scale", None) or 1.0)
-            / (getattr(config, "logits_scaling", None) or 1.0))
+    return (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", 0) or 1)
 
 
 def load_tokenizer(folder, name):
@@ -368,8 +367,7 @@ def chat_parts(tokenizer, system=None, instruction=None):
 
 
 def end_token(tokenizer):
-    """Id of the token that ends a turn:
-    the template's own, which need not be the tokenizer's eos."""
+    """Id of the token that ends a turn: the template's own, which need not be the tokenizer's."""
     mark = "\N{SNOWMAN}"
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
     after = tokenizer.apply_chat_template(chat, tokenize=False).rsplit(mark, 1)[1]
@@ -636,8 +634,7 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, generato
         eos_ids: ids that end a row; the ending id is kept in the result.
         temperature: 0 = greedy, else of the softmax among TOP_K tokens; draws from `generator`.
     Returns:
-        list of token id lists; a row that was cut at max_new_tokens does not
-        end in an id of eos_ids.
+        list of token id lists; a row that was cut at max_new_tokens does not end in one of eos_ids.
     """
     lengths, device = [len(prompt) for prompt in prompts], prompts[0].device
     width, shortest = max(lengths), min(lengths)
