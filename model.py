@@ -13,7 +13,6 @@ import contextlib
 import datetime
 import functools
 import hashlib
-import importlib.util
 import inspect
 import json
 import os
@@ -30,15 +29,13 @@ import torch.nn.functional as F
 import transformers
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (AutoConfig, AutoFeatureExtractor, AutoModel,
-                          AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor,
-                          AutoTokenizer, DynamicCache, EncoderDecoderCache, GenerationConfig,
-                          PretrainedConfig, PreTrainedModel, WhisperFeatureExtractor, WhisperModel)
+from transformers import (AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM,
+                          AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, BatchFeature,
+                          DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel,
+                          WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperModel)
 from transformers.cache_utils import DynamicLayer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -70,6 +67,8 @@ TODAY = datetime.date(2025, 1, 1)  # in templates that tell the date: a run that
 FILLER = "user"                    # a sound begins as this: of 20 tokens tried, the one that
                                    # changes answers least
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+# what a model's folder holds beside its weights
+BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "spk_dict.pt")
 # models that also speak: the class of the part that hears and thinks
 THINKERS = {"qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration"}
 TEKKEN_TEMPLATE = (  # of Mistral's models, Voxtral too, whose folders have tekken.json alone
@@ -230,8 +229,7 @@ def resolve(name):
     try:
         return huggingface_hub.snapshot_download(
             repository, revision=revision or None, etag_timeout=5,  # seconds
-            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py",
-                            "spk_dict.pt"])
+            allow_patterns=[*BESIDE, "*.safetensors"])
     except ValueError as error:
         raise RuntimeError(f"{missing}, and is no hub id (ORG/NAME)") from error
     except OSError as error:
@@ -258,8 +256,7 @@ class TextLLM(PreTrainedModel):
 def logit_scale(llm):
     """Logits are this times hidden @ head.T: Cohere multiplies, Granite divides."""
     config = llm.config.get_text_config(decoder=True)
-    return ((getattr(config, "logit_scale", None) or 1.0)
-            / (getattr(config, "logits_scaling", None) or 1.0))
+    return (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", 0) or 1)
 
 
 def load_tokenizer(folder, name):
@@ -284,8 +281,7 @@ def load_multimodal(folder, dtype):
     """A multimodal model in eval mode; of one that also speaks, only the part that thinks."""
     config = PretrainedConfig.get_config_dict(folder)[0]
     name = THINKERS.get(config.get("model_type")) or (config.get("architectures") or [""])[0]
-    loader = getattr(transformers, name, AutoModelForMultimodalLM)
-    return from_folder(loader, folder, dtype=dtype).eval()
+    return from_folder(getattr(transformers, name, AutoModelForMultimodalLM), folder, dtype=dtype)
 
 
 def load_llm(name, dtype=torch.float32):
@@ -316,8 +312,10 @@ def audio_seconds(path):
 
 def load_audio(path):
     """Audio file -> waveform (S,) float32 at 16 kHz, mono: the mean of its channels, or the loudest
-    one where they cancel each other out. Raises ValueError if it is no usable audio."""
+    one where they cancel each other out. A waveform is given back. ValueError: no usable audio."""
     from torchaudio.functional import resample
+    if isinstance(path, Tensor):
+        return path
     seconds = audio_seconds(path)
     try:
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
@@ -333,11 +331,6 @@ def load_audio(path):
         raise ValueError(f"{path}: a sample of {waveform.abs().max()}, expected finite samples "
                          "of -1 to 1; divide them by their full scale")
     return resample(waveform, rate, SAMPLE_RATE)
-
-
-def waveform_of(row):
-    """The audio of a row, a path or a waveform (S,) already -> waveform."""
-    return row["audio"] if isinstance(row["audio"], Tensor) else load_audio(row["audio"])
 
 
 def render(tokenizer, system, content, mark):
@@ -374,8 +367,7 @@ def chat_parts(tokenizer, system=None, instruction=None):
 
 
 def end_token(tokenizer):
-    """Id of the token that ends a turn:
-    the template's own, which need not be the tokenizer's eos."""
+    """Id of the token that ends a turn: the template's own, which need not be the tokenizer's."""
     mark = "\N{SNOWMAN}"
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
     after = tokenizer.apply_chat_template(chat, tokenize=False).rsplit(mark, 1)[1]
@@ -396,6 +388,7 @@ class Heard(NamedTuple):
     ids: Tensor     # (n,)
     states: Tensor  # (n, D) of the decoder, which chose the tokens
     sound: Tensor   # (A, D) of the encoder, its mean so far, SOUND_HZ a second
+    spans: Tensor   # (n, 2) first character of the text that a token has a part in, and their end
 
 
 def quiet_cuts(waveform):
@@ -420,36 +413,26 @@ class Whisper(nn.Module):
     def __init__(self, model, folder):
         super().__init__()
         self.model, self.folder = model, folder
-
-    @functools.cached_property
-    def extractor(self):
-        return from_folder(WhisperFeatureExtractor, self.folder)
-
-    @functools.cached_property
-    def tokenizer(self):
-        return from_folder(AutoTokenizer, self.folder)
-
-    @functools.cached_property
-    def vocab(self):
-        return self.tokenizer.get_vocab()
-
-    @functools.cached_property
-    def languages(self):
-        """{ISO code: token id}; empty if it knows English alone."""
-        config, last, found = self.model.config, self.vocab.get("<|translate|>", 0), {}
+        self.extractor = from_folder(WhisperFeatureExtractor, folder)
+        self.tokenizer = from_folder(AutoTokenizer, folder)
+        self.vocab = self.tokenizer.get_vocab()
+        config, last = model.config, self.vocab.get("<|translate|>", 0)
+        self.languages = {}  # ISO code -> token id; empty if it knows English alone
         for token, i in self.vocab.items():
             if config.decoder_start_token_id < i < last and config.vocab_size > 51864:  # English's
-                found[token[2:-2]] = i
-        return found
-
-    def pieces(self, ids):
-        """Token ids -> the bytes that each writes."""
-        tokens = self.tokenizer.convert_ids_to_tokens(ids.tolist())
-        return [bytes(map(BYTES.get, token)) for token in tokens]
+                self.languages[token[2:-2]] = i
 
     def heard(self, ids, states, sound):
-        text = b"".join(self.pieces(ids)).decode("utf-8", "ignore")
-        return Heard(text.strip(), ids, states, sound)
+        """What a clip's tokens write, and which characters each has a part in -> Heard."""
+        decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        text, spans = "", []
+        for token in self.tokenizer.convert_ids_to_tokens(ids.tolist()):
+            first = len(text)
+            text += decoder.decode(bytes(map(BYTES.get, token)))
+            begun = bool(decoder.getstate()[0])  # a letter, which the next token ends
+            spans.append((first, len(text) + begun))
+        spans = torch.tensor(spans).view(-1, 2) - (len(text) - len(text.lstrip()))
+        return Heard(text.strip(), ids, states, sound, spans)
 
     @torch.inference_mode()
     def hear(self, waveforms, language=None):
@@ -463,37 +446,33 @@ class Whisper(nn.Module):
         Raises:
             ValueError: if this Whisper does not know the language.
         """
+        self.eval()  # also within a student that is being trained
         spoken = language if isinstance(language, list) else [language] * len(waveforms)
         unknown = set(spoken) - {None, "en", *self.languages}
         if unknown:
             raise ValueError(f"language {unknown.pop()!r}: this Whisper knows "
                              f"{', '.join(sorted(self.languages)) or 'en'}")
-        pieces, owners, groups = [], [], {context: [] for context in CONTEXT_S}
-        for row, waveform in enumerate(waveforms):
-            for piece in quiet_cuts(waveform):
-                pieces.append(piece)
-                owners.append(row)
-        for k in sorted(range(len(pieces)), key=lambda k: len(pieces[k])):  # such end together
-            seconds = len(pieces[k]) / SAMPLE_RATE + 1
-            groups[next(context for context in CONTEXT_S if seconds <= context)].append(k)
-        found = {}
+        parts, groups = [quiet_cuts(waveform) for waveform in waveforms], {}
+        for row, pieces in enumerate(parts):
+            for k, piece in enumerate(pieces):
+                seconds = len(piece) / SAMPLE_RATE + 1
+                context = next(context for context in CONTEXT_S if seconds <= context)
+                groups.setdefault(context, []).append((len(piece), row, k))
         for context, group in groups.items():
+            group.sort()  # such end together
             for start in range(0, len(group), HEAR_BATCH):
                 batch = group[start:start + HEAR_BATCH]
-                some = [pieces[k] for k in batch]
-                languages = [spoken[owners[k]] for k in batch]
-                found.update(zip(batch, self.hear_batch(some, context, languages)))
-        parts = [[] for _ in waveforms]
-        for k, row in enumerate(owners):
-            parts[row].append(found[k])
+                some = [parts[row][k] for _, row, k in batch]
+                found = self.hear_batch(some, context, [spoken[row] for _, row, _ in batch])
+                for (_, row, k), said in zip(batch, found):
+                    parts[row][k] = said
         return [self.heard(*map(torch.cat, zip(*some))) for some in parts]
 
     def hear_batch(self, waveforms, context_s, spoken):
         """Waveforms of less than a context -> [(ids (n,), states (n, D), sound (A, D))]."""
-        weight, silence = self.model.encoder.conv1.weight, context_s * SAMPLE_RATE
-        mel = self.extractor([F.pad(w, (0, silence - len(w))).numpy() for w in waveforms],
-                             sampling_rate=SAMPLE_RATE, padding=False, return_tensors="pt")
-        mel = mel.input_features.to(weight.device, weight.dtype)                  # (B, M, F)
+        mel = self.extractor([waveform.numpy() for waveform in waveforms], return_tensors="pt",
+                             sampling_rate=SAMPLE_RATE, max_length=context_s * SAMPLE_RATE)
+        mel = mel.input_features.to(self.model.device, self.model.dtype)          # (B, M, F)
         # four at a time stay in a CPU's cache: 1.2 times as fast there as all at once
         features = torch.cat([self.encode(some) for some in mel.split(4)])        # (B, S, D)
         longest = self.model.config.max_target_positions - 8
@@ -533,9 +512,9 @@ class Whisper(nn.Module):
         # what the first token tells: is it speech, in which language
         first = (read([[config.decoder_start_token_id]] * len(features)) @ head.T).float()
         silent = vocab.get("<|nospeech|>", vocab.get("<|nocaptions|>"))
-        done = [False] * len(features)
         if silent is not None:
-            done = (first.softmax(-1)[:, silent] > NO_SPEECH).tolist()
+            quiet = (first.softmax(-1)[:, silent] > NO_SPEECH).tolist()
+            limits = [0 if no_words else limit for no_words, limit in zip(quiet, limits)]
         prompts = [[vocab["<|notimestamps|>"]]] * len(features)
         if self.languages:
             known = torch.tensor(list(self.languages.values()), device=device)
@@ -547,18 +526,19 @@ class Whisper(nn.Module):
         banned[list(config.suppress_tokens or [])] = True
 
         state, alive = read(prompts), list(range(len(features)))
-        written = [([], []) for _ in alive]  # ids, states
+        written = [([], [state[:0]]) for _ in alive]  # ids, states
         for count in range(max(limits)):
             logits = (state @ head.T).masked_fill(banned, -torch.inf)             # (b, V)
             if count == 0:
                 logits[:, list(config.begin_suppress_tokens or [])] = -torch.inf
-            tokens = logits.argmax(-1).tolist()
+            tokens, going = logits.argmax(-1).tolist(), []
             for place, row in enumerate(alive):
-                done[row] |= tokens[place] == config.eos_token_id or count == limits[row]
-                if not done[row]:
+                if tokens[place] == config.eos_token_id:
+                    limits[row] = 0
+                if count < limits[row]:
                     written[row][0].append(tokens[place])
-                    written[row][1].append(state[place])
-            going = [place for place, row in enumerate(alive) if not done[row]]
+                    written[row][1].append(state[place:place + 1])
+                    going.append(place)
             if not going:
                 break
             if len(going) <= 0.7 * len(alive):  # copying the cache costs about a step
@@ -567,11 +547,8 @@ class Whisper(nn.Module):
                 features, alive = features[keep], [alive[place] for place in going]
                 tokens = [tokens[place] for place in going]
             state = read([[token] for token in tokens])
-        results = []
-        for ids, states in written:
-            states = torch.stack(states) if states else features.new_zeros(0, features.shape[2])
-            results.append((torch.tensor(ids, dtype=torch.long), states.cpu()))
-        return results
+        return [(torch.tensor(ids, dtype=torch.long), torch.cat(states).cpu())
+                for ids, states in written]
 
 
 def load_whisper(name, dtype=torch.float32):
@@ -580,12 +557,10 @@ def load_whisper(name, dtype=torch.float32):
     kind = from_folder(AutoConfig, folder).model_type
     if kind != "whisper":
         raise RuntimeError(f"{name}: a model of type {kind!r} cannot hear, expected a Whisper")
-    model = from_folder(WhisperModel, folder, dtype=dtype)
-    if Path(folder, "generation_config.json").exists():  # what it must not write, and where not
-        generation = from_folder(GenerationConfig, folder)
-        model.config.suppress_tokens = generation.suppress_tokens
-        model.config.begin_suppress_tokens = generation.begin_suppress_tokens
-    return Whisper(model.requires_grad_(False), folder).eval()
+    whole = from_folder(WhisperForConditionalGeneration, folder, dtype=dtype)
+    for name in ("suppress_tokens", "begin_suppress_tokens"):  # what it must not write
+        setattr(whole.config, name, getattr(whole.generation_config, name))
+    return Whisper(whole.model.requires_grad_(False), folder).eval()
 
 
 # ---- many rows through an LLM ----
@@ -617,29 +592,28 @@ def answer_states(llm, rows, lengths, shared=0):
         hidden (N, H) with N = sum(lengths).
     """
     sizes, device = [len(row) for row in rows], rows[0].device
-    width, total = max(sizes), shared + sum(sizes) - shared * len(rows)
-    packed = packs(llm, width, total)
-    pieces, owner, predict = [rows[0][:shared]], [-1] * shared, []  # -1 = read by all rows
-    position_ids = list(range(shared))
-    for b, (row, count) in enumerate(zip(rows, lengths)):
-        for place in range(len(row) - count - 1, len(row) - 1):  # predicts the token behind it
-            start = len(owner) - shared if place >= shared else 0
-            predict.append(place + (start if packed else b * width))
-        pieces.append(row[shared:])
-        owner += [b] * (len(row) - shared)
-        position_ids += range(shared, len(row))
+    packed = packs(llm, max(sizes), sum(sizes) - shared * (len(rows) - 1))
+    shared = shared if packed else 0
+    owner, position_ids, predict = [-1] * shared, list(range(shared)), []  # -1 = read by all rows
+    for b, (size, count) in enumerate(zip(sizes, lengths)):
+        places = [*range(shared), *range(len(owner), len(owner) + size - shared)]
+        predict += places[-count - 1:-1]  # each predicts the token behind it
+        owner += [b] * (size - shared)
+        position_ids += range(shared, size)
     if packed:
-        inputs, owner, order = torch.cat(pieces)[None], torch.tensor(owner), torch.arange(total)
+        inputs = torch.cat([rows[0][:shared], *[row[shared:] for row in rows]])[None]
+        owner, order = torch.tensor(owner), torch.arange(len(owner))
         mask = ((owner[:, None] == owner) | (owner == -1)) & (order[:, None] >= order)
         options = dict(attention_mask=mask[None, None].to(device),  # (1, 1, S, S), 1 = attend
                        position_ids=torch.tensor([position_ids], device=device))
     else:
         inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # no causal row looks right
-        mask = torch.arange(width) < torch.tensor(sizes)[:, None]
-        options = dict(attention_mask=mask.long().to(device))
+        mask = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).to(device)
+        options = dict(attention_mask=mask.long())
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
     hidden = llm.base_model(**{name: inputs}, use_cache=False, **options).last_hidden_state
-    return hidden.flatten(0, 1)[torch.tensor(predict, dtype=torch.long, device=device)]
+    hidden = hidden[0] if packed else hidden[mask]                                # (S, H)
+    return hidden[torch.tensor(predict, dtype=torch.long, device=device)]
 
 
 def check_context(llm, prompt_tokens, new_tokens):
@@ -660,8 +634,7 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, generato
         eos_ids: ids that end a row; the ending id is kept in the result.
         temperature: 0 = greedy, else of the softmax among TOP_K tokens; draws from `generator`.
     Returns:
-        list of token id lists; a row that was cut at max_new_tokens does not
-        end in an id of eos_ids.
+        list of token id lists; a row that was cut at max_new_tokens does not end in one of eos_ids.
     """
     lengths, device = [len(prompt) for prompt in prompts], prompts[0].device
     width, shortest = max(lengths), min(lengths)
@@ -682,7 +655,7 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, generato
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     inputs = dict(inputs_embeds=embeds, position_ids=position_ids[:, shared:width])
 
-    alive, ended, rows = list(range(len(prompts))), set(), [[] for _ in prompts]
+    alive, rows = list(range(len(prompts))), [[] for _ in prompts]
     for length in range(width, width + max_new_tokens):
         logits = llm(**inputs, attention_mask=mask[:, :length], past_key_values=cache,
                      logits_to_keep=1).logits[:, -1]                              # (b, V)
@@ -694,11 +667,9 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, generato
             tokens = candidates.gather(1, drawn)[:, 0]
         going = []
         for place, (row, token) in enumerate(zip(alive, tokens.tolist())):
-            if row not in ended:
+            if not rows[row] or rows[row][-1] not in eos_ids:
                 rows[row].append(token)
-                if token in eos_ids:
-                    ended.add(row)
-                else:
+                if token not in eos_ids:
                     going.append(place)
         if not going:
             break
@@ -713,23 +684,13 @@ def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, generato
 
 # ---- LoRA ----
 
-def layers_of(model):
-    """The layers of a causal LM or an encoder: the outermost list of modules in it."""
-    lists = [x for x in getattr(model, "base_model", model).modules()
-             if isinstance(x, nn.ModuleList)]
-    return lists[0] if lists else []
-
-
 def add_lora(llm, rank):
-    """LoRA, untrained and in float32, on all linear layers but the head; the rest is frozen."""
+    """LoRA, untrained, on all linear layers but the head; the rest is frozen."""
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise RuntimeError("LoRA needs the package peft: pip install peft") from error
     llm.add_adapter(LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules="all-linear"))
-    for name, parameter in llm.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
 
 
 def merge_lora(state):
@@ -814,34 +775,23 @@ class SpeechLLMConfig(PretrainedConfig):
 
 class SpeechLLM(PreTrainedModel):
     config_class = SpeechLLMConfig
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
     _keep_in_fp32_modules_strict = ["adapter"]
 
-    def __init__(self, config, whisper=None, llm=None):
+    def __init__(self, config, whisper=None, llm=None, tokenizer=None):
         super().__init__(config)
         if whisper is None:  # from_pretrained fills in the weights
             whisper = Whisper(WhisperModel(AutoConfig.for_model(**config.whisper)),
                               Path(self.name_or_path) / "whisper")
             llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.llm),
                                                    dtype=torch.get_default_dtype())
-        self.whisper, self.llm = whisper, llm
+            tokenizer = from_folder(AutoTokenizer, self.name_or_path, config=config)
+        self.whisper, self.llm, self.tokenizer = whisper, llm, tokenizer
         self.adapter = Adapter(config.whisper["d_model"],
                                llm.get_input_embeddings().embedding_dim)
         self.post_init()
 
     def _init_weights(self, module):
         """Nothing: the parts keep what they were made or loaded with."""
-
-    @functools.cached_property
-    def tokenizer(self):
-        return from_folder(AutoTokenizer, self.name_or_path)
-
-    def train(self, mode=True):
-        """Whisper stays in eval mode."""
-        super().train(mode)
-        self.whisper.eval()
-        return self
 
     def parts(self):
         """What can train, by name."""
@@ -856,36 +806,20 @@ class SpeechLLM(PreTrainedModel):
         by text. heard: what is known of the clip already."""
         before, after = chat_parts(self.tokenizer, row.get("system"), row.get("instruction"))
         if row.get("audio") is None:
-            return self.unheard(before + text_ids(self.tokenizer, row["prompt"]) + after)
+            nothing = torch.zeros(0, self.config.whisper["d_model"])
+            said = text_ids(self.tokenizer, row["prompt"])
+            return Prompt(before + said + after, [], nothing, nothing, [])
         if heard is None:
-            heard = self.hear([waveform_of(row)], row.get("language"))[0]
+            heard = self.hear([load_audio(row["audio"])], row.get("language"))[0]
         words = self.tokenizer(heard.text, add_special_tokens=False, split_special_tokens=True,
                                return_offsets_mapping=True)
-        states = self.states_of(heard, words.offset_mapping)
-        return Prompt(before, words.input_ids, states, heard.sound, after)
-
-    def unheard(self, ids):
-        """Token ids -> Prompt that is read as it is."""
-        nothing = torch.zeros(0, self.config.whisper["d_model"])
-        return Prompt(ids, [], nothing, nothing, [])
-
-    def states_of(self, heard, offsets):
-        """Offsets in heard.text, (first, end) characters of W tokens -> (W, D): the mean of the
-        decoder states that wrote a part of each."""
-        decoder = codecs.getincrementaldecoder("utf-8")("ignore")
-        text, spans = "", []  # characters that each of Whisper's n tokens has a part in
-        for piece in self.whisper.pieces(heard.ids):
-            first = len(text)
-            text += decoder.decode(piece)
-            begun = bool(decoder.getstate()[0])  # a letter, which the next token ends
-            spans.append((first, len(text) + begun))
-        lead = len(text) - len(text.lstrip())
-        spans = torch.tensor(spans).view(-1, 2) - lead                            # (n, 2)
-        offsets = torch.tensor(offsets).view(-1, 2)                               # (W, 2)
+        offsets = torch.tensor(words.offset_mapping).view(-1, 2)                  # (W, 2)
         ends = torch.maximum(offsets[:, 1], offsets[:, 0] + 1)  # some tokenizers have empty ones
-        overlap = (spans[:, 0] < ends[:, None]) & (spans[:, 1] > offsets[:, :1])  # (W, n)
-        share = overlap / overlap.sum(1, keepdim=True).clamp(min=1)
-        return share @ heard.states.float()
+        # a word's state is the mean of those of the tokens that wrote a part of it
+        overlap = (heard.spans[:, 0] < ends[:, None]) & (heard.spans[:, 1] > offsets[:, :1])
+        share = overlap / overlap.sum(1, keepdim=True).clamp(min=1)               # (W, n)
+        states = share @ heard.states.float()
+        return Prompt(before, words.input_ids, states, heard.sound, after)
 
     def embed(self, prompts, answers):
         """B Prompts and B lists of answer tokens -> B (T_i, H), the LLM's inputs."""
@@ -924,20 +858,14 @@ class SpeechLLM(PreTrainedModel):
 
         Rows may carry "system", "instruction", "language"; options are those of `generate`.
         """
-        was_training = self.training
-        self.eval()  # in training mode, gradient checkpointing turns the cache off
-        waveforms, languages, prompts = [], [], []
-        for row in rows:
-            if row.get("audio") is not None:
-                waveforms.append(waveform_of(row))
-                languages.append(row.get("language"))
-        heard = iter(self.hear(waveforms, languages))  # together
+        spoken, prompts = [row for row in rows if row.get("audio") is not None], []
+        waveforms = [load_audio(row["audio"]) for row in spoken]
+        heard = iter(self.hear(waveforms, [row.get("language") for row in spoken]))  # together
         for row in rows:
             prompts.append(self.prompt(row, None if row.get("audio") is None else next(heard)))
         ids = generate(self.llm, self.embed(prompts, [[]] * len(prompts)),
                        max_new_tokens=max_new_tokens, eos_ids=[end_token(self.tokenizer)],
                        **options)
-        self.train(was_training)
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
@@ -950,10 +878,6 @@ class HubStudent(nn.Module):
         self.model, self.processor, self.tokenizer = model, processor, tokenizer
         self.config, self.__dict__["llm"] = model.config, TextLLM(model)  # shares its weights
         self.audio_token = tokenizer.convert_ids_to_tokens(self.config.audio_token_id)
-
-    @property
-    def device(self):
-        return self.llm.device
 
     def parts(self):
         """What can train, by name. Vision never does, nor the audio_bos_eos that nothing reads."""
@@ -978,32 +902,30 @@ class HubStudent(nn.Module):
         return [None] * len(waveforms)
 
     def prompt(self, row, heard=None):
-        """A row of the manifest -> {"ids": (T,), and by speech its features}, by the model's own
-        template. An instruction follows the sound, as these models were trained."""
+        """A row of the manifest -> {"ids": T of them, and by speech its features}, by the model's
+        own template. An instruction follows the sound, as these models were trained."""
         if row.get("audio") is None:
             before, after = chat_parts(self.tokenizer, row.get("system"), row.get("instruction"))
-            said = text_ids(self.tokenizer, row["prompt"])
-            return {"ids": torch.tensor(before + said + after)}
+            return {"ids": before + text_ids(self.tokenizer, row["prompt"]) + after}
         question = row.get("instruction") or ""
         content = self.audio_token + question
         if self.audio_token in self.tokenizer.chat_template:  # else it knows text only
             content = [{"type": "audio"}, {"type": "text", "text": question}][:1 + bool(question)]
         text = render(self.tokenizer, row.get("system"), content, self.audio_token)
-        audio = waveform_of(row)
+        audio = load_audio(row["audio"])
         return self.expand(text, F.pad(audio, (0, max(0, SAMPLE_RATE // 10 - len(audio)))))
 
     def expand(self, text, audio):
-        """A prompt with one audio token, audio (S,) -> {"ids": (T,) with as many audio tokens as
+        """A prompt with one audio token, audio (S,) -> {"ids": with as many audio tokens as
         embeddings, the features that the model makes these of}."""
         token, config = self.audio_token, self.config
         options = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt"}
         if config.model_type == "voxtral":  # its processor takes files only
-            window = 30 * SAMPLE_RATE
             mel = self.processor(audio.numpy(), padding=True, truncation=False,
-                                 pad_to_multiple_of=window, **options).input_features
-            mel = mel[0].unflatten(1, (-1, window // 160)).transpose(0, 1)        # (W, M, 3000)
+                                 pad_to_multiple_of=30 * SAMPLE_RATE, **options).input_features
+            mel = mel[0].unflatten(1, (-1, 3000)).transpose(0, 1)                 # (W, M, 3000)
             stacked = config.audio_config.intermediate_size // config.audio_config.hidden_size
-            count, features = len(mel) * (window // 320 // stacked), {"input_features": mel}
+            count, features = len(mel) * (1500 // stacked), {"input_features": mel}
         elif config.model_type.endswith("thinker"):  # its processor wants torchvision
             frames = -(-len(audio) // self.processor.hop_length)
             audio = F.pad(audio, (0, self.processor.n_fft)).numpy()
@@ -1015,40 +937,32 @@ class HubStudent(nn.Module):
             features = dict(self.processor(text=text, audio=[audio.numpy()],
                                            add_special_tokens=False, **options))
             del features["attention_mask"]
-            return {"ids": features.pop("input_ids")[0], **features}
+            return {"ids": features.pop("input_ids")[0].tolist(), **features}
         ids = self.tokenizer(text.replace(token, token * count), add_special_tokens=False).input_ids
-        return {"ids": torch.tensor(ids), **features}
-
-    def batches(self, rows):
-        """Rows that can go through the model together."""
-        if self.config.model_type.startswith("granite"):  # its encoder knows no mask
-            return [[row] for row in rows]
-        return [rows]
+        return {"ids": ids, **features}
 
     def join(self, prompts, side):
-        """Prompts, filled on this side -> arguments of the model's own forward."""
+        """Prompts, filled on this side -> arguments of the model's own forward, batch by batch."""
         pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
-        ids, features = [prompt["ids"] for prompt in prompts], {}
-        for prompt in prompts:
-            for key in prompt.keys() - {"ids"}:
-                features.setdefault(key, []).append(prompt[key])
-        inputs = {"input_ids": pad(ids),                                          # (B, T)
-                  "attention_mask": pad([torch.ones_like(row) for row in ids])}
-        dtype = next(self.parts()["adapter"][0].parameters()).dtype
-        for key, found in features.items():
-            width = max(x.shape[-1] for x in found)
-            value = torch.cat([F.pad(x, (0, width - x.shape[-1])) for x in found])
-            inputs[key] = value.to(dtype) if value.is_floating_point() else value
-        return {key: value.to(self.device) for key, value in inputs.items()}
+        alone = self.config.model_type.startswith("granite")  # its encoder knows no mask
+        for batch in [[prompt] for prompt in prompts] if alone else [prompts]:
+            ids, features = [torch.tensor(prompt["ids"]) for prompt in batch], {}
+            for prompt in batch:
+                for key in prompt.keys() - {"ids"}:
+                    features.setdefault(key, []).append(prompt[key])
+            inputs = BatchFeature({"input_ids": pad(ids),                         # (B, T)
+                                   "attention_mask": pad([torch.ones_like(row) for row in ids])})
+            for key, found in features.items():
+                width = max(x.shape[-1] for x in found)
+                inputs[key] = torch.cat([F.pad(x, (0, width - x.shape[-1])) for x in found])
+            yield inputs.to(self.llm.device, self.model.dtype)  # floats alone get the dtype
 
     def forward(self, prompts, answers):
         """Hidden states that predict the answers' tokens, (N, H) in row order; what DDP wraps."""
         whole, states = [], []
         for prompt, answer in zip(prompts, answers):
-            ids = torch.cat([prompt["ids"], torch.tensor(answer, dtype=torch.long)])
-            whole.append({**prompt, "ids": ids})
-        for batch in self.batches(whole):
-            inputs = self.join(batch, "right")
+            whole.append({**prompt, "ids": prompt["ids"] + answer})
+        for inputs in self.join(whole, "right"):
             states += self.model.model(**inputs, use_cache=False).last_hidden_state
         rows, zero = [], 0
         for row, prompt, answer in zip(states, prompts, answers):                 # (T, H)
@@ -1062,20 +976,16 @@ class HubStudent(nn.Module):
     @torch.inference_mode()
     def generate(self, rows, max_new_tokens=128):
         """Answer a batch of questions, as SpeechLLM.generate does -> list of str."""
-        was_training = self.training
-        self.eval()
         prompts, answers = [self.prompt(row) for row in rows], []
         end, dtypes = end_token(self.tokenizer), {p.dtype for p in self.parameters()}
         check_context(self.llm, max(map(positions, prompts)), max_new_tokens)
-        for batch in self.batches(prompts):
-            inputs = self.join(batch, "left")
-            with torch.autocast(self.device.type, min(dtypes, key=lambda dtype: dtype.itemsize),
+        for inputs in self.join(prompts, "left"):
+            with torch.autocast(self.llm.device.type, min(dtypes, key=lambda dtype: dtype.itemsize),
                                 enabled=len(dtypes) > 1):  # in training, what is frozen is rounded
                 ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
                                           eos_token_id=end, pad_token_id=end)
             answers += self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:],
                                                    skip_special_tokens=True)
-        self.train(was_training)
         return answers
 
 
@@ -1089,9 +999,8 @@ def build_student(name=DEFAULT_STUDENT):
     if not tokenizer.is_fast:
         raise RuntimeError(f"{llm_name}: its tokenizer tells no offsets, which place what was heard"
                            "; expected one with a tokenizer.json")
-    model = SpeechLLM(SpeechLLMConfig(whisper=whisper.model.config.to_dict(),
-                                      llm=llm.config.to_dict()), whisper, llm)
-    model.tokenizer = tokenizer
+    config = SpeechLLMConfig(whisper=whisper.model.config.to_dict(), llm=llm.config.to_dict())
+    model = SpeechLLM(config, whisper, llm, tokenizer)
     filler = tokenizer(FILLER, add_special_tokens=False).input_ids[-1]
     with torch.no_grad():
         model.adapter.sound.bias.copy_(llm.get_input_embeddings()(torch.tensor([filler]))[0])
@@ -1104,12 +1013,9 @@ def load_student(name):
     if "+" in name and not Path(name).exists():
         return build_student(name)
     folder = resolve(name)
-    config = PretrainedConfig.get_config_dict(folder)[0]
-    kind = config.get("model_type")
+    kind = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
     if kind == SpeechLLMConfig.model_type:
-        student = from_folder(SpeechLLM, folder, dtype=torch.float32).eval()
-        _ = student.whisper.extractor, student.whisper.tokenizer  # or they fail when it first hears
-        return student
+        return from_folder(SpeechLLM, folder, dtype=torch.float32).eval()
     model = load_multimodal(folder, torch.float32)
     if not hasattr(model, "model") or not hasattr(model.config, "audio_token_id"):
         raise RuntimeError(f"{name}: a model of type {kind!r}, expected WHISPER+LLM, a folder that "
@@ -1124,7 +1030,7 @@ def load_student(name):
 
 def merge_adapter(model):
     """Granite-Speech's LoRA, which it switches on when it hears, becomes a part of its weights."""
-    if not importlib.util.find_spec("peft"):
+    if not transformers.utils.is_peft_available():
         raise RuntimeError(f"{model.name_or_path} comes with an adapter: pip install peft")
     for name, layer in list(model.named_modules()):
         if hasattr(layer, "base_layer"):
@@ -1144,19 +1050,16 @@ def save_student(model, folder, dtype=None, state=None):
     folder = Path(folder)
     temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
     shutil.rmtree(temporary, ignore_errors=True)
-    hub = isinstance(model, HubStudent)
-    inner, weights = model.model if hub else model, {}
+    inner, weights = getattr(model, "model", model), {}  # without HubStudent around it
     for name, value in merge_lora(model.state_dict() if state is None else state).items():
         heard = name.startswith(("adapter.", "whisper."))  # must stay the same
         if dtype and value.is_floating_point() and not heard:
             value = value.to(dtype)
-        name = name.removeprefix("model.") if hub else name
+        name = name.removeprefix("model.")
         if name not in inner.all_tied_weights_keys:  # a cast copy is not seen to be tied
             weights[name] = value
-    if hub:
-        save_hub_model(inner, weights, temporary)
-    else:
-        save_own_model(inner, weights, temporary)
+    write = save_hub_model if isinstance(model, HubStudent) else save_own_model
+    write(inner, weights, temporary)
     config = json.loads((temporary / "config.json").read_text())
     config["dtype"] = str(dtype or torch.float32).removeprefix("torch.")  # not the live model's
     (temporary / "config.json").write_text(json.dumps(config, indent=2))
@@ -1169,11 +1072,9 @@ def save_student(model, folder, dtype=None, state=None):
 
 def save_own_model(model, state, folder):
     """SpeechLLM with its code, the LLM's tokenizer, and what Whisper reads and writes with."""
-    SpeechLLM.register_for_auto_class("AutoModel")
-    SpeechLLMConfig.register_for_auto_class("AutoConfig")
-    original, model.__class__ = model.__class__, SpeechLLM  # fully_shard makes it a subclass
+    model.config.auto_map = {"AutoConfig": "model.SpeechLLMConfig", "AutoModel": "model.SpeechLLM"}
     model.save_pretrained(folder, state_dict=state)
-    model.__class__ = original
+    shutil.copy(__file__, folder / "model.py")
     model.tokenizer.save_pretrained(folder)
     for part in (model.whisper.extractor, model.whisper.tokenizer):
         part.save_pretrained(folder / "whisper")
@@ -1181,29 +1082,16 @@ def save_own_model(model, state, folder):
 
 def save_hub_model(model, state, folder):
     """A model of transformers, and all else of the folder that it came from: the processor; of a
-    model that also speaks, the weights that nothing here loads."""
-    source, index = Path(model.name_or_path), "model.safetensors.index.json"
-    left = {"adapter_config.json", index}
-    if json.loads((source / "config.json").read_text())["model_type"] in THINKERS:
-        folder.mkdir(parents=True)
-        left.remove(index)
-        state = revert_weight_conversion(model, state)  # the names that the files have
-        for path in source.glob("*.safetensors"):
-            tensors = load_file(path)
-            for name in tensors.keys() & state.keys():
-                tensors[name] = state.pop(name)
-            save_file(tensors, folder / path.name, metadata={"format": "pt"})
-        if state:
-            raise RuntimeError(f"{source}: no place for {len(state)} trained tensors, e.g. "
-                               f"{next(iter(state))}")
-    else:
-        model.save_pretrained(folder, state_dict=state)
+    model that also speaks, what it speaks with."""
+    source = Path(model.name_or_path)
+    folder.mkdir(parents=True)
     for path in source.iterdir():
-        wanted = path.suffix in (".json", ".jinja", ".txt", ".model", ".py")
-        if (wanted or path.name == "spk_dict.pt") and path.name not in left:
-            if not (folder / path.name).exists():
-                shutil.copy(path, folder)
-
-
-AutoConfig.register(SpeechLLMConfig.model_type, SpeechLLMConfig, exist_ok=True)
-AutoModel.register(SpeechLLMConfig, SpeechLLM, exist_ok=True)
+        beside = any(path.match(pattern) for pattern in BESIDE)
+        if beside and path.name not in ("adapter_config.json", "model.safetensors.index.json"):
+            shutil.copy(path, folder)
+    if PretrainedConfig.get_config_dict(source)[0]["model_type"] in THINKERS:
+        whole = AutoModelForMultimodalLM.from_pretrained(
+            source, dtype="auto", use_safetensors=True, trust_remote_code=False)
+        whole.thinker.load_state_dict(state, strict=False, assign=True)  # all but tied weights
+        model, state = whole, None
+    model.save_pretrained(folder, state_dict=state)

@@ -548,7 +548,7 @@ def measure(student, teacher, items, channels, autocast):
     answers, results = [item["answer"] for item in items], {}
     lengths = [len(answer) for answer in answers]
     heads = [whole(llm.get_output_embeddings().weight) for llm in (student.llm, teacher)]
-    taught = torch.cat(list(teacher_rows(teacher, items))).to(student.device)     # (N, H')
+    taught = torch.cat(list(teacher_rows(teacher, items))).to(student.llm.device)  # (N, H')
     for channel in channels:
         prompts = [item[channel] for item in items]
         with autocast():
@@ -566,7 +566,7 @@ def evaluate(args, student, teacher, rows, ranks, autocast):
     tokens and over the first EARLY, of each channel; the gap between the channels."""
     (rank, world), training = ranks, student.training
     student.eval()
-    sums = torch.zeros(len(args.channels), 2, 3, dtype=torch.float64, device=student.device)
+    sums = torch.zeros(len(args.channels), 2, 3, dtype=torch.float64, device=student.llm.device)
     share = -(-len(rows) // world)  # as many on every rank: sharded models work together
     for start in range(0, share, EVAL_ROWS):
         numbers = [rank + world * k for k in range(start, min(start + EVAL_ROWS, share))]
@@ -595,7 +595,9 @@ def evaluate(args, student, teacher, rows, ranks, autocast):
 def write_samples(student, rows, path, step):
     """The student's answers to a few rows, for whoever would rather read than count."""
     rows = sorted(rows, key=lambda row: len(row["prompt"]))[:3]  # short ones are read at a glance
+    student.eval()  # in training mode, gradient checkpointing turns the cache off
     answers = student.generate(rows, max_new_tokens=SAMPLE_TOKENS)
+    student.train()
     for row, text in zip(rows, answers):
         way = "by_speech" if row.get("audio") else "by_text"
         append(path, {"step": step, "prompt": row["prompt"], way: text, "teacher": row["response"]})
@@ -692,7 +694,8 @@ def shard(student, teacher, dtype, device):
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False))
     for llm in filter(None, (student.llm, teacher)):
-        for layer in m.layers_of(llm):
+        lists = (x for x in llm.base_model.modules() if isinstance(x, torch.nn.ModuleList))
+        for layer in next(lists):  # the outermost list: its layers
             fully_shard(layer, **options)
     fully_shard(student.parts()["adapter"], mesh=mesh, reshard_after_forward=False,
                 mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))

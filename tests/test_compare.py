@@ -73,10 +73,10 @@ def test_each_question_has_its_own_kl_also_where_one_comes_twice(tiny):
     student, (teacher, _) = m.load_student(str(tiny.student_folder)), m.load_llm(tiny.llm)
     with torch.no_grad():
         student.llm.model.norm.weight.mul_(1.5)
-    questions = []
+    questions, nothing = [], torch.zeros(0, student.config.whisper["d_model"])
     for ids in ([3, 4, 5], [3, 4, 5], [6, 7], [8, 9, 10, 11]):
         item = {"answer": [12, 13], "teacher_ids": ids}
-        questions.append(compare.Question({**item, "s2t": student.unheard(ids)}))
+        questions.append(compare.Question({**item, "s2t": m.Prompt(ids, [], nothing, nothing, [])}))
         questions[-1].item["taught"] = compare.train_kd.teacher_rows(teacher, [item])[0]
     prompts, known = [q.by_speech for q in questions], {}
     alone = [compare.kl8(student, teacher, [p], [q], {})[0] for p, q in zip(prompts, questions)]

@@ -95,7 +95,7 @@ def test_the_hub_is_asked_for_no_pickled_weights(tiny, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.append((name, options)) or tiny.llm)
     assert m.resolve("some/model@v2") == tiny.llm and asked[0][0] == "some/model" and asked[0][1]["revision"] == "v2"
     pickles = [x for x in asked[0][1]["allow_patterns"] if x.endswith(("bin", "pt", "pth", "pkl", "h5", "ckpt", "*"))]
-    assert pickles == ["spk_dict.pt"]  # the voices of a model that speaks: copied, loaded by nothing here
+    assert pickles == ["spk_dict.pt"]  # the voices of a model that speaks: copied; transformers reads them by weights_only
 
 
 def test_no_script_runs_what_it_reads():

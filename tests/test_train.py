@@ -267,7 +267,8 @@ def test_an_untrained_sound_layer_begins_with_what_is_said_about_clips_and_not_w
 
     def heard_of(row):
         loud = answers.get(row["response"], 0)
-        return m.Heard("", torch.arange(0), torch.zeros(0, 16), loud * direction + torch.randn(5, 16, generator=noise))
+        return m.Heard("", torch.arange(0), torch.zeros(0, 16), loud * direction + torch.randn(5, 16, generator=noise),
+                       torch.zeros(0, 2))
     assert train_kd.align_sounds(student, words, heard_of) == 0 and not student.adapter.sound.weight.any()
     assert train_kd.align_sounds(student, rows + words, heard_of) == 40 and student.adapter.sound.weight.any()
     table = student.llm.get_input_embeddings().weight
@@ -281,7 +282,7 @@ def test_what_all_answers_to_a_question_share_is_no_part_of_a_sound(tiny):
     rows = [{"prompt": None, "audio": f"{word}{k}", "instruction": "Who?", "response": f"This is {word}."} for word in ("red", "blue") for k in range(20)]
     noise, sign = torch.manual_seed(0), {"This is red.": 1.0, "This is blue.": -1.0}
     train_kd.align_sounds(student, rows, lambda row: m.Heard("", torch.arange(0), torch.zeros(0, 16),
-                                                            sign[row["response"]] + torch.randn(5, 16, generator=noise)))
+                                                            sign[row["response"]] + torch.randn(5, 16, generator=noise), torch.zeros(0, 2)))
     red, blue = student.adapter(torch.zeros(0, 16), torch.stack([torch.ones(16), -torch.ones(16)]))[1]
     table, (a, b) = student.llm.get_input_embeddings().weight, [set(m.text_ids(student.tokenizer, text)) for text in sign]
     own = table[list(a - b)].mean(0) - table[list(b - a)].mean(0)

@@ -36,7 +36,7 @@ def question(name, i):
     if name.startswith(("sd-qa", "openbookqa", "mmsu")):
         row["reference"] = "Paris" if "sd-qa" in name else "ABCD"[i % 4]
     if name.startswith("bbh"):
-        row |= {"id": f"{["hyperbaton", *vb.STATEMENTS][i % 4]}_{i}", "reference": "(B)" if i % 4 == 0 else "Yes"}
+        row |= {"id": f"{['hyperbaton', *vb.STATEMENTS][i % 4]}_{i}", "reference": "(B)" if i % 4 == 0 else "Yes"}
     if name.startswith("ifeval"):
         row |= {"key": i, "instruction_id_list": ["punctuation:no_comma"] * (i + 1), "kwargs": [{}] * (i + 1)}
     return row
