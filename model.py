@@ -1092,6 +1092,9 @@ def save_hub_model(model, state, folder):
     if PretrainedConfig.get_config_dict(source)[0]["model_type"] in THINKERS:
         whole = AutoModelForMultimodalLM.from_pretrained(
             source, dtype="auto", use_safetensors=True, trust_remote_code=False)
-        whole.thinker.load_state_dict(state, strict=False, assign=True)  # all but tied weights
+        # strict would want tied weights, too
+        lost = whole.thinker.load_state_dict(state, strict=False, assign=True).unexpected_keys
+        if lost:
+            raise RuntimeError(f"{source}: no place for {len(lost)} trained tensors, e.g. {lost[0]}")
         model, state = whole, None
     model.save_pretrained(folder, state_dict=state)
