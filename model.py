@@ -1095,6 +1095,6 @@ def save_hub_model(model, state, folder):
         # strict would want tied weights, too
         lost = whole.thinker.load_state_dict(state, strict=False, assign=True).unexpected_keys
         if lost:
-            raise RuntimeError(f"{source}: no place for {len(lost)} trained tensors, e.g. {lost[0]}")
+            raise RuntimeError(f"{source}: no place for {len(lost)} trained tensors: {lost[0]} ...")
         model, state = whole, None
     model.save_pretrained(folder, state_dict=state)
