@@ -342,7 +342,7 @@ FILES = {
     "bench sound no audio": ("vb", put("wav/train-001.flac", b"text"), r"train-001.flac: not a readable audio file"),
     "no such letter": ("vb", bench("mmsu-law", {"prompt": "?", "reference": "E"}), r":1: unknown 'e'; mmsu needs prompt, reference"),
     "letter a number": ("vb", bench("mmsu-law", {"prompt": "?", "reference": 1}), r"mmsu-law.jsonl:1: 'int' object has no attribute 'lower'; mmsu needs"),
-    "no such task": ("vb", bench("bbh-test", {"prompt": "?", "id": "x", "reference": "yes"}), r"id 'x' names none of sports_und"),
+    "no such task": ("vb", bench("bbh-test", {"prompt": "?", "id": "x", "reference": "yes"}), r"id 'x' names none of hyperbaton"),
     "id a number": ("vb", bench("bbh-test", {"prompt": "?", "id": 1, "reference": "yes"}), r"bbh-test.jsonl:1: argument of type 'int' is not .*; bbh needs prompt, id, reference"),
     "solutions not texts": ("vb", bench("sd-qa-usa", {"prompt": "?", "reference": [1969]}), r"sd-qa-usa.jsonl:1: .*must be str, not int; sd-qa needs prompt, reference"),
     "no such instruction": ("vb", bench("ifeval-test", IFEVAL | {"instruction_id_list": ["a:b"]}), r":1: unknown .b.; ifeval needs"),

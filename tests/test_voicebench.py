@@ -36,7 +36,8 @@ def question(name, i):
     if name.startswith(("sd-qa", "openbookqa", "mmsu")):
         row["reference"] = "Paris" if "sd-qa" in name else "ABCD"[i % 4]
     if name.startswith("bbh"):
-        row |= {"id": f"{['hyperbaton', *vb.STATEMENTS][i % 4]}_{i}", "reference": "(B)" if i % 4 == 0 else "Yes"}
+        task = ("sports_understanding", "hyperbaton", "navigate", "web_of_lies")[i % 4]
+        row |= {"id": f"{task}_{i}", "reference": "(B)" if i % 4 == 1 else "Yes"}
     if name.startswith("ifeval"):
         row |= {"key": i, "instruction_id_list": ["punctuation:no_comma"] * (i + 1), "kwargs": [{}] * (i + 1)}
     return row
@@ -488,7 +489,7 @@ BAD = {"no such folder": (None, "data: no SUBSET-SPLIT.jsonl"), "nothing in it":
        "a list": ({"bbh-test": "[1]\n"}, "bbh-test.jsonl:1: '1' is no JSON object; expected one a line"),
        "no rows": ({"bbh-test": ""}, "bbh-test.jsonl: no rows of bbh"),
        "no column": ({"bbh-test": [{"prompt": "?", "id": "navigate_1"}]}, "bbh-test.jsonl:1: no reference; bbh needs"),
-       "no task": ({"bbh-test": [{"prompt": "?", "id": "x", "reference": "yes"}]}, "names none of sports"),
+       "no task": ({"bbh-test": [{"prompt": "?", "id": "x", "reference": "yes"}]}, "names none of hyperbaton, navigate"),
        "no letter": ({"mmsu-law": [{"prompt": "?", "reference": "E"}]}, "mmsu-law.jsonl:1: unknown 'e'; mmsu needs prompt, reference"),
        "no sound": ({"advbench-test": [{"prompt": "?", "audio": "a.wav"}]}, "audio file .*a.wav"),
        "no audio": ({"advbench-test": [{"prompt": "?"}]}, "advbench, '\\?': audio file .* not found"),
