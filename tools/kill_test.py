@@ -1,8 +1,8 @@
 """
 Kill each script at many moments, start the same command again, compare with a run left alone.
 
-  python tools/kill_test.py --work /tmp/kills --out results/kills       # default models, real speech
-  python tools/kill_test.py --work /tmp/kills --out /tmp/log --llm LLM --student STUDENT --fork --kills 3
+  python tools/kill_test.py --work out/kills --out results/kills        # default models, real speech
+  python tools/kill_test.py --work out/kills --out out/kills/log --llm LLM --student STUDENT --fork --kills 3
 
 SIGKILL goes to all processes of a run at once: at moments drawn between the first and the last write of the
 run left alone, and once at each kind of write (the file is open, or not renamed yet): data, clips, what was
