@@ -1,10 +1,18 @@
 """What the README and the layout promise."""
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+
+import eval_mmau
+import eval_voicebench
+import synth_speech
+import train_kd
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -62,3 +70,31 @@ def test_every_row_of_a_table_of_measurements_stands_in_a_file_of_results():
 def test_it_is_short_enough_to_be_read():
     lines = README.splitlines()
     assert len(lines) <= 200 and not [line for line in lines if len(line) > 140 and not line.startswith("|")]
+
+
+RECIPES = (ROOT / "results/README.md").read_text().split("\n## Recipes")[1]
+
+
+def test_the_commands_of_the_recipes_are_commands(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "8"}.items():  # as torchrun sets them
+        monkeypatch.setenv(name, value)
+    parsed = {}
+    for script in (synth_speech, train_kd, eval_voicebench, eval_mmau):
+        shown = re.findall(rf"{script.__name__}\.py ((?:.*\\\n)*.*)", RECIPES)  # with the lines that go on
+        assert shown, script.__name__
+        for line in shown:
+            parsed[script.__name__] = script.get_args(shlex.split(line.replace("\\\n", " ")))
+    assert parsed["synth_speech"].tts_command[-2:] == ["{text}", "{wav}"] and parsed["train_kd"].global_batch_size == 64
+
+
+def test_clotho_becomes_rows_about_sounds(tmp_path, monkeypatch):
+    folder = tmp_path / "data/clotho"
+    (folder / "audio_files").mkdir(parents=True)
+    soundfile.write(folder / "audio_files/rain.wav", np.zeros(16000), 16000)
+    (folder / "clotho_aqa_train.csv").write_text("file_name,QuestionText,answer,confidence\n"
+                                                 "rain.wav,Is it raining?,yes,yes\nrain.wav,Is it raining?,no,maybe\n")
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"<<'EOF'\n(.*?)\n    EOF", RECIPES, re.S)[1]
+    subprocess.run([sys.executable, "-c", "\n".join(line[4:] for line in code.split("\n"))], check=True)
+    [row] = train_kd.read_manifest(folder / "train.jsonl")
+    assert (row["prompt"], row["instruction"], row["response"]) == (None, "Is it raining?", "Yes.")
