@@ -20,7 +20,6 @@ import torch
 
 import eval_voicebench as vb
 import model as m
-import synth_speech as synth
 
 PROMPT = "{question}  Select one option from the provided choices.\n{choices}."  # the authors'
 TABLES = ("total", "task", "difficulty", "category", "sub-category")
@@ -176,7 +175,7 @@ def to_text(record):
 
 
 def main(args):
-    rank, out, data = synth.start_ranks(args.device), Path(args.out), args.score_only or args.data
+    rank, out, data = m.start_processes(args.device)[0], Path(args.out), args.score_only or args.data
     items, record = vb.spaced(read_items(data), args.limit), vb.provenance(args)
     if args.score_only and not any("model_output" in item for item in items):
         raise ValueError(f"{data}: no item has the key model_output, which holds the prediction")

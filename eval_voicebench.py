@@ -671,7 +671,7 @@ def to_text(report):
 
 
 def main(args):
-    rank, out, files = synth_speech.start_ranks(args.device), Path(args.out), args.score_only
+    rank, out, files = m.start_processes(args.device)[0], Path(args.out), args.score_only
     out.mkdir(parents=True, exist_ok=True)
     seconds, record = {}, {"decoding": "greedy", "prompt": "the question alone, after --system"}
     if not args.score_only:

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from typing import NamedTuple
 import huggingface_hub
 import soundfile
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from jinja2 import TemplateError
@@ -181,6 +183,25 @@ def stop_now(*_):
     """Handler of SIGTERM."""
     print("stopped by SIGTERM; the same command goes on", file=sys.stderr, flush=True)
     sys.exit(143)
+
+
+def place():
+    """Rank of this process of torchrun, and how many there are."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_processes(device, backend="gloo"):
+    """SIGTERM ends a script in one line, transformers keeps quiet; under torchrun all processes
+    meet -> rank, how many."""
+    signal.signal(signal.SIGTERM, stop_now)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+        torch.set_num_threads(max(1, cores() // int(os.environ["LOCAL_WORLD_SIZE"])))  # else one
+    return place()
 
 
 def digest(path):

@@ -23,7 +23,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -298,17 +297,12 @@ def choose(rows, args):
     return kept, drops
 
 
-def place():
-    """Rank of this process of torchrun, and how many there are."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 class Stage(dict):
     """{id: record} of all that processes wrote so far to OUT/.stages/NAME.RANK.jsonl, append-only,
     one a process; a half-written last line is cut off."""
 
     def __init__(self, out, name):
-        self.own = Path(out) / ".stages" / f"{name}.{place()[0]}.jsonl"
+        self.own = Path(out) / ".stages" / f"{name}.{m.place()[0]}.jsonl"
         self.own.parent.mkdir(parents=True, exist_ok=True)
         if self.own.exists():
             os.truncate(self.own, self.own.read_bytes().rfind(b"\n") + 1)
@@ -321,24 +315,10 @@ class Stage(dict):
             file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
-def start_ranks(device):
-    """Handlers and, under torchrun, which sets one thread a process, their group -> rank."""
-    signal.signal(signal.SIGTERM, m.stop_now)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    rank, world = place()
-    if world > 1:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("gloo")
-        torch.set_num_threads(max(1, m.cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    return rank
-
-
 def staged(args, name, rows, size, work):
     """work(batch of rows) -> records, shared by all processes -> {id: record} of all of them.
     What is done already stays; a run that is started again cuts the same batches."""
-    rank, world = place()
+    rank, world = m.place()
     done = Stage(args.out, name)
     rows = sorted(rows, key=lambda row: (len(row.get("prompt", "")), row["id"]))  # like lengths
     starts = range(rank * size, len(rows), world * size)
@@ -367,7 +347,7 @@ def sample_prompts(teacher, tokenizer, args, chunk):
 
 def enough_prompts(args, teacher):
     """As many usable prompts of the teacher as were asked for -> what `choose` gives."""
-    sampled, world = [], place()[1]
+    sampled, world = [], m.place()[1]
     for first in range(0, 40 + args.sample_prompts // 6, world):
         todo = [{"id": chunk} for chunk in range(first, first + world)]
         chunks = staged(args, "prompts", todo, 1, lambda batch: [
@@ -682,7 +662,7 @@ def begin(args, raw, rows, teacher):
 
 
 def main(args):
-    rank, bad = start_ranks(args.device), []
+    rank, bad = m.start_processes(args.device)[0], []
 
     # ---- prompts ----
     raw = m.json_lines(args.input, to_row, bad)[:args.limit or None] if args.input else []
@@ -701,7 +681,7 @@ def main(args):
     rows = fitting(args, rows, teacher, bad)
     said = m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
     wanted = [row for row in rows if not row.get("response")]
-    answers = staged(args, "answers", wanted, min(args.batch_size, 1 + len(wanted) // place()[1]),
+    answers = staged(args, "answers", wanted, min(args.batch_size, 1 + len(wanted) // m.place()[1]),
                      lambda batch: answer(*teacher(), batch, args.max_new_tokens))
     teacher.cache_clear()
     rows = [{**row, **answers.get(row["id"], {})} for row in rows]

@@ -141,7 +141,7 @@ def get_args(argv=None):
     if not args.kd_weight + args.ce_weight:
         p.error("--kd-weight 0 and --ce-weight 0 leave nothing to learn; set one of them")
     args.cache = args.cache or str(Path(args.data[0]).parent / ".cache")  # shared by its runs
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = m.place()[1]
     at_once = args.batch_size * world  # rows of one forward on all GPUs
     args.global_batch_size = args.global_batch_size or at_once
     if args.global_batch_size % at_once:
@@ -174,7 +174,7 @@ def read_manifest(path, seen=None, bad=None):
                              f"{seen.get(name)}; every row needs its own")
         row["id"] = name
         if row["prompt"]:
-            row["prompt"] = m.untagged(row["prompt"], where)
+            row["prompt"] = m.untagged(row["prompt"], where)  # others' <audio> at its ends
         if not (row.get("audio") if row["prompt"] is None else row["prompt"].strip()):
             raise ValueError(f"{where}: neither prompt nor audio, or a blank prompt; expected text,"
                              " or null where none stands for the sound")
@@ -191,7 +191,7 @@ def channels_of(row, args):
         return ["sound"] if row["response"] else []
     if not row.get(args.labels):
         return []
-    return [c for c in args.channels if c == "t2t" or row.get("audio")]
+    return [c for c in args.channels if c == "t2t" or row.get("audio")]  # no clip: by text alone
 
 
 def choose_rows(args, rows, eval_rows):
@@ -202,8 +202,8 @@ def choose_rows(args, rows, eval_rows):
     """
     served = [channels_of(row, args) for row in rows]
     used = [row for row, channels in zip(rows, served) if channels]
-    counts = collections.Counter(itertools.chain(*served))
-    sounds_only = counts["sound"] == len(used) > 0
+    counts = collections.Counter(itertools.chain(*served))  # {channel: rows}
+    sounds_only = counts["sound"] == len(used) > 0  # no teacher, so no channel is missed
     strange = set().union(*rows) - set(KEYS)  # `audio` under another name, for instance
     for channel in args.channels:
         if not counts[channel] and not sounds_only:
@@ -241,7 +241,7 @@ def answer_ids(tokenizer, row, labels, max_tokens):
     # what is said about a sound has no second form
     ids = m.text_ids(tokenizer, row["response" if row["prompt"] is None else labels])
     cut = (row.get("finish") == "length" and labels == "response") or len(ids) > max_tokens
-    return ids[:max_tokens] + ([] if cut else [m.end_token(tokenizer)])
+    return ids[:max_tokens] + ([] if cut else [m.end_token(tokenizer)])  # the end counts, too
 
 
 class Rows:
@@ -253,7 +253,7 @@ class Rows:
 
     def __init__(self, rows, student, teacher_tokenizer, args, heard_of):
         self.rows, self.student, self.teacher_tokenizer = rows, student, teacher_tokenizer
-        self.args, self.heard_of, self.taught_of = args, heard_of, None
+        self.args, self.heard_of, self.taught_of = args, heard_of, None  # main fills in taught_of
         self.context, self.new_tokens = math.inf, 0  # of the models; room for a sample
 
     def __len__(self):
@@ -268,13 +268,13 @@ class Rows:
             if channel == "t2t":
                 item["t2t"] = self.student.prompt({**row, "audio": None})  # reads, hears nothing
             else:
-                item[channel] = self.student.prompt(row, self.heard_of(row))
+                item[channel] = self.student.prompt(row, self.heard_of(row))  # s2t, sound
         if row["prompt"] is not None:
             before, after = m.chat_parts(self.teacher_tokenizer, row.get("system"),
                                          row.get("instruction"))
             item["teacher_ids"] = before + m.text_ids(self.teacher_tokenizer, row["prompt"]) + after
             if self.taught_of:
-                item["taught"] = self.taught_of(item)
+                item["taught"] = self.taught_of(item)  # (n, H'), from --teacher-cache
         sizes = [m.positions(item[channel]) for channel in CHANNELS if channel in item]  # in tokens
         size = max(len(item["teacher_ids"]), *sizes) + max(len(item["answer"]), self.new_tokens)
         if size > self.context:
@@ -295,13 +295,13 @@ class Rows:
                 found[k] = str(error)
         if world > 1:
             parts = [None] * world
-            dist.all_gather_object(parts, found)
+            dist.all_gather_object(parts, found)  # every rank leaves out the same rows
             found = collections.ChainMap(*parts)
         silent = []
         for k, reason in sorted(found.items()):
             row = self.rows[k]
             if reason is None:
-                row["audio"] = None
+                row["audio"] = None  # a question without a word would teach guessing
                 silent.append(row["id"])
             else:
                 bad.append({"id": row["id"], "reason": f"row {row['id']!r}: {reason}"})
@@ -370,13 +370,13 @@ def fill_cache(folder, things, compute, what, ranks):
     folder.mkdir(parents=True, exist_ok=True)
     there = {path.stem for path in folder.glob("*.safetensors")}
     batches = [names[start:start + 32] for start in range(32 * rank, len(names), 32 * world)]
-    todo = [batch for batch in batches if not there.issuperset(batch)]
+    todo = [batch for batch in batches if not there.issuperset(batch)]  # as a whole: same bits
     for batch in tqdm(todo, desc=what, unit="batch", disable=rank > 0 or not todo):
         for name, value in zip(batch, compute([things[name] for name in batch])):
             if value and name not in there:
                 temporary = folder / f"{name}.{os.getpid()}"
                 save_file({k: v.contiguous().cpu() for k, v in value.items()}, temporary)
-                os.replace(temporary, folder / f"{name}.safetensors")
+                os.replace(temporary, folder / f"{name}.safetensors")  # whole, or not there
     if world > 1:
         dist.barrier()  # all read what all wrote
 
@@ -400,7 +400,7 @@ def hear_all(args, student, rows, ranks):
     spoken = [row for row in rows if row.get("audio")]
     # like sizes together: what Whisper hears at once should end at once
     for row in sorted(spoken, key=lambda row: (os.path.getsize(row["audio"]), row["id"])):
-        clips.setdefault(name_of(row), row)
+        clips.setdefault(name_of(row), row)  # a clip of many rows is heard once
 
     def compute(batch):
         found, waveforms, languages = [None] * len(batch), {}, []
@@ -432,7 +432,7 @@ def align_sounds(student, rows, heard_of):
         if row["prompt"] is None:
             ids = m.text_ids(student.tokenizer, row["response"])
             answers.setdefault(row.get("instruction"), []).append((row, tuple(ids)))
-    sounds, targets = {}, {}
+    sounds, targets = {}, {}  # clip -> (A, D), (H,)
     for found in answers.values():
         counts = collections.Counter(ids for _, ids in found)
         kept = [(row, ids) for row, ids in found if counts[ids] > 1]  # no transcripts
@@ -480,14 +480,14 @@ def teacher_rows(teacher, items):
             for item in items]
     lengths = [len(item["answer"]) for item in items]
     shared = len(os.path.commonprefix([item["teacher_ids"] for item in items]))  # template's tokens
-    own, training = hasattr(teacher, "peft_config"), teacher.training
+    own, training = hasattr(teacher, "peft_config"), teacher.training  # own: the student's LLM
     teacher.eval()  # no dropout
     if own:
         teacher.disable_adapters()
     states = m.answer_states(teacher, rows, lengths, shared)                      # (N, H')
     if own:
         teacher.enable_adapters()
-    teacher.train(training)
+    teacher.train(training)  # the student's own goes on training
     return states.split(lengths)
 
 
@@ -528,9 +528,9 @@ def channel_loss(args, channel, llms, hidden, items):
         row_weights = (1 / lengths).repeat_interleave(lengths)                    # (N,)
     if not kd_weight:  # a stand-in, of the right shape
         teacher, taught = llm, [hidden.detach()]
-    heads = [x.get_output_embeddings().weight for x in (llm, teacher)]
-    targets = [token for item in items for token in item["answer"]]
-    return losses.fused_ce_kd(
+    heads = [x.get_output_embeddings().weight for x in (llm, teacher)]  # (V, H), (V', H')
+    targets = [token for item in items for token in item["answer"]]  # (N,)
+    return losses.fused_ce_kd(  # chunk by chunk: no (N, V) logits ever exist
         student_hidden=hidden, student_weight=heads[0], student_logit_scale=m.logit_scale(llm),
         teacher_hidden=torch.cat(taught).to(hidden.device), teacher_weight=heads[1],
         teacher_logit_scale=m.logit_scale(teacher), kind=args.loss, beta=args.beta,
@@ -553,7 +553,7 @@ def measure(student, teacher, items, channels, autocast):
         prompts = [item[channel] for item in items]
         with autocast():
             hidden = student(prompts, answers)                                    # (N, H)
-        kl, agree = losses.token_kl(
+        kl, agree = losses.token_kl(  # (N,) each; always at tau 1
             student_hidden=hidden, student_weight=heads[0], teacher_hidden=taught,
             teacher_weight=heads[1], student_logit_scale=m.logit_scale(student.llm),
             teacher_logit_scale=m.logit_scale(teacher))
@@ -575,7 +575,7 @@ def evaluate(args, student, teacher, rows, ranks, autocast):
         found = measure(student, teacher, items, args.channels, autocast)
         for c, channel in enumerate(args.channels):
             for kl, agree in found[channel][:counted]:
-                for part, first in enumerate((len(kl), EARLY)):
+                for part, first in enumerate((len(kl), EARLY)):  # all tokens; the first of them
                     sums[c, part, 0] += kl[:first].sum()  # nats
                     sums[c, part, 1] += agree[:first].sum()
                     sums[c, part, 2] += len(kl[:first])  # tokens
@@ -585,10 +585,10 @@ def evaluate(args, student, teacher, rows, ranks, autocast):
     record = {}
     for channel, parts in zip(args.channels, sums.tolist()):
         for suffix, (kl, agree, tokens) in zip(("", "8"), parts):
-            record[f"eval_kl{suffix}_{channel}"] = kl / max(1, tokens)
+            record[f"eval_kl{suffix}_{channel}"] = kl / max(1, tokens)  # nats a token
             record[f"eval_agree{suffix}_{channel}"] = agree / max(1, tokens)
     if len(args.channels) == 2:
-        record["eval_gap8"] = record["eval_kl8_s2t"] - record["eval_kl8_t2t"]
+        record["eval_gap8"] = record["eval_kl8_s2t"] - record["eval_kl8_t2t"]  # nats a token
     return record
 
 
@@ -631,7 +631,7 @@ def load_teacher(args, student, dtype):
     same = all(k in own and torch.equal(own[k].to(v), v) for k, v in teacher.state_dict().items())
     if same and args.lora_rank and not args.teacher_cache and not args.shard:
         teacher = student.llm  # asked with its adapters off: one copy in memory
-    return teacher.requires_grad_(False), tokenizer
+    return teacher.requires_grad_(False), tokenizer  # it stays as it is: the answers are its own
 
 
 def choose_what_trains(args, student, dtype):
@@ -664,7 +664,7 @@ def make_optimizer(args, student):
         for decay, matrices in ((0.01, True), (0.0, False)):  # what nearly everyone takes
             chosen = [p for p in trained if (p.dim() >= 2) == matrices]  # no norms, biases
             groups.append({"params": chosen, "weight_decay": decay, "part": name})
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)  # main sets lr
 
 
 def update(args, optimizer, scaler, step):
@@ -703,7 +703,7 @@ def shard(student, teacher, dtype, device):
     fully_shard(student, ignored_params=set(listener.parameters()), **options)
     if teacher is not None:
         fully_shard(teacher.base_model, reshard_after_forward=True, **options)
-        teacher.get_output_embeddings().to(device)
+        teacher.get_output_embeddings().to(device)  # each chunk of the loss reads all of it
 
 
 def whole(tensor):
@@ -731,18 +731,18 @@ def save_checkpoint(args, student, optimizer, scaler, progress):
     there. Every rank must call it, the first one writes. Raises OSError if it cannot be written."""
     (step, best, identity), out = progress, Path(args.out)
     weights, moments = get_state_dict(student, optimizer, options=TRAINED_ONLY)
-    if int(os.environ.get("RANK", 0)):
+    if m.place()[0]:
         return
     for name, parameter in student.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:  # torch leaves out one of two names of a tied head
             weights.pop(name, None)
-    temporary = out / "ckpt.tmp"
+    temporary = out / "ckpt.tmp"  # beside its place: a rename cannot be half done
     try:
         with open(temporary, "wb") as file:
             torch.save({"model": weights, "optimizer": moments, "scaler": scaler.state_dict(),
                         "step": step, "best": best, "identity": identity}, file)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # on the disk before it has its name
     except (RuntimeError, OSError) as error:  # torch does not say why, the system not where
         raise OSError(f"{temporary} cannot be written ({error}): "
                       f"{shutil.disk_usage(out).free / 2**30:.2f} GiB are free there") from error
@@ -784,7 +784,7 @@ def save_folder(student, folder, dtype):
     """The student as a folder of transformers. Every rank must call it, the first one writes."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(student, options=options)  # gathered, if it is sharded
-    if not int(os.environ.get("RANK", 0)):
+    if not m.place()[0]:
         m.save_student(student, folder, dtype, state)
 
 
@@ -833,34 +833,20 @@ def resources(device):
 
 # ---- main ----
 
-def start_processes(args):
-    """-> rank, world size; with torchrun, all processes have met."""
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" not in os.environ:
-        return 0, 1
-    dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
-    torch.set_num_threads(max(1, m.cores() // int(os.environ["LOCAL_WORLD_SIZE"])))  # else one
-    return dist.get_rank(), dist.get_world_size()
-
-
 def main(args):
     # ---- rows, before any model loads ----
-    signal.signal(signal.SIGTERM, m.stop_now)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     out, dtype, earlier = Path(args.out), getattr(torch, args.dtype), checkpoints(args.out)
     if earlier and not args.resume:
         raise ValueError(f"{earlier[0]} exists: add --resume to go on, or choose another --out")
-    rank, world = start_processes(args)  # world: processes, one a GPU
-    ranks, master = (rank, world), rank == 0
+    ranks = m.start_processes(args.device, "gloo" if args.device == "cpu" else "nccl")
+    (rank, world), master = ranks, ranks[0] == 0  # world: processes, one a GPU
     train_rows, eval_rows, counts, bad = read_data(args, master)
     out.mkdir(parents=True, exist_ok=True)  # fails now, not after the first steps
 
     # ---- student, teacher ----
     student = m.load_student(args.student)  # in float32, on the CPU
     teacher, teacher_tokenizer = None, student.tokenizer
-    if args.kd_weight and counts["t2t"] + counts["s2t"] or eval_rows:
+    if args.kd_weight and counts["t2t"] + counts["s2t"] or eval_rows:  # CE alone asks none
         teacher, teacher_tokenizer = load_teacher(args, student, dtype)
     choose_what_trains(args, student, dtype)  # before DDP and optimizer, which read the flags
     if args.gradient_checkpointing:
@@ -876,8 +862,8 @@ def main(args):
     eval_set = Rows(eval_rows, student, teacher_tokenizer, args, heard_of)
     eval_set.new_tokens, silent = SAMPLE_TOKENS, []
     for dataset in (train_set, eval_set):
-        dataset.context = min(filter(None, contexts), default=math.inf)
-        silent += dataset.check(bad, ranks)
+        dataset.context = min(filter(None, contexts), default=math.inf)  # of both models
+        silent += dataset.check(bad, ranks)  # a bad row stops a run now, not at night
     said = [m.leave_out(bad, args.max_bad_rows, out, master)] if bad else []
     # again, now that it is known which clips are bad or silent
     train_set.rows, eval_set.rows, counts, line = choose_rows(args, train_set.rows, eval_set.rows)
@@ -902,7 +888,7 @@ def main(args):
     optimizer = make_optimizer(args, student)
     scaler = torch.amp.GradScaler(args.device, enabled=dtype == torch.float16)  # bf16 needs none
     identity = run_identity(args, train_set.rows + eval_set.rows, world)
-    step, best, steps = 0, None, len(plan)
+    step, best, steps = 0, None, len(plan)  # best: the score of OUT/best
     if earlier:
         step, best, more = load_checkpoint(args, student, optimizer, scaler, identity)
         said += more
@@ -930,7 +916,7 @@ def main(args):
     # can learn; the adapter is a part of the graph all the same: DDP waits for what trains
     channels = [c for c in CHANNELS[::-1] if counts[c] and (c != "t2t" or "llm" in args.train)]
     student.train()
-    begun = time.perf_counter()
+    begun = time.perf_counter()  # s
     while True:
         if len(eval_set) and (step == steps or step % (args.eval_every or steps) == 0):
             record = evaluate(args, student, teacher, eval_set, ranks, autocast)
@@ -951,7 +937,7 @@ def main(args):
 
         # -------- one optimizer step --------
         started = time.perf_counter()
-        micro_batches = [next(stream) for _ in range(len(plan[step]) // world)]
+        micro_batches = [next(stream) for _ in range(len(plan[step]) // world)]  # of this rank
         # Mean over ALL supervised tokens of the step (sounds: rows), per channel: one a micro-batch
         # would weight a 3-token answer like a 300-token one. DDP averages over ranks, hence `world`
         counted = dict.fromkeys(CHANNELS, 0) | {"tokens": 0, "stopped": len(stopped)}
@@ -962,7 +948,7 @@ def main(args):
                 counted["tokens"] += num_tokens
         shared = torch.tensor(list(counted.values()), device=args.device)
         if world > 1:
-            dist.all_reduce(shared)
+            dist.all_reduce(shared)  # before the first backward: it divides by these
         counted = dict(zip(counted, shared.tolist()))
         if counted["stopped"]:  # SIGTERM came to one of the processes: all stop at one step
             break
@@ -988,9 +974,9 @@ def main(args):
                     scaler.scale(loss * world).backward()  # frees this channel before the next
                 sums[CHANNELS.index(channel)] += torch.stack([loss.detach(), ce, kd])
         if world > 1:
-            dist.all_reduce(sums)
+            dist.all_reduce(sums)  # logged is what all ranks optimised
         total = float(sums[:, 0].sum())
-        if not sums.isfinite().all():
+        if not sums.isfinite().all():  # on all ranks at once, since they are summed
             names = [item["id"] for item in itertools.chain(*micro_batches)]
             raise RuntimeError(f"loss {total} in step {step + 1}; rows of rank {rank}: "
                                f"{names}; the newest checkpoint of {out} keeps the last good state")
@@ -1015,7 +1001,7 @@ def main(args):
     if 0 < step < steps:  # before the first step, saving would count one in the optimizer
         save_checkpoint(args, student, optimizer, scaler, (step, best, identity))
     elif step == steps:
-        save_folder(student, out / "last", dtype)
+        save_folder(student, out / "last", dtype)  # complete, or not there at all
     if master:
         print(f"wrote {out / 'last'}" if step == steps else
               f"stopped by SIGTERM after step {step}; the same command with --resume goes on")

@@ -62,7 +62,7 @@ def divergences(teacher, tokenizer, student, rows):
 def main(args):
     if args.score_only or args.teacher == "none":
         raise ValueError("--score-only or --teacher none: expected a student and a teacher to ask")
-    rank, out = vb.synth_speech.start_ranks(args.device), Path(args.out)
+    rank, out = m.start_processes(args.device)[0], Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     data, _ = vb.read_data(args)
     teacher = functools.cache(functools.partial(vb.load_model, args, "teacher"))

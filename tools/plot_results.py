@@ -9,7 +9,6 @@ Intervals: 95%, bootstrap over questions (sounds: over prompts); differences and
 shown where the interval of base's loss holds zero.
 """
 import argparse
-import json
 import re
 import sys
 from pathlib import Path

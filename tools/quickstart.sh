@@ -46,7 +46,7 @@ invent "$data"/heard/{train,heldout}.jsonl --sample-prompts 50 --seed $((seed + 
 say "questions that people wrote: 36 to train on, 40 others to measure on"
 synth --input tools/train_questions.jsonl --engine piper --max-new-tokens 12 --takes 2 --sounds --exclude tools/questions.jsonl --out "$data/asked" & asked=$!
 synth --input tools/questions.jsonl --limit 40 --engine piper --max-new-tokens 16 --out "$data/human"
-wait $unheard && wait $asked
+wait $unheard; wait $asked
 
 say "base: the ordinary first stage of a speech LLM, cross-entropy on transcripts and sounds; its dialogue suffers"
 train --data "$data"/{heard,asked,variety}/sounds.jsonl "$data/variety/transcripts.jsonl" --channels s2t \
