@@ -36,6 +36,13 @@ def test_easy_questions_are_short_unlike_others_and_do_not_hold_their_answers():
         assert synth_speech.unspeakable(row["prompt"], 20) is None
 
 
+def test_the_written_questions_to_train_on_share_nothing_with_those_to_measure_on():
+    options = synth_speech.get_args(["--input", "x", "--exclude", str(ROOT / "tools/questions.jsonl"), "--max-words", "18", "--out", "x"])
+    rows = synth_speech.m.json_lines(ROOT / "tools/train_questions.jsonl", synth_speech.to_row)
+    kept, drops = synth_speech.choose(rows, options)
+    assert len(kept) == 36 and not drops
+
+
 def test_the_split_is_drawn_by_the_prompt_alone():
     splits = [result_data.split_of(row["prompt"]) for row in EASY]
     assert 0.2 < splits.count("dev") / len(splits) < 0.3 and set(splits) == {"dev", "test"}
