@@ -175,7 +175,8 @@ def to_text(record):
 
 
 def main(args):
-    rank, out, data = m.start_processes(args.device)[0], Path(args.out), args.score_only or args.data
+    rank, _ = m.start_processes(args.device)
+    out, data = Path(args.out), args.score_only or args.data
     items, record = vb.spaced(read_items(data), args.limit), vb.provenance(args)
     if args.score_only and not any("model_output" in item for item in items):
         raise ValueError(f"{data}: no item has the key model_output, which holds the prediction")
