@@ -185,7 +185,7 @@ def stop_now(*_):
     sys.exit(143)
 
 
-def place():
+def ranks():
     """Rank of this process of torchrun, and how many there are."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -201,7 +201,7 @@ def start_processes(device, backend="gloo"):
     if "RANK" in os.environ:
         dist.init_process_group(backend)
         torch.set_num_threads(max(1, cores() // int(os.environ["LOCAL_WORLD_SIZE"])))  # else one
-    return place()
+    return ranks()
 
 
 def digest(path):

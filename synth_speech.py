@@ -302,7 +302,7 @@ class Stage(dict):
     one a process; a half-written last line is cut off."""
 
     def __init__(self, out, name):
-        self.own = Path(out) / ".stages" / f"{name}.{m.place()[0]}.jsonl"
+        self.own = Path(out) / ".stages" / f"{name}.{m.ranks()[0]}.jsonl"
         self.own.parent.mkdir(parents=True, exist_ok=True)
         if self.own.exists():
             os.truncate(self.own, self.own.read_bytes().rfind(b"\n") + 1)
@@ -318,7 +318,7 @@ class Stage(dict):
 def staged(args, name, rows, size, work):
     """work(batch of rows) -> records, shared by all processes -> {id: record} of all of them.
     What is done already stays; a run that is started again cuts the same batches."""
-    rank, world = m.place()
+    rank, world = m.ranks()
     done = Stage(args.out, name)
     rows = sorted(rows, key=lambda row: (len(row.get("prompt", "")), row["id"]))  # like lengths
     starts = range(rank * size, len(rows), world * size)
@@ -347,7 +347,7 @@ def sample_prompts(teacher, tokenizer, args, chunk):
 
 def enough_prompts(args, teacher):
     """As many usable prompts of the teacher as were asked for -> what `choose` gives."""
-    sampled, world = [], m.place()[1]
+    sampled, world = [], m.ranks()[1]
     for first in range(0, 40 + args.sample_prompts // 6, world):
         todo = [{"id": chunk} for chunk in range(first, first + world)]
         chunks = staged(args, "prompts", todo, 1, lambda batch: [
@@ -681,7 +681,7 @@ def main(args):
     rows = fitting(args, rows, teacher, bad)
     said = m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
     wanted = [row for row in rows if not row.get("response")]
-    answers = staged(args, "answers", wanted, min(args.batch_size, 1 + len(wanted) // m.place()[1]),
+    answers = staged(args, "answers", wanted, min(args.batch_size, 1 + len(wanted) // m.ranks()[1]),
                      lambda batch: answer(*teacher(), batch, args.max_new_tokens))
     teacher.cache_clear()
     rows = [{**row, **answers.get(row["id"], {})} for row in rows]

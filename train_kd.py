@@ -141,7 +141,7 @@ def get_args(argv=None):
     if not args.kd_weight + args.ce_weight:
         p.error("--kd-weight 0 and --ce-weight 0 leave nothing to learn; set one of them")
     args.cache = args.cache or str(Path(args.data[0]).parent / ".cache")  # shared by its runs
-    world = m.place()[1]
+    world = m.ranks()[1]
     at_once = args.batch_size * world  # rows of one forward on all GPUs
     args.global_batch_size = args.global_batch_size or at_once
     if args.global_batch_size % at_once:
@@ -731,7 +731,7 @@ def save_checkpoint(args, student, optimizer, scaler, progress):
     there. Every rank must call it, the first one writes. Raises OSError if it cannot be written."""
     (step, best, identity), out = progress, Path(args.out)
     weights, moments = get_state_dict(student, optimizer, options=TRAINED_ONLY)
-    if m.place()[0]:
+    if m.ranks()[0]:
         return
     for name, parameter in student.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:  # torch leaves out one of two names of a tied head
@@ -784,7 +784,7 @@ def save_folder(student, folder, dtype):
     """The student as a folder of transformers. Every rank must call it, the first one writes."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(student, options=options)  # gathered, if it is sharded
-    if not m.place()[0]:
+    if not m.ranks()[0]:
         m.save_student(student, folder, dtype, state)
 
 
