@@ -300,7 +300,8 @@ def test_the_untrained_student_is_teacher_and_cascade(tiny, data, tmp_path):
 @pytest.mark.parametrize("run, words", [
     ("R1", "--channels s2t --labels reference --kd-weight 0"), ("R2", "--channels s2t --labels reference --max-steps"),
     ("R3", "--channels s2t --kd-weight 0 --max-steps"), ("R4", "--channels s2t --max-steps"), ("R5", "--channels t2t --max-steps"),
-    ("R8", "--ce-weight 0 --kd-weight 1 --temperature 1 --lora-rank 16 --max-steps")])
+    ("R8", "--ce-weight 0 --kd-weight 1 --temperature 1 --lora-rank 16 --max-steps"), ("R9", "sounds.jsonl --lora-rank 16 --max-steps"),
+    ("R10", "--ce-weight 0 --kd-weight 1 --temperature 1 --max-steps")])
 def test_the_runs_differ_in_what_the_table_says_and_read_the_same_rows(data, run, words):
     args = run_results.get_args(["--data", str(data), "--out", "out/x", "--seed", "2"])
     commands = {name: " ".join(run_results.command_of(args, name)) for name in ("R6", run)}
@@ -325,6 +326,29 @@ def test_a_run_is_the_same_in_another_folder_and_on_another_computer(tiny, data,
         keys.append(run_results.key_of(args, "base"))
     assert len(set(keys)) == 1
     assert run_results.key_of(argparse.Namespace(**{**vars(args), "base_steps": 3}), "base") != keys[0]
+
+
+def test_another_teacher_answers_what_is_spoken_already(tiny, data, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    for engine in result_data.ENGINES:
+        shutil.copyfile(folder / engine / "both-train.jsonl", folder / engine / "train.jsonl")
+    asked = result_data.read_rows(folder / "questions.jsonl")
+    never = {**asked[0], "id": "q-9", "prompt": "Was this spoken?", "sets": []}
+    result_data.write_rows(folder / "questions.jsonl", [*({**row, "sets": row["sets"][:1]} for row in asked), never])
+    monkeypatch.setattr(result_data.synth, "answer", lambda teacher, tokenizer, rows, most: [
+        {"id": row["id"], "response": f"To {row['prompt'][-2:]} I say 4.", "finish": "stop"} for row in rows])
+    monkeypatch.setattr(result_data.vb, "qa_match", lambda response, reference: "To 0?" in response or "To 5?" in response)
+    result_data.answer_again(result_data.get_args(["answers", "--teacher", tiny.llm, "--out", str(folder), "--device", "cpu"]))
+    rows = result_data.read_rows(folder / "questions.jsonl")
+    assert [row["id"] for row in rows] == [f"q-{i}" for i in range(6)]  # what no clip asks is gone
+    assert [row["right"] for row in rows] == [True, False, False, False, False, True]
+    assert [row["sets"] for row in rows] == [["retention"], [], [], [], ["all"], ["retention", "all"]]
+    before, after = (result_data.read_rows(path / "heard/train.jsonl") for path in (data, folder))
+    assert [row["response"] for row in after] == [f"To {i}? I say 4." for i in range(6)]
+    assert [row["audio"] for row in after] == [row["audio"] for row in before]
+    assert len(result_data.read_rows(folder / "espeak/both-train.jsonl")) == 4
+    assert "of 6 spoken questions the teacher answers 2 right" in capsys.readouterr().out
 
 
 # ---- what fails is told ----

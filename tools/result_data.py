@@ -3,8 +3,9 @@ The rows of tools/run_results.py: what is trained on, what is held out, what the
 
   python tools/result_data.py questions --webquestions FILE --nq FILE --speech FOLDER --out data/result
   python tools/result_data.py both --out data/result          # when the rows have been spoken
+  cp -r data/result data/qwen; python tools/result_data.py answers --teacher LLM --out data/qwen      # the same clips, another teacher
 
-tools/result_data.sh calls both and speaks in between.
+tools/result_data.sh calls the first two and speaks in between.
 Reads   WebQuestions' train file (a JSON list: qText, answers), NQ-open's dev file (JSON lines: question, answer),
         tools/easy_questions.jsonl; a folder of recordings with manifest.jsonl (path, seen from beside the folder; text)
 Writes  OUT/train-piper.jsonl, train-espeak.jsonl (prompts to speak), OUT/questions.jsonl (all candidates: references,
@@ -35,6 +36,7 @@ import synth_speech as synth
 
 NQ_TRAIN = 2600         # the first rows may be trained on, the others never
 ENGINES = ("piper", "espeak")  # each speaks half of the prompts
+SPOKEN = ("heard", "unheard", "human", *ENGINES)  # folders of dialogue
 SPARE = 32              # prompts of each engine whose clips are held out: questions about their sound
 ALL_TEST, ALL_DEV = 200, 67    # drawn from all candidates, whether the teacher answers them right or wrong
 LEAST = 300             # questions of a retention set that says anything
@@ -47,7 +49,7 @@ RECORDINGS = ("librispeech", "ljspeech", "harvard")
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("step", choices=["questions", "both"], help="before or after the rows are spoken")
+    p.add_argument("step", choices=["questions", "both", "answers"], help="before or after the rows are spoken; another teacher's answers")
     p.add_argument("--webquestions", help="WebQuestions, JSON list")
     p.add_argument("--nq", help="NQ-open, JSON lines")
     p.add_argument("--easy", default=str(TOOLS / "easy_questions.jsonl"), help="more candidates: JSON lines with prompt, reference")
@@ -188,6 +190,10 @@ def copy_recordings(args):
 
 # ---- the two steps ----
 
+def read_rows(path):
+    return m.json_lines(path, lambda raw, _: raw)
+
+
 def write_rows(path, rows):
     m.write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -223,7 +229,7 @@ def after_speech(args):
     """Dialogue rows that have both answers, so that all runs read the same ones."""
     for engine in ENGINES:
         source, rows = Path(args.out) / engine / "train.jsonl", []
-        for row in m.json_lines(source, lambda raw, _: raw):
+        for row in read_rows(source):
             rows += [row] if row.get("reference") and row.get("response") else []
         if not rows:
             raise ValueError(f"{source}: no row has reference and response; expected the manifest of tools/result_data.sh")
@@ -231,10 +237,35 @@ def after_speech(args):
         print(f"{engine}: {len(rows)} rows with both answers")
 
 
+def answer_again(args):
+    """Another teacher's answers in place of those in a copy of the folder. Of the questions that are spoken, those that it answers
+    right are the retention set: fewer of them in unheard voices, which say what the first teacher answered right."""
+    out, prompts = Path(args.out), {}
+    rows_of = {out / name / "train.jsonl": read_rows(out / name / "train.jsonl") for name in SPOKEN}
+    rows_of[out / "questions.jsonl"] = [row for row in read_rows(out / "questions.jsonl") if row.get("sets")]  # these are spoken
+    for rows in rows_of.values():
+        for row in rows:
+            prompts[row["prompt"]] = {"id": row["prompt"], "prompt": row["prompt"], "audio": None}
+    teacher = functools.cache(lambda: synth.load_teacher(args))
+    records = vb.answer_all(args, "teacher", list(prompts.values()), lambda rows: synth.answer(*teacher(), rows, NEW_TOKENS),
+                            vb.weights_of(args.teacher))
+    answers = {record.pop("id"): record for record in records}
+    for path, rows in rows_of.items():
+        rows = [{**row, **answers[row["prompt"]]} for row in rows]
+        for row in rows if path.name == "questions.jsonl" else []:
+            row["right"] = vb.qa_match(row["response"], row["reference"])
+            row["sets"] = ["retention"] * row["right"] + ["all"] * ("all" in row["sets"])
+        write_rows(path, rows)
+    questions = read_rows(out / "questions.jsonl")
+    right = collections.Counter(row["split"] for row in questions if row["right"])
+    print(f"of {len(questions)} spoken questions the teacher answers {sum(right.values())} right (dev {right['dev']}, test {right['test']})")
+    after_speech(args)
+
+
 if __name__ == "__main__":
     try:
         args = get_args()
-        (before_speech if args.step == "questions" else after_speech)(args)
+        {"questions": before_speech, "both": after_speech, "answers": answer_again}[args.step](args)
     except (ValueError, RuntimeError, OSError) as error:
         print("result_data.py:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
