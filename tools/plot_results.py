@@ -5,8 +5,8 @@ The result's tables and pictures, from what tools/measure_result.py wrote about 
 
 Reads   RESULTS/RUN/measured.json, or RESULTS/RUN/failed.txt; a run that has neither is "not run"
 Writes  RESULTS/table.md, whose first table is the README's, RESULTS/retention.png, RESULTS/repair.png
-Intervals: 95%, bootstrap over questions (sounds: over prompts); differences and repairs are paired, question by question. No repair is
-shown where the interval of base's loss holds zero.
+Pictures and the first table show the first seed. Intervals: 95%, bootstrap over questions (sounds: over prompts); differences and
+repairs are paired, question by question. No repair is shown where the interval of base's loss holds zero.
 """
 import argparse
 import re
@@ -182,14 +182,33 @@ def students(results, columns):
 
 
 def main_table(results):
-    """The README's."""
+    """The README's: the first seed of each run."""
     rows = []
     for name, record, cells in students(results, MAIN):
-        kind = name.split("-")[0]
-        told = cell(sounds_right(record)) if kind in RUNS else ""
+        if "-seed" in name:
+            continue
+        told = cell(sounds_right(record)) if name in RUNS else ""
         paper = f"*{PAPER[name]}*" if name in PAPER else ""
-        rows.append([label_of(name), RUNS.get(kind, ""), *cells, told, paper])
+        rows.append([name, RUNS.get(name, ""), *cells, told, paper])
     return to_lines(["", "trained by", *MAIN, "sounds", "*the paper's, 7 B*"], rows)
+
+
+def seeds_table(results):
+    """What the order of rows alone changes: each seed begins with a base of its own."""
+    rows = []
+    for run in RUNS:
+        names = [run] + [name for name in results if name.startswith(f"{run}-seed")]
+        if len(names) == 1 or not there(results, *names):
+            continue
+        cells = [", ".join(["0", *(name.partition("-seed")[2] for name in names[1:])])]
+        for way in WAYS:
+            values = [results[name]["summary"][f"retention, {way}"][0] for name in names]
+            cells.append(", ".join(f"{value:.2f}" for value in values))
+        repairs = []
+        for name in names if run != "base" else []:
+            repairs.append(f"{100 * repairs_of(results, name)['retention, text'][0]:.0f}%")
+        rows.append([run, *cells, ", ".join(repairs)])
+    return to_lines(["retention", "seeds", *WAYS, "repaired by text"], rows)
 
 
 def answers_table(results):
@@ -332,7 +351,7 @@ def counts_line(results):
 
 
 def to_text(results):
-    parts = [main_table(results), [missing_line(results)], [counts_line(results)], answers_table(results), pairs_table(results),
+    parts = [main_table(results), [missing_line(results)], [counts_line(results)], seeds_table(results), answers_table(results), pairs_table(results),
              damage_table(results), repair_table(results), more_table(results), hearing_table(results)]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
@@ -359,7 +378,7 @@ def bars(axis, shown, series, scale=1.0):
 def draw_retention(results, path):
     shown = {}
     for name, record in results.items():
-        if isinstance(record, dict):  # the table says why a run is not there
+        if isinstance(record, dict) and "-seed" not in name:  # the table says why a run is not there
             label = "teacher,\ncascade" if name == "start" else label_of(name)
             shown[label] = {way: record["summary"].get(f"retention, {way}") for way in WAYS}
     figure, axis = plt.subplots(figsize=(11, 4), constrained_layout=True)
@@ -380,7 +399,7 @@ def draw_repair(results, path):
                               "10 dB": "KL8, 10 dB, speech"})):
         shown = {}
         for name in results:
-            if name != "start" and name != base_of(name) and there(results, "start", base_of(name), name):
+            if name not in ("start", "base") and "-seed" not in name and there(results, "start", "base", name):
                 found = repairs_of(results, name)
                 shown[label_of(name)] = {way: found[heading] for way, heading in places_of.items()}
         bars(axis, shown, COLOURS, 100)
