@@ -5,13 +5,11 @@ Distil a text LLM (teacher) into a speech LLM (student), by text and by speech.
   torchrun --nproc_per_node=8 train_kd.py --student WHISPER+LLM --data train.jsonl --out out/run
 
 Reads   manifests of synth_speech.py: JSON lines with id, prompt, audio, response, finish
-Writes  OUT/last, OUT/best (students), ckpt-STEP-SHA256.pt, log.jsonl, samples.jsonl, args.json,
-        bad_rows.jsonl
+Writes  OUT/last, OUT/best (students), ckpt-STEP-SHA256.pt, log.jsonl, args.json, bad_rows.jsonl
 
 t2t: the student reads the question.  loss = CE(answer) + lambda * tau^2 * KL(teacher || student)
 s2t: the student hears it.            the same, from the same teacher, who reads it
-sound: rows whose prompt is null.     CE(answer) alone, a mean over rows: no text stands for what
-                                      is heard
+sound: rows whose prompt is null.     CE(answer) alone, a mean over rows: no text stands for it
 """
 import argparse
 import collections
@@ -47,7 +45,6 @@ import model as m
 EARLY = 8  # answer tokens before the answer itself gives the question away: the gap shows there
 CHANNELS = ("t2t", "s2t", "sound")
 EVAL_ROWS = 16        # measured together
-SAMPLE_TOKENS = 40    # of an answer in samples.jsonl
 KEYS = ("id", "prompt", "audio", "response", "reference", "finish", "instruction", "system",
         "language")   # of a row; others are not read
 FREE_OPTIONS = ("resume", "device", "workers", "out", "save_every", "cache", "shard")  # of --resume
@@ -58,107 +55,86 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     natural, positive = m.number(int, 0), m.number(int, 1)
-    rate, weight = m.number(float, 0, 1), m.number(float, 0)
+    rate, weight, cuda = m.number(float, 0, 1), m.number(float, 0), torch.cuda.is_available()
     add = p.add_argument_group("models and data").add_argument
     add("--teacher", default=m.DEFAULT_LLM, help="frozen text LLM: folder or hub id, NAME@REVISION")
     add("--student", default=m.DEFAULT_STUDENT,
         help="WHISPER+LLM, a speech LLM of transformers, or a folder that this script wrote")
     add("--data", nargs="+", required=True, help="manifests to train on")
     add("--eval-data", nargs="+", default=[], help="manifests to measure on")
-    add("--max-bad-rows", type=natural, default=0,
-        help="leave out so many unusable rows; OUT/bad_rows.jsonl lists them")
-    add("--labels", choices=["response", "reference"], default="response",
-        help="the teacher's answer, or the data set's")
+    add("--max-bad-rows", type=natural, default=0, help="so many may be left out, and are listed")
+    add("--labels", choices=["response", "reference"], default="response", help="whose answers")
     add("--max-answer-tokens", type=positive, default=256, help="longer answers are cut there")
     add("--out", required=True, help="output folder")
-    add("--cache", help="folder for what Whisper heard, kilobytes a clip; default: .cache beside "
-                        "the first manifest")
-    add("--teacher-cache", help="folder for the teacher's hidden rows of every answer: its body "
-                                "runs once a row and leaves memory; 2 bytes x width a token; "
-                                "default: no cache")
+    add("--cache", help="what Whisper heard, kilobytes a clip; default: .cache beside the data")
+    add("--teacher-cache", help="folder for the teacher's hidden rows, 2 bytes x width a token: "
+                                "its body runs once a row and leaves memory; default: none")
     add = p.add_argument_group("method").add_argument
     add("--channels", nargs="+", choices=["t2t", "s2t"], default=["t2t", "s2t"],
         help="text to text, speech to text")
     add("--t2t-weight", type=weight, default=1.0, help="of the text channel; speech has 1")
-    add("--sound-weight", type=weight, default=1.0,
-        help="of the rows without a teacher (prompt: null), a mean of their own")
-    add("--loss", choices=list(losses.DIVERGENCES), default="forward_kl",
-        help="divergence from the teacher")
-    add("--kd-weight", type=weight, default=0.5, help="lambda of the divergence; the paper has 0.5")
-    add("--ce-weight", type=weight, default=1.0,
-        help="of the cross-entropy where there is a teacher; 0 = pure distillation")
-    add("--temperature", type=m.number(float, 0.01), default=2.0,
-        help="tau of both models; the loss is scaled by tau^2")
+    add("--sound-weight", type=weight, default=1.0, help="of rows without a teacher")
+    add("--loss", choices=list(losses.DIVERGENCES), default="forward_kl", help="the divergence")
+    add("--kd-weight", type=weight, default=0.5, help="lambda of the divergence, the paper's")
+    add("--ce-weight", type=weight, default=1.0, help="of cross-entropy; 0 = pure distillation")
+    add("--temperature", type=m.number(float, 0.01), default=2.0, help="tau of both models")
     add("--beta", type=m.number(float, 1e-6, 1 - 1e-6), default=0.5, help="of jsd and skew_kl")
     add = p.add_argument_group("what trains").add_argument
     add("--train", nargs="+", choices=["encoder", "adapter", "llm"], default=["adapter", "llm"],
         help="parts that train; Whisper never does")
     add("--lora-rank", type=natural, default=0,
-        help="LoRA on the LLM's linear layers, embeddings and head frozen, at --lr-llm (1e-4 to "
-             "1e-3); needs peft; 0 = off")
+        help="LoRA on the LLM's linear layers, at --lr-llm 1e-4 to 1e-3; needs peft; 0 = off")
     add("--lr-encoder", type=rate, default=1e-5, help="peak learning rate")
-    add("--lr-adapter", type=rate, default=2e-5,
-        help="peak learning rate, 1e-5 to 1e-4: more spoils what a sound layer began with")
+    add("--lr-adapter", type=rate, default=2e-5, help="peak learning rate, 1e-5 to 1e-4")
     add("--lr-llm", type=rate, default=2e-5, help="peak learning rate; the paper: 5e-6 for 7 B")
     add = p.add_argument_group("optimisation").add_argument
     add("--max-steps", type=natural, default=0, help="optimizer steps; 0 = --epochs")
-    add("--epochs", type=m.number(float, 0.001), default=2,
-        help="passes over the rows with a teacher, if --max-steps is 0")
+    add("--epochs", type=m.number(float, 0.001), default=2, help="over the rows with a teacher")
     add("--batch-size", type=positive, default=8, help="rows with a teacher per GPU per forward")
-    add("--sound-batch-size", type=positive, default=8,
-        help="rows without one beside them, if there are any")
-    add("--global-batch-size", type=natural, default=0,
-        help="rows with a teacher per optimizer step over all GPUs; 0: no accumulation")
+    add("--sound-batch-size", type=positive, default=8, help="rows without one beside them, if any")
+    add("--global-batch-size", type=natural, default=0, help="rows of all GPUs per optimizer step")
     add("--lr-warmup-steps", type=natural, default=10, help="linear, times a cosine to zero")
-    add("--dtype", choices=["float32", "bfloat16", "float16"],
-        default="bfloat16" if torch.cuda.is_available() else "float32",
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32",
         help="of the computation (on a CPU bfloat16 pays with AMX); what trains is float32")
-    add("--gradient-checkpointing", action="store_true",
-        help="recompute activations: less memory, about 30%% slower")
-    add("--shard", action="store_true",
-        help="FSDP2 in place of DDP: teacher, student and optimizer split over the GPUs")
-    add("--device", choices=["cpu", "cuda"],
-        default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
+    add("--gradient-checkpointing", action="store_true", help="less memory, about 30%% slower")
+    add("--shard", action="store_true", help="FSDP2 in place of DDP: models split over the GPUs")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu", help="to run on")
     add("--workers", type=natural, default=1, help="processes per GPU that load data; 0 = none")
     add("--seed", type=m.number(int, 0, 2**32), default=0, help="of the order of rows")
     add = p.add_argument_group("evaluation, checkpoints").add_argument
-    add("--eval-every", type=natural, default=0,
-        help="optimizer steps; 0 = before the first and after the last")
+    add("--eval-every", type=natural, default=0, help="steps; 0 = before the first, after the last")
     add("--save-every", type=positive, default=50, help="optimizer steps between checkpoints")
-    add("--resume", action="store_true",
-        help="go on from the newest whole checkpoint of OUT, if there is one")
+    add("--resume", action="store_true", help="go on from OUT's newest whole checkpoint, if any")
     args = p.parse_args(argv)
     for name in ("data", "eval_data", "channels", "train"):
         values = getattr(args, name)
         if len(set(values)) < len(values):
             p.error(f"--{name.replace('_', '-')} {' '.join(values)}: one is named twice")
-    if args.lora_rank and "llm" not in args.train:
-        p.error("--lora-rank trains the LLM: add llm to --train")
-    if args.channels == ["t2t"] and "llm" not in args.train:
-        p.error("--channels t2t trains nothing without --train llm")
-    if args.shard and ("RANK" not in os.environ or args.dtype == "float16"):
-        p.error("--shard needs torchrun, and does not go with --dtype float16")
-    if not args.kd_weight + args.ce_weight:
-        p.error("--kd-weight 0 and --ce-weight 0 leave nothing to learn; set one of them")
     args.cache = args.cache or str(Path(args.data[0]).parent / ".cache")  # shared by its runs
-    world = m.ranks()[1]
-    at_once = args.batch_size * world  # rows of one forward on all GPUs
-    args.global_batch_size = args.global_batch_size or at_once
-    if args.global_batch_size % at_once:
-        p.error(f"--global-batch-size {args.global_batch_size} is not a multiple of --batch-size "
-                f"{args.batch_size} x {world} processes; use "
-                f"{at_once * max(1, args.global_batch_size // at_once)}")
+    at_once = args.batch_size * m.ranks()[1]  # rows of one forward on all GPUs
+    size = args.global_batch_size = args.global_batch_size or at_once
+    frozen = "llm" not in args.train
+    for wrong, message in (
+            (args.lora_rank and frozen, "--lora-rank trains the LLM: add llm to --train"),
+            (frozen and args.channels == ["t2t"],
+             "--channels t2t trains nothing without --train llm"),
+            (args.shard and "RANK" not in os.environ, "--shard needs torchrun"),
+            (not args.kd_weight + args.ce_weight,
+             "--kd-weight 0 and --ce-weight 0 leave nothing to learn; set one of them"),
+            (size % at_once,
+             f"--global-batch-size {size} is not a multiple of --batch-size {args.batch_size} x "
+             f"{m.ranks()[1]} processes; use {at_once * max(1, size // at_once)}")):
+        if wrong:
+            p.error(message)
     return args
 
 
 # ---- rows ----
 
 def read_manifest(path, seen=None, bad=None):
-    """Manifest -> rows, ids with the folder's name in front of them, absolute audio paths.
-
-    What is wrong with a row raises ValueError that names the line, or is added to the list `bad`.
-    seen: {id: where it was met}, of the manifests before.
-    """
+    """Manifest -> rows, ids with the folder's name in front of them, absolute audio paths. What is
+    wrong with a row raises ValueError that names the line, or is added to the list `bad`.
+    seen: {id: where it was met}, of the manifests before."""
     path, seen = Path(path), {} if seen is None else seen
     if not path.is_file():
         raise ValueError(f"{path}: no such manifest; synth_speech.py writes one")
@@ -172,15 +148,13 @@ def read_manifest(path, seen=None, bad=None):
         if not isinstance(row["id"], str | int) or seen.setdefault(name, where) != where:
             raise ValueError(f"{where}: id {row['id']!r} is no text, or also that of "
                              f"{seen.get(name)}; every row needs its own")
-        row["id"] = name
-        if row["prompt"]:
-            row["prompt"] = m.untagged(row["prompt"], where)  # others' <audio> at its ends
-        if not (row.get("audio") if row["prompt"] is None else row["prompt"].strip()):
+        prompt, audio = row["prompt"], row.get("audio")
+        prompt = prompt and m.untagged(prompt, where)  # others' <audio> at its ends
+        if not (audio if prompt is None else prompt.strip()):
             raise ValueError(f"{where}: neither prompt nor audio, or a blank prompt; expected text,"
                              " or null where none stands for the sound")
-        if row.get("audio"):
-            row["audio"] = m.file_below(path.parent, row["audio"], where)
-        return row
+        audio = audio and m.file_below(path.parent, audio, where)
+        return {**row, "id": name, "prompt": prompt, "audio": audio}
 
     return m.json_lines(path, parse, bad)
 
@@ -194,158 +168,142 @@ def channels_of(row, args):
     return [c for c in args.channels if c == "t2t" or row.get("audio")]  # no clip: by text alone
 
 
-def choose_rows(args, rows, eval_rows):
+def read_data(args):
+    """-> rows of all manifests, which tell whether they are there to be `measured`; bad rows."""
+    rows, seen, bad = [], {}, []
+    for measured, paths in ((False, args.data), (True, args.eval_data)):
+        for path in paths:  # one to measure on may be a part of the training data
+            for row in read_manifest(path, {} if measured else seen, bad):
+                rows.append({**row, "measured": measured})
+    return rows, bad
+
+
+def choose_rows(args, rows):
     """-> rows to train on, which some channel can use; rows to measure on, which serve all, so that
     channels are compared on the same questions; how many each channel has, also in words.
-
-    Raises: ValueError if a channel that was asked for has none, or nothing can be measured.
-    """
-    served = [channels_of(row, args) for row in rows]
-    used = [row for row, channels in zip(rows, served) if channels]
-    counts = collections.Counter(itertools.chain(*served))  # {channel: rows}
+    Raises: ValueError if a channel that was asked for has none, or nothing can be measured."""
+    used, measured, counts = [], [], collections.Counter()  # {channel: rows}
+    for row in rows:
+        channels = channels_of(row, args)
+        if row["measured"] and channels == args.channels:
+            measured.append(row)
+        elif channels and not row["measured"]:
+            used.append(row)
+            counts.update(channels)
     sounds_only = counts["sound"] == len(used) > 0  # no teacher, so no channel is missed
-    strange = set().union(*rows) - set(KEYS)  # `audio` under another name, for instance
+    strange = set().union(*rows) - {*KEYS, "measured", "tokens"}  # `audio` under another name
     for channel in args.channels:
         if not counts[channel] and not sounds_only:
             needs = f"{'prompt' if channel == 't2t' else 'audio with words'} and {args.labels}"
-            raise ValueError(
-                f"{' '.join(args.data)}: none of {len(rows)} rows has {needs}, which channel "
-                f"{channel} needs; unknown keys: {', '.join(sorted(strange)) or 'none'}; rename "
-                f"one, or leave {channel} out of --channels")
-    measured = [row for row in eval_rows if channels_of(row, args) == args.channels]
+            found = f"{' '.join(args.data)}: none of {len(rows)} rows has {needs}"
+            raise ValueError(f"{found}, which channel {channel} needs; unknown keys: "
+                             f"{', '.join(sorted(strange)) or 'none'}; rename one, or leave "
+                             f"{channel} out of --channels")
     if args.eval_data and not measured:
         raise ValueError(f"--eval-data {' '.join(args.eval_data)}: no row can be measured; that "
                          f"needs prompt, audio and {args.labels}")
     few = " (fewer than half: the rest has no audio)" * (counts["t2t"] > 2 * counts["s2t"] > 0)
-    said = (f"rows: {counts['t2t']} by text, {counts['s2t']} by speech{few}, {counts['sound']} "
-            f"without a teacher, {len(measured)} to measure on")
-    return used, measured, counts, said
-
-
-def read_data(args, master):
-    """-> rows to train on, rows to measure on, how many each channel has, bad rows."""
-    seen, bad, train_rows, eval_rows = {}, [], [], []
-    for path in args.data:
-        train_rows += read_manifest(path, seen, bad)
-    for path in args.eval_data:
-        eval_rows += read_manifest(path, {}, bad)  # may be a part of the training data
-    m.leave_out(bad, args.max_bad_rows, args.out, master)
-    train_rows, eval_rows, counts, said = choose_rows(args, train_rows, eval_rows)
-    if master:
-        print(said, flush=True)
-    return train_rows, eval_rows, counts, bad
+    return used, measured, counts, (
+        f"rows: {counts['t2t']} by text, {counts['s2t']} by speech{few}, {counts['sound']} "
+        f"without a teacher, {len(measured)} to measure on")
 
 
 def answer_ids(tokenizer, row, labels, max_tokens):
-    """The answer, tokenised once for teacher and both channels; a cut one teaches no stopping."""
-    # what is said about a sound has no second form
+    """The answer, tokenised once for teacher and both channels; a cut one teaches no stopping.
+    What is said about a sound has no second form."""
     ids = m.text_ids(tokenizer, row["response" if row["prompt"] is None else labels])
     cut = (row.get("finish") == "length" and labels == "response") or len(ids) > max_tokens
     return ids[:max_tokens] + ([] if cut else [m.end_token(tokenizer)])  # the end counts, too
 
 
-class Rows:
-    """Rows of the manifest -> items: what a step needs of a row, and no model has to make.
+def make_item(row, args, student, teacher_tokenizer, heard_of, taught_of=None):
+    """A row -> what a step needs of it, and no model has to make: id, answer (token ids),
+    teacher_ids (its whole prompt; none for a sound), for each channel that the row serves the
+    student's prompt; taught, the teacher's rows (n, H'), if there is a cache of them."""
+    item = {"id": row["id"], "teacher_ids": [],
+            "answer": answer_ids(student.tokenizer, row, args.labels, args.max_answer_tokens)}
+    for channel in channels_of(row, args):
+        if channel == "t2t":
+            item["t2t"] = student.prompt({**row, "audio": None})  # reads, hears nothing
+        else:
+            item[channel] = student.prompt(row, heard_of(row))  # s2t, sound
+    if row["prompt"] is not None:
+        before, after = m.chat_parts(teacher_tokenizer, row.get("system"), row.get("instruction"))
+        item["teacher_ids"] = before + m.text_ids(teacher_tokenizer, row["prompt"]) + after
+        if taught_of:
+            item["taught"] = taught_of(item)
+    return item
 
-    An item: id, answer (token ids), teacher_ids (its whole prompt; none for a sound), for each
-    channel that the row serves the student's prompt; taught, the teacher's rows, if it has a cache.
-    """
 
-    def __init__(self, rows, student, teacher_tokenizer, args, heard_of):
-        self.rows, self.student, self.teacher_tokenizer = rows, student, teacher_tokenizer
-        self.args, self.heard_of, self.taught_of = args, heard_of, None  # main fills in taught_of
-        self.context, self.new_tokens = math.inf, 0  # of the models; room for a sample
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        row = self.rows[i]
-        item = {"id": row["id"], "teacher_ids": [],
-                "answer": answer_ids(self.student.tokenizer, row, self.args.labels,
-                                     self.args.max_answer_tokens)}
-        for channel in channels_of(row, self.args):
-            if channel == "t2t":
-                item["t2t"] = self.student.prompt({**row, "audio": None})  # reads, hears nothing
-            else:
-                item[channel] = self.student.prompt(row, self.heard_of(row))  # s2t, sound
-        if row["prompt"] is not None:
-            before, after = m.chat_parts(self.teacher_tokenizer, row.get("system"),
-                                         row.get("instruction"))
-            item["teacher_ids"] = before + m.text_ids(self.teacher_tokenizer, row["prompt"]) + after
-            if self.taught_of:
-                item["taught"] = self.taught_of(item)  # (n, H'), from --teacher-cache
-        sizes = [m.positions(item[channel]) for channel in CHANNELS if channel in item]  # in tokens
-        size = max(len(item["teacher_ids"]), *sizes) + max(len(item["answer"]), self.new_tokens)
-        if size > self.context:
-            raise ValueError(f"{size} tokens of prompt, speech and answer, the models have room for"
-                             f" {self.context}; shorten it or lower --max-answer-tokens")
-        return item
-
-    def check(self, bad, ranks):
-        """Make every item once, before anything trains -> ids of questions in whose clip no word
-        was heard, which are read alone from here on. Rows that fail leave, into `bad`."""
-        (rank, world), found = ranks, {}  # row number -> what is wrong; None: nothing heard
-        for k in range(rank, len(self), world):  # each process tries its share
-            try:
-                prompt = self[k].get("s2t")
-                if isinstance(prompt, m.Prompt) and not prompt.words:
-                    found[k] = None
-            except ValueError as error:
-                found[k] = str(error)
-        if world > 1:
-            parts = [None] * world
-            dist.all_gather_object(parts, found)  # every rank leaves out the same rows
-            found = collections.ChainMap(*parts)
-        silent = []
-        for k, reason in sorted(found.items()):
-            row = self.rows[k]
-            if reason is None:
-                row["audio"] = None  # a question without a word would teach guessing
-                silent.append(row["id"])
-            else:
-                bad.append({"id": row["id"], "reason": f"row {row['id']!r}: {reason}"})
-        self.rows = [row for k, row in enumerate(self.rows) if found.get(k) is None]
-        return silent
+def check_rows(rows, item_of, llms, bad):
+    """Make every item once, before anything trains -> rows that are good, with the number of their
+    answers' tokens; ids of questions in whose clip no word was heard, which are read alone from
+    here on. Rows that fail are added to `bad`."""
+    (rank, world), found = m.ranks(), {}  # row number -> what is wrong; tokens; is nothing heard
+    contexts = [getattr(llm.config, "max_position_embeddings", 0) for llm in filter(None, llms)]
+    context = min(filter(None, contexts), default=math.inf)  # of all models
+    for k in range(rank, len(rows), world):  # each process tries its share
+        try:
+            item = item_of(rows[k])
+            prompts = [item[channel] for channel in CHANNELS if channel in item]
+            size = max(len(item["teacher_ids"]), *map(m.positions, prompts)) + len(item["answer"])
+            if size > context:
+                raise ValueError(f"{size} tokens of prompt, speech and answer, the models have room"
+                                 f" for {context}; shorten it or lower --max-answer-tokens")
+            heard = item.get("s2t")
+            found[k] = None, len(item["answer"]), isinstance(heard, m.Prompt) and not heard.words
+        except ValueError as error:
+            found[k] = f"row {rows[k]['id']!r}: {error}", 0, False
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, found)  # every rank leaves out the same rows
+        found = collections.ChainMap(*parts)
+    good, silent = [], []
+    for k, row in enumerate(rows):
+        reason, row["tokens"], nothing_heard = found[k]
+        if reason:
+            bad.append({"id": row["id"], "reason": reason})
+        else:
+            good.append(row)
+        if nothing_heard:
+            row["audio"] = None  # a question without a word would teach guessing
+            silent.append(row["id"])
+    return good, silent
 
 
 def plan_steps(rows, args):
     """Which rows each step reads: a list of steps, each a list of micro-batches, which processes
-    share, each a list of row numbers.
+    share, each a list of row numbers. ValueError if there are fewer rows than one step needs.
 
     A function of its arguments alone: no restart changes it, nor does a number of processes, if
     --global-batch-size is given. Rows without a teacher come question by question in turn: a rare
     question is learned as well.
-
-    Raises: ValueError if there are fewer rows than one step needs.
     """
     def drawn(numbers):  # without end, each epoch in an order of its own
         for epoch in itertools.count():
             yield from random.Random(f"{args.seed} {epoch}").sample(numbers, len(numbers))
 
-    asked, sounds, kinds, plan = [], {}, [], []
+    questions = {}  # (has it no teacher, which question about the sound) -> numbers of rows
     for k, row in enumerate(rows):
-        if row["prompt"] is None:
-            sounds.setdefault(row.get("instruction"), []).append(k)
-        else:
-            asked.append(k)
+        sound = row["prompt"] is None
+        questions.setdefault((sound, sound and row.get("instruction")), []).append(k)
     micro_batches = args.global_batch_size // args.batch_size  # of a step, of all processes
-    for kind, questions, batch_size in (("with", [asked], args.batch_size),
-                                        ("without", sounds.values(), args.sound_batch_size)):
-        count, size = sum(map(len, questions)), micro_batches * batch_size
+    steps, turns = args.max_steps, []
+    for sound, batch_size in ((False, args.batch_size), (True, args.sound_batch_size)):
+        some = [numbers for (kind, _), numbers in questions.items() if kind == sound]
+        count, size = sum(map(len, some)), micro_batches * batch_size
         if 0 < count < size:
-            raise ValueError(f"{count} rows {kind} a teacher and with {args.labels} in "
-                             f"{', '.join(args.data)}, fewer than the {size} of one step; "
-                             "give more rows or a smaller batch")
-        if count:  # questions take turns
-            kinds.append((count, size, itertools.cycle([drawn(numbers) for numbers in questions])))
-    count, size, _ = kinds[0]  # whose epochs count
-    for _ in range(max(1, args.max_steps or round(args.epochs * count / size))):
-        step = [[] for _ in range(micro_batches)]
-        for _, size, turns in kinds:
+            raise ValueError(f"{count} rows {'without' if sound else 'with'} a teacher and with "
+                             f"{args.labels} in {', '.join(args.data)}, fewer than the {size} of "
+                             "one step; give more rows or a smaller batch")
+        if count:
+            steps = steps or max(1, round(args.epochs * count / size))  # the first kind's epochs
+            turns.append((size, itertools.cycle([drawn(numbers) for numbers in some])))
+    plan = [[[] for _ in range(micro_batches)] for _ in range(steps)]
+    for step in plan:
+        for size, orders in turns:
             for k in range(size):
-                step[k % micro_batches].append(next(next(turns)))  # the next question's next row
-        plan.append(step)
+                step[k % micro_batches].append(next(next(orders)))  # the next question's next row
     return plan
 
 
@@ -360,66 +318,63 @@ def fingerprint(model, *more):
     return digest.hexdigest()[:12]
 
 
-def fill_cache(folder, things, compute, what, ranks):
-    """{name: thing} -> FOLDER/NAME.safetensors for each.
+def cached(folder, things, key_of, compute, what):
+    """Let each thing be computed once, by some process, into FOLDER/SHA256(KEY).safetensors ->
+    function from it to its {key: tensor}; FileNotFoundError if there was none.
+    compute: list of things -> pairs of a thing and {key: tensor}. 32 go together in the order
+    given; what meets depends on `things` alone, so that a restart gives the same bits."""
+    def path_of(thing):
+        return folder / f"{hashlib.sha256(key_of(thing).encode()).hexdigest()}.safetensors"
 
-    compute: list of things -> list of {key: tensor}, or of None. 32 go together in the order
-    given; what meets depends on `things` alone, so that a restart gives the same bits.
-    """
-    (rank, world), names = ranks, list(things)
+    (rank, world), unique = m.ranks(), {}
+    for thing in things:
+        unique.setdefault(path_of(thing), thing)  # a clip of many rows is heard once
     folder.mkdir(parents=True, exist_ok=True)
-    there = {path.stem for path in folder.glob("*.safetensors")}
-    batches = [names[start:start + 32] for start in range(32 * rank, len(names), 32 * world)]
+    paths, there = list(unique), set(folder.glob("*.safetensors"))
+    batches = [paths[start:start + 32] for start in range(32 * rank, len(paths), 32 * world)]
     todo = [batch for batch in batches if not there.issuperset(batch)]  # as a whole: same bits
     for batch in tqdm(todo, desc=what, unit="batch", disable=rank > 0 or not todo):
-        for name, value in zip(batch, compute([things[name] for name in batch])):
-            if value and name not in there:
-                temporary = folder / f"{name}.{os.getpid()}"
-                save_file({k: v.contiguous().cpu() for k, v in value.items()}, temporary)
-                os.replace(temporary, folder / f"{name}.safetensors")  # whole, or not there
+        for thing, tensors in compute([unique[path] for path in batch]):
+            path, temporary = path_of(thing), folder / f"{os.getpid()}.tmp"
+            if path not in there:
+                save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary)
+                os.replace(temporary, path)  # whole, or not there
     if world > 1:
         dist.barrier()  # all read what all wrote
+    return lambda thing: load_file(path_of(thing))
 
 
-def hear_all(args, student, rows, ranks):
-    """Let Whisper hear every clip once -> function from a row to what was heard of it.
-
-    A file's name is the digest of the clip's bytes and the language, its folder's that of Whisper:
-    none of them can change unnoticed. Students of transformers hear at each step.
-    """
+def hear_all(args, student, rows):
+    """Let Whisper hear every clip once -> function from a row to what was heard of it. Keys are of
+    the clip's bytes and the language, the folder is Whisper's: none of them can change unnoticed.
+    Students of transformers hear at each step."""
     if not isinstance(student, m.SpeechLLM):
         return lambda row: None
     student.whisper.to(args.device)
-    # named after what is kept of a sound: another mean would need another folder
-    folder, clips = Path(args.cache) / fingerprint(student.whisper, "mean so far"), {}
     digest = functools.cache(m.digest)
 
-    def name_of(row):
-        return hashlib.sha256(f"{digest(row['audio'])} {row.get('language')}".encode()).hexdigest()
-
-    spoken = [row for row in rows if row.get("audio")]
-    # like sizes together: what Whisper hears at once should end at once
-    for row in sorted(spoken, key=lambda row: (os.path.getsize(row["audio"]), row["id"])):
-        clips.setdefault(name_of(row), row)  # a clip of many rows is heard once
-
     def compute(batch):
-        found, waveforms, languages = [None] * len(batch), {}, []
-        for k, row in enumerate(batch):
+        good, waveforms = [], []
+        for row in batch:
             with contextlib.suppress(ValueError):  # a bad row: heard_of says why
-                waveforms[k] = m.load_audio(row["audio"])
-                languages.append(row.get("language"))
-        for k, heard in zip(waveforms, student.hear(list(waveforms.values()), languages)):
-            found[k] = {"ids": heard.ids, "states": heard.states.half(),  # 16 bits are enough
+                waveforms.append(m.load_audio(row["audio"]))
+                good.append(row)
+        for row, heard in zip(good, student.hear(waveforms, [r.get("language") for r in good])):
+            yield row, {"ids": heard.ids, "states": heard.states.half(),  # 16 bits are enough
                         "sound": heard.sound.half()}
-        return found
 
     def heard_of(row):
-        path = folder / f"{name_of(row)}.safetensors"
-        if not path.exists():
+        try:
+            return student.whisper.heard(**kept_of(row))
+        except FileNotFoundError:
             m.load_audio(row["audio"])  # raises ValueError
-        return student.whisper.heard(**load_file(path))
+            raise
 
-    fill_cache(folder, clips, compute, "hearing", ranks)
+    spoken = [row for row in rows if row.get("audio")]
+    spoken.sort(key=lambda row: (os.path.getsize(row["audio"]), row["id"]))  # to end together
+    folder = Path(args.cache, fingerprint(student.whisper, "mean so far"))  # what a sound is, too
+    kept_of = cached(folder, spoken, lambda row: f"{digest(row['audio'])} {row.get('language')}",
+                     compute, "hearing")
     return heard_of
 
 
@@ -427,44 +382,43 @@ def align_sounds(student, rows, heard_of):
     """Let a sound layer begin with what rows without a teacher say about their clips ->
     number of clips. An answer counts by the mean embedding of what its question's other answers
     lack, less the mean over them; one that is given once (a transcript) tells words, not sound."""
-    table, answers = student.llm.get_input_embeddings().weight.detach().float(), {}
+    table, questions = student.llm.get_input_embeddings().weight.detach().float(), {}
     for row in rows:
         if row["prompt"] is None:
             ids = m.text_ids(student.tokenizer, row["response"])
-            answers.setdefault(row.get("instruction"), []).append((row, tuple(ids)))
+            questions.setdefault(row.get("instruction"), []).append((row["audio"], tuple(ids), row))
     sounds, targets = {}, {}  # clip -> (A, D), (H,)
-    for found in answers.values():
-        counts = collections.Counter(ids for _, ids in found)
-        kept = [(row, ids) for row, ids in found if counts[ids] > 1]  # no transcripts
-        common = set.intersection(*[set(ids) for _, ids in kept]) if kept else set()
+    for answers in questions.values():
+        counts = collections.Counter(ids for _, ids, _ in answers)
+        answers = [answer for answer in answers if counts[answer[1]] > 1]  # no transcripts
+        common = set(answers[0][1]).intersection(*[ids for _, ids, _ in answers]) if answers else ()
         vectors = []                                                              # (H,) each
-        for _, ids in kept:
+        for _, ids, _ in answers:
             own = [token for token in ids if token not in common]
             vectors.append(table[own].mean(0) if own else torch.zeros_like(table[0]))
-        offsets = torch.stack(vectors) - torch.stack(vectors).mean(0) if kept else []
-        for (row, _), offset in zip(kept, offsets):                               # (H,)
-            clip = row["audio"]
+        for (clip, _, row), vector in zip(answers, vectors):
+            offset = vector - torch.stack(vectors).mean(0)
             targets[clip] = targets.get(clip, 0) + offset  # several questions ask about a clip
             sounds[clip] = heard_of(row).sound.to(table.device)
     if sounds:
         student.adapter.align(list(sounds.values()), torch.stack([targets[c] for c in sounds]))
+    student.adapter.listens.fill_(True)
     return len(sounds)
 
 
-def teach_all(args, teacher, datasets, ranks):
-    """Let the teacher's body read each row once -> function from item to its hidden rows (n, H'),
-    which give the exact divergence, whatever the loss; a few of the largest logits would not."""
-    folder, items = Path(args.teacher_cache) / fingerprint(teacher, teacher.dtype), {}
+def teach_all(args, teacher, items):
+    """Let the teacher's body read each row once, and leave memory -> function from item to its
+    hidden rows (n, H'), which give the exact divergence; a few of the largest logits would not."""
+    def compute(batch):
+        return zip(batch, ({"x": x} for x in teacher_rows(teacher, batch)))
 
-    def name_of(item):
-        return hashlib.sha256(str([item["teacher_ids"], item["answer"]]).encode()).hexdigest()
-
-    for item in itertools.chain(*datasets):
-        if item["teacher_ids"]:
-            items[name_of(item)] = item
-    fill_cache(folder, items, lambda batch: [{"x": x} for x in teacher_rows(teacher, batch)],
-               "teaching", ranks)
-    return lambda item: load_file(folder / f"{name_of(item)}.safetensors")["x"]
+    teacher.to(args.device)
+    asked = [{**item, **dict.fromkeys(CHANNELS)} for item in items if item["teacher_ids"]]  # slim
+    folder = Path(args.teacher_cache, fingerprint(teacher, teacher.dtype, "scaled"))
+    kept_of = cached(folder, asked, lambda item: str([item["teacher_ids"], item["answer"]]),
+                     compute, "teaching")
+    teacher.base_model.to("meta")  # its head stays
+    return lambda item: kept_of(item)["x"]
 
 
 # ---- one pass through teacher and student ----
@@ -484,22 +438,11 @@ def teacher_rows(teacher, items):
     teacher.eval()  # no dropout
     if own:
         teacher.disable_adapters()
-    states = m.answer_states(teacher, rows, lengths, shared)                      # (N, H')
+    states = m.answer_states(teacher, rows, lengths, shared) * m.logit_scale(teacher)  # (N, H')
     if own:
         teacher.enable_adapters()
     teacher.train(training)  # the student's own goes on training
     return states.split(lengths)
-
-
-def passes_of(items, channels):
-    """What a micro-batch asks of the student: (channel, its items) in turn. All processes make the
-    same passes: where no row serves a channel, one that is read stands in, with no answer."""
-    for channel in channels:
-        chosen = [item for item in items if channel in item]
-        if not chosen:
-            idle = next(item for item in items if "t2t" in item)
-            chosen = [{**idle, channel: idle["t2t"], "answer": []}]
-        yield channel, chosen
 
 
 def chunk_rows_of(head):
@@ -512,14 +455,11 @@ def chunk_rows_of(head):
 
 
 def channel_loss(args, channel, llms, hidden, items):
-    """Sums over a channel's answer tokens -> (loss, ce, kd).
-
-    llms: the student's, and the teacher's (None if it is not asked). The teacher's rows are a part
-    of the items. Rows without a teacher get CE, whatever --ce-weight is, and each counts once: a
-    transcript of twelve tokens would drown "Fast.".
-    """
+    """Sums over a channel's answer tokens -> (loss, ce, kd). llms: student's and teacher's (None if
+    it is not asked), whose rows are a part of the items. Rows without a teacher get CE, whatever
+    --ce-weight is, and count once each: a transcript of twelve tokens would drown "Fast."."""
     (llm, teacher), ce_weight, kd_weight = llms, args.ce_weight, args.kd_weight
-    # a stand-in of passes_of has an answer of no token                         (n_i, H') each
+    # (n_i, H') each; a row that stands in has an answer of no token
     taught = [item["taught"][:len(item["answer"])] for item in items if "taught" in item]
     row_weights = None
     if channel == "sound":
@@ -533,10 +473,9 @@ def channel_loss(args, channel, llms, hidden, items):
     return losses.fused_ce_kd(  # chunk by chunk: no (N, V) logits ever exist
         student_hidden=hidden, student_weight=heads[0], student_logit_scale=m.logit_scale(llm),
         teacher_hidden=torch.cat(taught).to(hidden.device), teacher_weight=heads[1],
-        teacher_logit_scale=m.logit_scale(teacher), kind=args.loss, beta=args.beta,
         targets=torch.tensor(targets, device=hidden.device), row_weights=row_weights,
-        temperature=args.temperature,
-        ce_weight=ce_weight, kd_weight=kd_weight, chunk_rows=chunk_rows_of(heads[0]))
+        kind=args.loss, beta=args.beta, temperature=args.temperature, ce_weight=ce_weight,
+        kd_weight=kd_weight, chunk_rows=chunk_rows_of(heads[0]))
 
 
 # ---- evaluation ----
@@ -547,39 +486,36 @@ def measure(student, teacher, items, channels, autocast):
     over each answer's tokens."""
     answers, results = [item["answer"] for item in items], {}
     lengths = [len(answer) for answer in answers]
-    heads = [whole(llm.get_output_embeddings().weight) for llm in (student.llm, teacher)]
     taught = torch.cat(list(teacher_rows(teacher, items))).to(student.llm.device)  # (N, H')
     for channel in channels:
-        prompts = [item[channel] for item in items]
         with autocast():
-            hidden = student(prompts, answers)                                    # (N, H)
+            hidden = student([item[channel] for item in items], answers)          # (N, H)
         kl, agree = losses.token_kl(  # (N,) each; always at tau 1
-            student_hidden=hidden, student_weight=heads[0], teacher_hidden=taught,
-            teacher_weight=heads[1], student_logit_scale=m.logit_scale(student.llm),
-            teacher_logit_scale=m.logit_scale(teacher))
-        results[channel] = list(zip(kl.cpu().split(lengths), agree.cpu().split(lengths)))
+            student_hidden=hidden, student_weight=student.llm.get_output_embeddings().weight,
+            teacher_hidden=taught, teacher_weight=teacher.get_output_embeddings().weight,
+            student_logit_scale=m.logit_scale(student.llm))
+        results[channel] = list(zip(kl.split(lengths), agree.split(lengths)))
     return results
 
 
-def evaluate(args, student, teacher, rows, ranks, autocast):
+def evaluate(args, student, teacher, rows, item_of, autocast):
     """Every rank measures its share -> record for the log: KL and agreement, over all answer
     tokens and over the first EARLY, of each channel; the gap between the channels."""
-    (rank, world), training = ranks, student.training
+    (rank, world), training = m.ranks(), student.training
     student.eval()
-    sums = torch.zeros(len(args.channels), 2, 3, dtype=torch.float64, device=student.llm.device)
+    sums = torch.zeros(len(args.channels), 2, 3, dtype=torch.float64)
     share = -(-len(rows) // world)  # as many on every rank: sharded models work together
     for start in range(0, share, EVAL_ROWS):
         numbers = [rank + world * k for k in range(start, min(start + EVAL_ROWS, share))]
-        items = [rows[k % len(rows)] for k in numbers]
+        items = [item_of(rows[k % len(rows)]) for k in numbers]
         counted = sum(k < len(rows) for k in numbers)  # beyond the last they are read alone
         found = measure(student, teacher, items, args.channels, autocast)
-        for c, channel in enumerate(args.channels):
+        for total, channel in zip(sums, args.channels):
             for kl, agree in found[channel][:counted]:
-                for part, first in enumerate((len(kl), EARLY)):  # all tokens; the first of them
-                    sums[c, part, 0] += kl[:first].sum()  # nats
-                    sums[c, part, 1] += agree[:first].sum()
-                    sums[c, part, 2] += len(kl[:first])  # tokens
+                both = torch.stack([kl, agree, torch.ones_like(kl)]).double()     # (3, n)
+                total += torch.stack([both.sum(1), both[:, :EARLY].sum(1)])
     student.train(training)
+    sums = sums.to(student.llm.device)
     if world > 1:
         dist.all_reduce(sums)  # of counts and sums, so that the mean is exact
     record = {}
@@ -590,18 +526,6 @@ def evaluate(args, student, teacher, rows, ranks, autocast):
     if len(args.channels) == 2:
         record["eval_gap8"] = record["eval_kl8_s2t"] - record["eval_kl8_t2t"]  # nats a token
     return record
-
-
-def write_samples(student, rows, path, step):
-    """The student's answers to a few rows, for whoever would rather read than count."""
-    rows = sorted(rows, key=lambda row: len(row["prompt"]))[:3]  # short ones are read at a glance
-    student.eval()  # in training mode, gradient checkpointing turns the cache off
-    answers = student.generate(rows, max_new_tokens=SAMPLE_TOKENS)
-    student.train()
-    for row, text in zip(rows, answers):
-        way = "by_speech" if row.get("audio") else "by_text"
-        append(path, {"step": step, "prompt": row["prompt"], way: text, "teacher": row["response"]})
-    print(f"      asked: {rows[0]['prompt']!r}\n      answered: {answers[0]!r}")
 
 
 # ---- what trains ----
@@ -631,6 +555,8 @@ def load_teacher(args, student, dtype):
     same = all(k in own and torch.equal(own[k].to(v), v) for k, v in teacher.state_dict().items())
     if same and args.lora_rank and not args.teacher_cache and not args.shard:
         teacher = student.llm  # asked with its adapters off: one copy in memory
+    if not args.shard:  # else it moves piece by piece
+        teacher.to(args.device)
     return teacher.requires_grad_(False), tokenizer  # it stays as it is: the answers are its own
 
 
@@ -643,14 +569,12 @@ def choose_what_trains(args, student, dtype):
                              f"{', '.join(student.parts())}; its Whisper stays as it is")
         torch.nn.ModuleList(student.parts()[name]).requires_grad_(True)
     if args.lora_rank:
-        # peft asks for it, and a part of a student has none
-        student.llm.name_or_path = args.student.partition("+")[2] or args.student
+        student.llm.name_or_path = args.student.partition("+")[2] or args.student  # peft asks
         torch.manual_seed(args.seed)  # it starts at random
         m.add_lora(student.llm, args.lora_rank)
-    for name, parameter in student.named_parameters():
+    for name, parameter in student.named_parameters():  # module.to would round RoPE's frequencies
         if "embed_positions" in name:  # sinusoids
             parameter.requires_grad_(False)
-        # parameters alone: module.to would round RoPE's frequencies too
         if not parameter.requires_grad and not name.startswith(("adapter.", "whisper.")):
             parameter.data = parameter.data.to(dtype)
 
@@ -660,29 +584,23 @@ def make_optimizer(args, student):
     groups = []
     for name in args.train:
         part = torch.nn.ModuleList(student.parts()[name])
-        trained = [p for p in part.parameters() if p.requires_grad]
-        for decay, matrices in ((0.01, True), (0.0, False)):  # what nearly everyone takes
-            chosen = [p for p in trained if (p.dim() >= 2) == matrices]  # no norms, biases
+        for decay, matrices in ((0.01, True), (0.0, False)):  # no norms, biases
+            chosen = [p for p in part.parameters() if p.requires_grad and (p.dim() > 1) == matrices]
             groups.append({"params": chosen, "weight_decay": decay, "part": name})
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)  # main sets lr
 
 
-def update(args, optimizer, scaler, step):
+def update(args, optimizer, where):
     """Clip each part's gradient by itself, step the optimizer -> norms for the log."""
-    scaler.unscale_(optimizer)  # clip the true gradient
     norms = {}
-    for name in args.train:
-        trained = []  # of one part: the LLM's gradient would drown the adapter's
-        for group in optimizer.param_groups:
-            trained += group["params"] if group["part"] == name else []
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(trained, 1.0)))
+    for name in args.train:  # part by part: the LLM's gradient would drown the adapter's
+        groups = [group["params"] for group in optimizer.param_groups if group["part"] == name]
+        norm = torch.nn.utils.clip_grad_norm_(sum(groups, []), 1.0)
+        norm = float(norm.full_tensor() if args.shard else norm)
         norms[f"norm_{name}"] = norm
-        if not math.isfinite(norm) and scaler.get_scale() <= 1:  # else fp16 skips the step
-            raise RuntimeError(f"gradient norm {norm} of {name} in step {step}; lower the learning "
-                               f"rate, or --dtype bfloat16; the newest checkpoint of {args.out} "
-                               "keeps the last good state")
-    scaler.step(optimizer)  # does nothing if an fp16 gradient overflowed
-    scaler.update()         # and then halves the scale
+        if not math.isfinite(norm):
+            raise RuntimeError(f"gradient norm {norm} of {name} in {where}; lower --lr-{name}")
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norms
 
@@ -706,63 +624,39 @@ def shard(student, teacher, dtype, device):
         teacher.get_output_embeddings().to(device)  # each chunk of the loss reads all of it
 
 
-def whole(tensor):
-    """What FSDP has sharded, gathered: every rank must ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 # ---- checkpoints ----
 
-def checkpoints(out):
-    """Files ckpt-STEP-SHA256.pt, the newest first."""
-    return sorted(Path(out).glob("ckpt-*.pt"), reverse=True)
-
-
-def run_identity(args, rows, world):
-    """What must be the same for a run to go on: options, processes, the content of the rows."""
-    same = {k: v for k, v in vars(args).items() if k not in FREE_OPTIONS}
-    content = [{**row, "audio": None} for row in rows]  # its path may change
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return {**same, "processes": world, "content of the rows": f"{len(rows)} {digest[:12]}"}
-
-
-def save_checkpoint(args, student, optimizer, scaler, progress):
+def save_checkpoint(args, student, optimizer, step, best, identity):
     """Trainable weights and everything else that a bit-exact continuation needs; complete or not
     there. Every rank must call it, the first one writes. Raises OSError if it cannot be written."""
-    (step, best, identity), out = progress, Path(args.out)
     weights, moments = get_state_dict(student, optimizer, options=TRAINED_ONLY)
     if m.ranks()[0]:
         return
     for name, parameter in student.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:  # torch leaves out one of two names of a tied head
             weights.pop(name, None)
-    temporary = out / "ckpt.tmp"  # beside its place: a rename cannot be half done
+    temporary = Path(args.out, "ckpt.tmp")  # beside its place: a rename cannot be half done
     try:
         with open(temporary, "wb") as file:
-            torch.save({"model": weights, "optimizer": moments, "scaler": scaler.state_dict(),
-                        "step": step, "best": best, "identity": identity}, file)
+            torch.save({"model": weights, "optimizer": moments, "step": step, "best": best,
+                        "identity": identity}, file)
             file.flush()
             os.fsync(file.fileno())  # on the disk before it has its name
     except (RuntimeError, OSError) as error:  # torch does not say why, the system not where
-        raise OSError(f"{temporary} cannot be written ({error}): "
-                      f"{shutil.disk_usage(out).free / 2**30:.2f} GiB are free there") from error
-    # torch.load does not see a flipped bit: the name tells what the bytes must be
-    path = out / f"ckpt-{step:06d}-{m.digest(temporary)[:16]}.pt"
-    os.replace(temporary, path)
-    for old in checkpoints(out)[2:]:  # two stay: one may be damaged
+        gib = shutil.disk_usage(args.out).free / 2**30
+        raise OSError(f"{temporary} cannot be written ({error}): {gib:.2f} GiB are free") from error
+    digest = m.digest(temporary)[:16]  # torch.load does not see a flipped bit
+    os.replace(temporary, Path(args.out, f"ckpt-{step:06d}-{digest}.pt"))
+    for old in sorted(Path(args.out).glob("ckpt-*.pt"))[:-2]:  # two stay: one may be damaged
         old.unlink()
 
 
-def load_checkpoint(args, student, optimizer, scaler, identity):
-    """Restore the newest whole checkpoint of OUT -> step, best score, what to say about it."""
-    said = []
-    for path in checkpoints(args.out):
-        if path.stem.endswith(m.digest(path)[:16]):
-            break
-        said.append(f"{path.name} is damaged")
-    else:
-        raise RuntimeError(f"{args.out}: no checkpoint has the SHA-256 that its name says "
-                           f"({len(said)} tried); copy one back, or choose another --out")
+def load_checkpoint(found, student, optimizer, identity):
+    """Restore the newest whole one of those found -> step, best score, names of damaged ones."""
+    path = next((p for p in found if p.stem.endswith(m.digest(p)[:16])), None)
+    if path is None:
+        raise RuntimeError(f"{found[0].parent}: no checkpoint has the SHA-256 that its name says "
+                           f"({len(found)} tried); copy one back, or choose another --out")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -773,11 +667,9 @@ def load_checkpoint(args, student, optimizer, scaler, identity):
     if changed:
         raise ValueError(f"{path} was written by another run; changed: {', '.join(changed)}; "
                          "repeat the old ones, or start afresh in another --out")
-    # torch names both by parameter: DDP, FSDP2 and one process read each other's
     set_state_dict(student, optimizer, model_state_dict=saved["model"],
-                   optim_state_dict=saved["optimizer"], options=TRAINED_ONLY)
-    scaler.load_state_dict(saved["scaler"])
-    return saved["step"], saved["best"], [f"going on from step {saved['step']}", *said]
+                   optim_state_dict=saved["optimizer"], options=TRAINED_ONLY)  # by name: any world
+    return saved["step"], saved["best"], [damaged.name for damaged in found[:found.index(path)]]
 
 
 def save_folder(student, folder, dtype):
@@ -790,57 +682,40 @@ def save_folder(student, folder, dtype):
 
 # ---- log ----
 
-def append(path, record):
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def begin_logs(args, step, world):
-    """args.json, and the logs of what was done before this step."""
-    for name in ("log.jsonl", "samples.jsonl"):
-        cut_back(Path(args.out, name), step)
-    about = {**vars(args), "processes": world, "torch": torch.__version__,
+def begin_log(args, step):
+    """args.json; log.jsonl up to a step's evaluation, which is repeated: as without a stop."""
+    path = Path(args.out, "log.jsonl")
+    rows = m.json_lines(path, lambda row, _: row, []) if path.exists() else []  # whole lines
+    kept = [row for row in rows if row["step"] < step or row["step"] == step and "loss" in row]
+    m.write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+    about = {**vars(args), "processes": m.ranks()[1], "torch": torch.__version__,
              "transformers": transformers.__version__}
     m.write_atomically(Path(args.out, "args.json"), json.dumps(about, indent=1))
 
 
-def cut_back(path, step):
-    """Leave the lines before a step's evaluation, which is repeated: they are as they would be
-    without a stop."""
-    rows = m.json_lines(path, lambda row, _: row, []) if path.exists() else []  # whole lines
-    kept = [row for row in rows if row["step"] < step or row["step"] == step and "loss" in row]
-    m.write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def log(out, record, *more):
+def log(args, record, *more):
     """A line of log.jsonl, and one for people."""
-    append(out / "log.jsonl", record)
+    with open(Path(args.out, "log.jsonl"), "a") as file:
+        file.write(json.dumps(record) + "\n")
     cells = [f"{key} {value:.4g}" for key, value in record.items() if key != "step"]
     print(f"step {record['step']}", *cells, *more, sep=" | ", flush=True)
-
-
-def resources(device):
-    """What a long run must not use more and more of, see tools/soak.py."""
-    memory = (torch.cuda.max_memory_allocated() / 2**30 if device == "cuda"
-              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-    record = {"memory": memory}
-    if sys.platform == "linux":
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        record |= {"resident": pages * resource.getpagesize() / 2**30,
-                   "open_files": len(os.listdir("/proc/self/fd"))}
-    return record
 
 
 # ---- main ----
 
 def main(args):
     # ---- rows, before any model loads ----
-    out, dtype, earlier = Path(args.out), getattr(torch, args.dtype), checkpoints(args.out)
+    out, dtype = Path(args.out), getattr(torch, args.dtype)
+    earlier = sorted(out.glob("ckpt-*.pt"), reverse=True)  # the newest first
     if earlier and not args.resume:
         raise ValueError(f"{earlier[0]} exists: add --resume to go on, or choose another --out")
-    ranks = m.start_processes(args.device, "gloo" if args.device == "cpu" else "nccl")
-    (rank, world), master = ranks, ranks[0] == 0  # world: processes, one a GPU
-    train_rows, eval_rows, counts, bad = read_data(args, master)
+    rank, world = m.start_processes(args.device, "gloo" if args.device == "cpu" else "nccl")
+    master = rank == 0  # of `world` processes, one a GPU
+    rows, bad = read_data(args)
+    say = functools.partial(print, flush=True) if master else lambda *_: None
+    m.leave_out(bad, args.max_bad_rows, out, master)
+    train_rows, eval_rows, counts, line = choose_rows(args, rows)
+    say(line)
     out.mkdir(parents=True, exist_ok=True)  # fails now, not after the first steps
 
     # ---- student, teacher ----
@@ -855,47 +730,41 @@ def main(args):
         student.to(args.device)
 
     # ---- what is heard, read and taught ----
-    heard_of = hear_all(args, student, train_rows + eval_rows, ranks)
-    contexts = [getattr(llm.config, "max_position_embeddings", None)
-                for llm in (student.llm, teacher) if llm is not None]
-    train_set = Rows(train_rows, student, teacher_tokenizer, args, heard_of)
-    eval_set = Rows(eval_rows, student, teacher_tokenizer, args, heard_of)
-    eval_set.new_tokens, silent = SAMPLE_TOKENS, []
-    for dataset in (train_set, eval_set):
-        dataset.context = min(filter(None, contexts), default=math.inf)  # of both models
-        silent += dataset.check(bad, ranks)  # a bad row stops a run now, not at night
-    said = [m.leave_out(bad, args.max_bad_rows, out, master)] if bad else []
-    # again, now that it is known which clips are bad or silent
-    train_set.rows, eval_set.rows, counts, line = choose_rows(args, train_set.rows, eval_set.rows)
+    heard_of = hear_all(args, student, train_rows + eval_rows)
+    item_of = functools.partial(make_item, args=args, student=student, heard_of=heard_of,
+                                teacher_tokenizer=teacher_tokenizer)
+    llms = student.llm, teacher
+    rows, silent = check_rows(train_rows + eval_rows, item_of, llms, bad)
+    left_out = m.leave_out(bad, args.max_bad_rows, out, master)  # now, not at night
+    train_rows, eval_rows, counts, line = choose_rows(args, rows)  # of those that are left
     if silent:
-        said.append(f"no words heard in {len(silent)} clips, e.g. {silent[0]}; they are read alone")
-    said += [line] if said else []
+        say(f"no words heard in {len(silent)} clips, e.g. {silent[0]}; they are read alone")
+    if bad or silent:
+        say(f"{left_out}\n{line}".strip())
     if isinstance(student, m.SpeechLLM) and not student.adapter.listens:  # untrained so far
-        aligned = align_sounds(student, train_set.rows, heard_of)
-        student.adapter.listens.fill_(True)
-        said += [f"sound layer: begins with {aligned} clips, in closed form"] * (aligned > 0)
-    if teacher is not None and (args.teacher_cache or not args.shard):
-        teacher.to(args.device)
+        say("sound layer: begins with", align_sounds(student, train_rows, heard_of), "clips")
     if args.teacher_cache and teacher is not None:
-        taught_of = teach_all(args, teacher, [train_set, eval_set], ranks)
-        train_set.taught_of = eval_set.taught_of = taught_of
-        teacher.base_model.to("meta")  # its body leaves memory, its head stays
-    plan = plan_steps(train_set.rows, args)  # all steps, known before the first
+        taught_of = teach_all(args, teacher, map(item_of, train_rows + eval_rows))
+        item_of = functools.partial(item_of, taught_of=taught_of)
+    plan = plan_steps(train_rows, args)  # all steps, known before the first
 
     # ---- optimizer, resume, log ----
     if args.shard:
         shard(student, teacher, dtype, args.device)
     optimizer = make_optimizer(args, student)
-    scaler = torch.amp.GradScaler(args.device, enabled=dtype == torch.float16)  # bf16 needs none
-    identity = run_identity(args, train_set.rows + eval_set.rows, world)
+    content = [{**row, "audio": None} for row in train_rows + eval_rows]  # its path may change
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    # what must be the same for a run to go on
+    identity = {k: v for k, v in vars(args).items() if k not in FREE_OPTIONS}
+    identity |= {"processes": world, "content of the rows": f"{len(content)} {digest[:12]}"}
     step, best, steps = 0, None, len(plan)  # best: the score of OUT/best
     if earlier:
-        step, best, more = load_checkpoint(args, student, optimizer, scaler, identity)
-        said += more
+        step, best, damaged = load_checkpoint(earlier, student, optimizer, identity)
+        say(f"going on from step {step}", *[f"{name} is damaged" for name in damaged], sep="\n")
     if master:
-        begin_logs(args, step, world)
-        weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
-        print(*said, f"{steps} steps; {weights / 1e6:.1f} M weights train", sep="\n", flush=True)
+        begin_log(args, step)
+    weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    say(f"{steps} steps; {weights / 1e6:.1f} M weights train")
     stopped = []  # filled by SIGTERM; the loop ends before its next step
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
 
@@ -906,28 +775,25 @@ def main(args):
     # micro-batches go to the processes in turn: the plan knows nothing of their number
     todo = list(itertools.chain(*[batches[rank::world] for batches in plan[step:]]))
     stream = iter(torch.utils.data.DataLoader(  # workers outlive SIGTERM: a step is finished
-        train_set, batch_sampler=todo, num_workers=args.workers, collate_fn=list,
+        train_rows, batch_sampler=todo, collate_fn=lambda rows: list(map(item_of, rows)),
         worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),
-        multiprocessing_context="fork" if args.workers else None))
+        num_workers=args.workers, multiprocessing_context="fork" if args.workers else None))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch raises in mid-step, not in next()
     autocast = functools.partial(torch.autocast, args.device, dtype, dtype != torch.float32)
     channel_weights = {"t2t": args.t2t_weight, "s2t": 1.0, "sound": args.sound_weight}
-    # speech first: it keeps more for backward, and there are no gradients yet. By text only the LLM
-    # can learn; the adapter is a part of the graph all the same: DDP waits for what trains
+    # speech first: it keeps more for backward, and no gradients exist. By text the LLM alone learns
     channels = [c for c in CHANNELS[::-1] if counts[c] and (c != "t2t" or "llm" in args.train)]
     student.train()
     begun = time.perf_counter()  # s
     while True:
-        if len(eval_set) and (step == steps or step % (args.eval_every or steps) == 0):
-            record = evaluate(args, student, teacher, eval_set, ranks, autocast)
+        if eval_rows and (step == steps or step % (args.eval_every or steps) == 0):
+            record = evaluate(args, student, teacher, eval_rows, item_of, autocast)
             score = record.get("eval_kl8_s2t", record.get("eval_kl8_t2t"))
             if best is None or score < best:  # the best early answers by speech
                 best = score
                 save_folder(student, out / "best", dtype)
             if master:
-                log(out, {"step": step, **record})
-            if master and not args.shard:  # sharded ranks would lose step
-                write_samples(student, eval_set.rows, out / "samples.jsonl", step)
+                log(args, {"step": step, **record})
         if step == steps:
             break
         warm = (step + 1) / max(1, args.lr_warmup_steps)  # linear, times a cosine to zero
@@ -938,49 +804,49 @@ def main(args):
         # -------- one optimizer step --------
         started = time.perf_counter()
         micro_batches = [next(stream) for _ in range(len(plan[step]) // world)]  # of this rank
-        # Mean over ALL supervised tokens of the step (sounds: rows), per channel: one a micro-batch
-        # would weight a 3-token answer like a 300-token one. DDP averages over ranks, hence `world`
-        counted = dict.fromkeys(CHANNELS, 0) | {"tokens": 0, "stopped": len(stopped)}
-        for items in micro_batches:
-            for channel, chosen in passes_of(items, channels):
-                num_tokens = sum(len(item["answer"]) for item in chosen)
-                counted[channel] += len(chosen) if channel == "sound" else num_tokens
-                counted["tokens"] += num_tokens
-        shared = torch.tensor(list(counted.values()), device=args.device)
+        stop = torch.tensor(len(stopped), device=args.device)
         if world > 1:
-            dist.all_reduce(shared)  # before the first backward: it divides by these
-        counted = dict(zip(counted, shared.tolist()))
-        if counted["stopped"]:  # SIGTERM came to one of the processes: all stop at one step
+            dist.all_reduce(stop)
+        if stop:  # SIGTERM came to one of the processes: all stop at one step
             break
-        # dropout, if a model has any, is the same after a restart
-        torch.manual_seed(args.seed + 100_003 * step + rank)
+        # Mean over ALL supervised tokens of the step (sounds: rows), per channel: one a micro-batch
+        # would weight a 3-token answer like a 300-token one. The plan tells them, of all processes
+        counted = collections.Counter()
+        for row in [train_rows[k] for k in itertools.chain(*plan[step])]:
+            for channel in set(channels_of(row, args)) & set(channels):
+                counted[channel] += 1 if channel == "sound" else row["tokens"]
+                counted["tokens"] += row["tokens"]
+        torch.manual_seed(args.seed + 100_003 * step + rank)  # of dropout: also after a restart
         sums = torch.zeros(len(CHANNELS), 3, dtype=torch.float64, device=args.device)
         for micro_step, items in enumerate(micro_batches):
             asked = [item for item in items if item["teacher_ids"]] if args.kd_weight else []
             for item, taught in zip(asked, teacher_rows(teacher, asked)):  # once for both channels
                 item["taught"] = taught
-            for channel, chosen in passes_of(items, channels):
+            for channel in channels:
+                chosen = [item for item in items if channel in item]
+                if not chosen:  # all processes make the same passes: one that is read stands in
+                    idle = next(item for item in items if "t2t" in item)
+                    chosen = [{**idle, channel: idle["t2t"], "answer": []}]
                 final = micro_step == len(micro_batches) - 1 and channel == channels[-1]
-                # no_sync must cover forward AND backward:
-                # DDP decides in forward whether this backward will sync
+                # DDP decides in forward whether this backward will sync: no_sync must cover both
                 with contextlib.nullcontext() if final or model is student else model.no_sync():
                     prompts = [item[channel] for item in chosen]
                     answers = [item["answer"] for item in chosen]
                     with autocast():
                         hidden = model(prompts, answers)                          # (N, H)
-                        loss, ce, kd = channel_loss(args, channel, (student.llm, teacher), hidden,
-                                                    chosen)
+                        loss, ce, kd = channel_loss(args, channel, llms, hidden, chosen)
                     loss = channel_weights[channel] / max(1, counted[channel]) * loss
-                    scaler.scale(loss * world).backward()  # frees this channel before the next
+                    (loss * world).backward()  # DDP averages over them; frees this channel
                 sums[CHANNELS.index(channel)] += torch.stack([loss.detach(), ce, kd])
         if world > 1:
             dist.all_reduce(sums)  # logged is what all ranks optimised
+        names = [item["id"] for item in itertools.chain(*micro_batches)]
+        where = (f"step {step + 1}; rows of rank {rank}: {names}; the newest checkpoint of {out} "
+                 "keeps the last good state")
         total = float(sums[:, 0].sum())
         if not sums.isfinite().all():  # on all ranks at once, since they are summed
-            names = [item["id"] for item in itertools.chain(*micro_batches)]
-            raise RuntimeError(f"loss {total} in step {step + 1}; rows of rank {rank}: "
-                               f"{names}; the newest checkpoint of {out} keeps the last good state")
-        norms = update(args, optimizer, scaler, step + 1)  # {norm_PART}, before clipping
+            raise RuntimeError(f"loss {total} in {where}")
+        norms = update(args, optimizer, where)  # {norm_PART}, before clipping
         step += 1
 
         if master:
@@ -990,21 +856,23 @@ def main(args):
                 count = counted[channel]  # of tokens, or rows
                 if count:
                     record |= {f"ce_{channel}": ce / count, f"kd_{channel}": kd / count}
+            memory = (torch.cuda.max_memory_allocated() if args.device == "cuda" else
+                      1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes
             record |= {**norms, "lr": max(group["lr"] for group in optimizer.param_groups),
                        "tokens_per_s": counted["tokens"] / seconds, "seconds": seconds,
-                       "hours": (time.perf_counter() - begun) / 3600, **resources(args.device)}
-            log(out, record, f"{seconds * (steps - step) / 60:.1f} minutes left")
+                       "hours": (time.perf_counter() - begun) / 3600, "memory": memory / 2**30}
+            log(args, record, f"{seconds * (steps - step) / 60:.1f} minutes left")
         if step % args.save_every == 0 or step == steps:
-            save_checkpoint(args, student, optimizer, scaler, (step, best, identity))
+            save_checkpoint(args, student, optimizer, step, best, identity)
 
     # ---- the student ----
-    if 0 < step < steps:  # before the first step, saving would count one in the optimizer
-        save_checkpoint(args, student, optimizer, scaler, (step, best, identity))
-    elif step == steps:
+    if step == steps:
         save_folder(student, out / "last", dtype)  # complete, or not there at all
-    if master:
-        print(f"wrote {out / 'last'}" if step == steps else
-              f"stopped by SIGTERM after step {step}; the same command with --resume goes on")
+        say(f"wrote {out / 'last'}")
+    else:
+        if step:  # before the first one, saving would count one in the optimizer
+            save_checkpoint(args, student, optimizer, step, best, identity)
+        say(f"stopped by SIGTERM after step {step}; the same command with --resume goes on")
     if world > 1:
         dist.barrier()  # torchrun kills all when one has ended otherwise
         dist.destroy_process_group()

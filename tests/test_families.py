@@ -352,7 +352,7 @@ def test_scaled_logits_are_those_of_the_model(tiny, checkpoint, data, tmp_path, 
     assert m.logit_scale(teacher) == scale
     student, rows = m.load_student(str(checkpoint(granite_speech))), train_kd.read_manifest(data)
     options = arguments(tiny, checkpoint(granite_speech), data, tmp_path / "run", "--channels", "t2t")
-    item, head = train_kd.Rows(rows, student, tokenizer, options, None)[0], student.llm.get_output_embeddings()
+    item, head = train_kd.make_item(rows[0], options, student, tokenizer, None), student.llm.get_output_embeddings()
     with torch.no_grad():
         reference, ours = (model(input_ids=torch.tensor([[*prompt, *item["answer"]]])).logits[0, len(prompt) - 1:-1]
                            for model, prompt in ((teacher, item["teacher_ids"]), (student.llm, item["t2t"]["ids"])))  # (n, V), (n, V')

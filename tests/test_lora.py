@@ -1,5 +1,6 @@
 """LoRA, its shared teacher and its merged folder, end to end on tiny random models."""
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -55,8 +56,9 @@ def test_before_training_lora_is_the_base_and_the_merged_student_measures_as_the
     assert before["eval_kl_t2t"] == 0 and after["eval_kl_t2t"] > 1e-4
     student, (teacher, tokenizer) = m.load_student(str(run / "last")), m.load_llm(tiny.llm)
     args, rows = train_kd.get_args(arguments(tiny, data, run)), train_kd.read_manifest(data)
-    dataset = train_kd.Rows(rows, student, tokenizer, args, train_kd.hear_all(args, student, rows, (0, 1)))
-    for key, value in train_kd.evaluate(args, student, teacher, dataset, (0, 1), contextlib.nullcontext).items():
+    item_of = functools.partial(train_kd.make_item, args=args, student=student, teacher_tokenizer=tokenizer,
+                                heard_of=train_kd.hear_all(args, student, rows))
+    for key, value in train_kd.evaluate(args, student, teacher, rows, item_of, contextlib.nullcontext).items():
         assert value == pytest.approx(after[key], abs=2e-4), key
 
 

@@ -75,20 +75,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_the_checkpoint_stays_go
     assert saved(tmp_path)["step"] == 1 and all(torch.isfinite(x).all() for x in saved(tmp_path)["model"].values())
 
 
-def test_fp16_skips_a_step_whose_gradient_overflows_and_halves_its_scale(run, tmp_path, monkeypatch):
-    spoil_loss(monkeypatch, no_gradient, [2])
-    assert run("--max-steps", "3", "--dtype", "float16") == 0
-    assert saved(tmp_path)["scaler"]["scale"] == 2.0**15 and saved(tmp_path)["step"] == 3
-    assert all(torch.isfinite(x).all() for x in saved(tmp_path)["model"].values())
-    assert [math.isfinite(r["norm_llm"]) for r in logged(tmp_path) if "norm_llm" in r] == [True, False, True]
-
-
-def test_fp16_that_overflows_in_every_step_is_an_error_and_no_idle_run(run, tmp_path, monkeypatch):
-    spoil_loss(monkeypatch, no_gradient, range(100))
-    with pytest.raises(RuntimeError, match=r"gradient norm nan of adapter in step 17; .*--dtype bfloat16"):
-        run("--max-steps", "40", "--dtype", "float16")
-
-
 def test_a_spike_of_the_loss_is_in_the_log_and_moves_the_weights_no_further_than_any_step(run, tmp_path, monkeypatch):
     spoil_loss(monkeypatch, lambda loss, hidden: loss * 1e6, [2])
     assert run("--max-steps", "3", "--lr-llm", "1e-3") == 0
@@ -100,9 +86,8 @@ def test_answers_of_one_token_are_learned(run, tiny, tmp_path):
     rows = [{**json.loads(line), "response": "Y", "finish": "length"} for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run("--max-steps", "2") == 0
-    dataset = train_kd.Rows(train_kd.read_manifest(tmp_path / "train.jsonl"), m.load_student(tiny.student_folder), m.load_llm(tiny.llm)[1],
-                            train_kd.get_args(["--data", "x", "--out", str(tmp_path)]), lambda row: None)
-    assert [len(dataset[i]["answer"]) for i in range(8)] == [1] * 8
+    tokenizer = m.load_llm(tiny.llm)[1]
+    assert [len(train_kd.answer_ids(tokenizer, row, "response", 256)) for row in rows] == [1] * 8
     assert all(0 < r["ce_s2t"] < 100 and r["kd_s2t"] >= 0 for r in logged(tmp_path) if "loss" in r)
 
 

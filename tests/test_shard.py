@@ -9,7 +9,6 @@ import torch
 from test_train import ROOT, arguments, assert_logs_agree, both, data, one_thread, read_log, read_rows, train, write_rows  # noqa: F401
 
 import model as m
-import train_kd
 
 # Runs one after the other in one process group, since starting Python takes longer than they do;
 # a run [argv, n] is stopped by SIGTERM in its n-th step, 0 = never.
@@ -126,10 +125,3 @@ def test_a_process_holds_its_share_and_ddps_gradients_are_its_buckets(runs):
 
 def test_a_run_goes_on_with_and_without_shards_in_turn(runs):
     assert_logs_agree(read_log(runs / "one-short"), read_log(runs / "swapped"), 3e-5)
-
-
-def test_shards_of_float16_are_refused(tiny, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(SystemExit) as stop:
-        train_kd.get_args([*map(str, arguments(tiny, data, tmp_path)), "--shard", "--dtype", "float16"])
-    assert stop.value.code == 2 and "--shard" in capsys.readouterr().err

@@ -85,10 +85,13 @@ def prepare(args):
     student.to(device)
     teacher.to(device).requires_grad_(False)
     rows = train_kd.read_manifest(args.data[0], {})
-    heard_of = train_kd.hear_all(args, student, rows, (0, 1))
-    items = train_kd.Rows(rows, student, tokenizer, args, heard_of)
+    heard_of = train_kd.hear_all(args, student, rows)
+
+    def item_of(k):
+        return train_kd.make_item(rows[k], args, student, tokenizer, heard_of)
+
     plan = train_kd.plan_steps(rows, args)
-    return student.train(), teacher, tokenizer, ([items[k] for k in step[0]] for step in plan)
+    return student.train(), teacher, tokenizer, (list(map(item_of, step[0])) for step in plan)
 
 
 def padded(rows):
@@ -104,7 +107,7 @@ def predict(logits, rows, answers):  # (B, T, V) -> (N, V)
 def plain_loop(job, watch):
     args = options_of(job)
     student, teacher, _, steps = prepare(args)
-    optimizer, scaler = train_kd.make_optimizer(args, student), torch.amp.GradScaler(args.device, enabled=False)
+    optimizer = train_kd.make_optimizer(args, student)
     for items in steps:
         answers = [item["answer"] for item in items]
         for channel in args.channels:
@@ -118,7 +121,7 @@ def plain_loop(job, watch):
                 learned = predict(student.llm(inputs_embeds=embeds, attention_mask=mask).logits, rows, answers)
                 loss = F.kl_div(learned.log_softmax(-1), taught.softmax(-1), reduction="batchmean")
             loss.backward()
-        watch.end_of_step(train_kd.update(args, optimizer, scaler, watch.done + 1))
+        watch.end_of_step(train_kd.update(args, optimizer, f"step {watch.done + 1}"))
 
 
 def trl_gkd(job, watch):

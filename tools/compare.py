@@ -93,7 +93,7 @@ def questions_of(args, student, tokenizer, paths, heard_of, rows_of):
     """{set: Questions}: prompts are the same for all students, which share Whisper, tokenizer and template."""
     found = {}
     for path in paths:
-        items = list(train_kd.Rows(rows_of[path], student, tokenizer, args, heard_of))
+        items = [train_kd.make_item(row, args, student, tokenizer, heard_of) for row in rows_of[path]]
         prompts = [item.get("s2t", item.get("sound")) for item in items]
         found[set_name(path)] = [Question(item, other) for item, other in zip(items, prompts[1:] + prompts[:1])]
     return found
@@ -151,7 +151,7 @@ def measure(args):
     rows_of = {}
     for path in args.data + args.sounds:
         rows_of[path] = [row for row in train_kd.read_manifest(path, {}) if row.get("audio") and row["response"]][:args.limit]
-    heard_of = train_kd.hear_all(args, start, [row for rows in rows_of.values() for row in rows], (0, 1))
+    heard_of = train_kd.hear_all(args, start, [row for rows in rows_of.values() for row in rows])
     dialogue, sounds = (questions_of(args, start, tokenizer, paths, heard_of, rows_of) for paths in (args.data, args.sounds))
     teach(teacher, [question.item for questions in dialogue.values() for question in questions])
     plan = [(CASCADE, start, "words")]

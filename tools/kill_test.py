@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import model as m
 
-VOLATILE = ("tokens_per_s", "seconds", "hours", "memory", "resident", "open_files", "out", "cache", "teacher_cache")
+VOLATILE = ("tokens_per_s", "seconds", "hours", "memory", "out", "cache", "teacher_cache")
 IN_A_ROW = 5   # at most so many kills before a run is left to end
 LIMIT_S = 900  # a run that takes longer hangs
 

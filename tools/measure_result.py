@@ -16,6 +16,7 @@ Writes  OUT/measured.json (every question's number), OUT/answers.jsonl. What is 
 """
 import argparse
 import collections
+import functools
 import hashlib
 import json
 import sys
@@ -24,7 +25,6 @@ import zlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torchaudio.functional import edit_distance
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
@@ -100,21 +100,18 @@ def noisy(waveform, snr_db, seed):
 
 def hear_noisy(args, student, rows, snr_db):
     """As train_kd.hear_all: every clip once, each with noise of its own -> function from a row to what was heard of it."""
-    folder, names, clips = Path(args.cache) / train_kd.fingerprint(student.whisper, "noise", args.seed, snr_db), {}, {}
-    for row in rows:
-        content = m.digest(row["audio"])
-        names[row["id"]] = hashlib.sha256(f"{content} {row.get('language')}".encode()).hexdigest()
-        clips[names[row["id"]]] = row, zlib.crc32(f"{args.seed} {content}".encode())
+    folder, digest = Path(args.cache, train_kd.fingerprint(student.whisper, "noise", args.seed, snr_db)), functools.cache(m.digest)
 
     def compute(batch):
-        waveforms = [noisy(m.load_audio(row["audio"]), snr_db, seed) for row, seed in batch]
-        found = []
-        for heard in student.hear(waveforms, [row.get("language") for row, _ in batch]):
-            found.append({"ids": heard.ids, "states": heard.states.half(), "sound": heard.sound.half()})
-        return found
+        waveforms = []
+        for row in batch:
+            seed = zlib.crc32(f"{args.seed} {digest(row['audio'])}".encode())
+            waveforms.append(noisy(m.load_audio(row["audio"]), snr_db, seed))
+        for row, heard in zip(batch, student.hear(waveforms, [row.get("language") for row in batch])):
+            yield row, {"ids": heard.ids, "states": heard.states.half(), "sound": heard.sound.half()}
 
-    train_kd.fill_cache(folder, clips, compute, f"hearing at {snr_db} dB", (0, 1))
-    return lambda row: student.whisper.heard(**load_file(folder / f"{names[row['id']]}.safetensors"))
+    kept_of = train_kd.cached(folder, rows, lambda row: f"{digest(row['audio'])} {row.get('language')}", compute, f"hearing at {snr_db} dB")
+    return lambda row: student.whisper.heard(**kept_of(row))
 
 
 def wrong_words(said, understood):
@@ -174,7 +171,7 @@ def conditions_of(args, start, tokenizer, known):
     for folder, rows in (("heard", heard), ("unheard", unheard), ("human", human)):
         if not rows:
             raise ValueError(f"{args.data}/{folder}/train.jsonl: no row of {args.split}; expected what tools/result_data.sh speaks")
-    heard_of = train_kd.hear_all(args, start, heard + unheard + human, (0, 1))
+    heard_of = train_kd.hear_all(args, start, heard + unheard + human)
     found = {"heard": Asked(args, start, tokenizer, heard, heard_of), "unheard": Asked(args, start, tokenizer, unheard, heard_of)}
     right = [row for row in heard if known[own_id(row)]["right"]]
     for snr_db in NOISE_CURVE_DB if args.noise_curve else NOISE_DB:
@@ -289,7 +286,7 @@ def sounds_of(args, student, start, tokenizer):
         path = Path(args.data, file)
         rows = train_kd.read_manifest(path, {})[:args.limit or SOUND_ROWS] if path.exists() else []
         if rows:
-            asked = Asked(args, start, tokenizer, rows, train_kd.hear_all(args, start, rows, (0, 1)))
+            asked = Asked(args, start, tokenizer, rows, train_kd.hear_all(args, start, rows))
             found[name] = {}
             for row, text in zip(rows, answers_to(student, [q.by_speech for q in asked.questions], 6)):
                 found[name].setdefault(row["kind"], []).append(int(text.strip() == row["response"]))
@@ -302,7 +299,7 @@ def repeated_of(args, student, start, tokenizer):
     if not path.exists():
         return None
     rows = train_kd.read_manifest(path, {})[:args.limit or None]
-    asked = Asked(args, start, tokenizer, rows, train_kd.hear_all(args, start, rows, (0, 1)))
+    asked = Asked(args, start, tokenizer, rows, train_kd.hear_all(args, start, rows))
     said = [row["response"] for row in rows]
     texts = answers_to(student, [q.by_speech for q in asked.questions], REPEAT_TOKENS)
     return {"rows": len(rows), "whisper": wrong_words(said, asked.heard), "student": wrong_words(said, texts)}

@@ -1,6 +1,7 @@
 """
-Do memory or open files of a run grow? Slopes an hour from the log of train_kd.py.
+Do memory or open files of a run grow? Slopes an hour from a log of train_kd.py.
 
+  python tools/soak.py --data train.jsonl --out out/run ...   # train_kd.py, with "resident" and "open_files" in its log
   python tools/soak.py out/run/log.jsonl
 
 The first fifth of each start of the run is left out: caches and allocators fill there. Neighbouring lines are
@@ -9,6 +10,8 @@ more than 1% of the mean (of memory) or half a file. Exit code 1 if anything gro
 """
 import argparse
 import json
+import os
+import resource
 import statistics
 import sys
 from pathlib import Path
@@ -57,7 +60,25 @@ def verdict(starts, key):
             f"{'grows' if grows else 'flat'}"), grows
 
 
+def resources():
+    """Resident memory in GiB and open files of this process; of Linux."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {"resident": pages * resource.getpagesize() / 2**30, "open_files": len(os.listdir("/proc/self/fd"))}
+
+
+def train(argv):
+    """train_kd.py; each step's line of its log tells the resources, too."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import train_kd
+    log = train_kd.log
+    train_kd.log = lambda args, record, *more: log(args, {**record, **(resources() if "loss" in record else {})}, *more)
+    return train_kd.main(train_kd.get_args(argv))
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] and argv[0].startswith("--") and argv[0] != "--help":
+        return train(argv)
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     p.add_argument("log", help="log.jsonl of train_kd.py")
     starts = read(p.parse_args(argv).log)
@@ -70,6 +91,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"soak.py: {error}", file=sys.stderr)
         sys.exit(2)
