@@ -192,10 +192,11 @@ def choose_rows(args, rows):
             counts.update(channels)
     sounds_only = counts["sound"] == len(used) > 0  # no teacher, so no channel is missed
     strange = set().union(*rows) - {*KEYS, "measured", "tokens"}  # `audio` under another name
+    total = sum(not row["measured"] for row in rows)
     for channel in args.channels:
         if not counts[channel] and not sounds_only:
             needs = f"{'prompt' if channel == 't2t' else 'audio with words'} and {args.labels}"
-            found = f"{' '.join(args.data)}: none of {len(rows)} rows has {needs}"
+            found = f"{' '.join(args.data)}: none of {total} rows has {needs}"
             raise ValueError(f"{found}, which channel {channel} needs; unknown keys: "
                              f"{', '.join(sorted(strange)) or 'none'}; rename one, or leave "
                              f"{channel} out of --channels")
@@ -335,8 +336,9 @@ def cached(folder, things, key_of, compute, what):
     todo = [batch for batch in batches if not there.issuperset(batch)]  # as a whole: same bits
     for batch in tqdm(todo, desc=what, unit="batch", disable=rank > 0 or not todo):
         for thing, tensors in compute([unique[path] for path in batch]):
-            path, temporary = path_of(thing), folder / f"{os.getpid()}.tmp"
+            path = path_of(thing)
             if path not in there:
+                temporary = path.with_suffix(f".{os.getpid()}")
                 save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary)
                 os.replace(temporary, path)  # whole, or not there
     if world > 1:
@@ -501,7 +503,7 @@ def measure(student, teacher, items, channels, autocast):
 def evaluate(args, student, teacher, rows, item_of, autocast):
     """Every rank measures its share -> record for the log: KL and agreement, over all answer
     tokens and over the first EARLY, of each channel; the gap between the channels."""
-    (rank, world), training = m.ranks(), student.training
+    rank, world = m.ranks()
     student.eval()
     sums = torch.zeros(len(args.channels), 2, 3, dtype=torch.float64)
     share = -(-len(rows) // world)  # as many on every rank: sharded models work together
@@ -514,7 +516,6 @@ def evaluate(args, student, teacher, rows, item_of, autocast):
             for kl, agree in found[channel][:counted]:
                 both = torch.stack([kl, agree, torch.ones_like(kl)]).double()     # (3, n)
                 total += torch.stack([both.sum(1), both[:, :EARLY].sum(1)])
-    student.train(training)
     sums = sums.to(student.llm.device)
     if world > 1:
         dist.all_reduce(sums)  # of counts and sums, so that the mean is exact
@@ -760,7 +761,7 @@ def main(args):
     step, best, steps = 0, None, len(plan)  # best: the score of OUT/best
     if earlier:
         step, best, damaged = load_checkpoint(earlier, student, optimizer, identity)
-        say(f"going on from step {step}", *[f"{name} is damaged" for name in damaged], sep="\n")
+        say("\n".join([f"going on from step {step}", *[f"{name} is damaged" for name in damaged]]))
     if master:
         begin_log(args, step)
     weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -775,7 +776,7 @@ def main(args):
     # micro-batches go to the processes in turn: the plan knows nothing of their number
     todo = list(itertools.chain(*[batches[rank::world] for batches in plan[step:]]))
     stream = iter(torch.utils.data.DataLoader(  # workers outlive SIGTERM: a step is finished
-        train_rows, batch_sampler=todo, collate_fn=lambda rows: list(map(item_of, rows)),
+        train_rows, batch_sampler=todo, collate_fn=lambda some: list(map(item_of, some)),
         worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),
         num_workers=args.workers, multiprocessing_context="fork" if args.workers else None))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch raises in mid-step, not in next()
@@ -783,7 +784,6 @@ def main(args):
     channel_weights = {"t2t": args.t2t_weight, "s2t": 1.0, "sound": args.sound_weight}
     # speech first: it keeps more for backward, and no gradients exist. By text the LLM alone learns
     channels = [c for c in CHANNELS[::-1] if counts[c] and (c != "t2t" or "llm" in args.train)]
-    student.train()
     begun = time.perf_counter()  # s
     while True:
         if eval_rows and (step == steps or step % (args.eval_every or steps) == 0):
@@ -802,6 +802,7 @@ def main(args):
             group["lr"] = peak * min(1.0, warm) * 0.5 * (1 + math.cos(math.pi * (step / steps)))
 
         # -------- one optimizer step --------
+        student.train()
         started = time.perf_counter()
         micro_batches = [next(stream) for _ in range(len(plan[step]) // world)]  # of this rank
         stop = torch.tensor(len(stopped), device=args.device)
