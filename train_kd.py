@@ -77,7 +77,7 @@ def get_args(argv=None):
     add("--loss", choices=list(losses.DIVERGENCES), default="forward_kl", help="the divergence")
     add("--kd-weight", type=weight, default=0.5, help="lambda of the divergence, the paper's")
     add("--ce-weight", type=weight, default=1.0, help="of cross-entropy; 0 = pure distillation")
-    add("--temperature", type=m.number(float, 0.01), default=2.0, help="tau of both models")
+    add("--temperature", type=m.number(float, 0.01), default=2.0, help="tau; the loss has tau^2")
     add("--beta", type=m.number(float, 1e-6, 1 - 1e-6), default=0.5, help="of jsd and skew_kl")
     add = p.add_argument_group("what trains").add_argument
     add("--train", nargs="+", choices=["encoder", "adapter", "llm"], default=["adapter", "llm"],
@@ -92,7 +92,7 @@ def get_args(argv=None):
     add("--epochs", type=m.number(float, 0.001), default=2, help="over the rows with a teacher")
     add("--batch-size", type=positive, default=8, help="rows with a teacher per GPU per forward")
     add("--sound-batch-size", type=positive, default=8, help="rows without one beside them, if any")
-    add("--global-batch-size", type=natural, default=0, help="rows of all GPUs per optimizer step")
+    add("--global-batch-size", type=natural, default=0, help="of all GPUs; 0: no accumulation")
     add("--lr-warmup-steps", type=natural, default=10, help="linear, times a cosine to zero")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32",
         help="of the computation (on a CPU bfloat16 pays with AMX); what trains is float32")
@@ -237,9 +237,8 @@ def make_item(row, args, student, teacher_tokenizer, heard_of, taught_of=None):
 
 
 def check_rows(rows, item_of, llms, bad):
-    """Make every item once, before anything trains -> rows that are good, with the number of their
-    answers' tokens; ids of questions in whose clip no word was heard, which are read alone from
-    here on. Rows that fail are added to `bad`."""
+    """Make every item once, before anything trains -> good rows, which now tell the `tokens` of
+    their answers; ids of questions in whose clip no word was heard. Rows that fail go to `bad`."""
     (rank, world), found = m.ranks(), {}  # row number -> what is wrong; tokens; is nothing heard
     contexts = [getattr(llm.config, "max_position_embeddings", 0) for llm in filter(None, llms)]
     context = min(filter(None, contexts), default=math.inf)  # of all models
@@ -267,7 +266,7 @@ def check_rows(rows, item_of, llms, bad):
         else:
             good.append(row)
         if nothing_heard:
-            row["audio"] = None  # a question without a word would teach guessing
+            row["audio"] = None  # it is read alone: to hear no word would teach guessing
             silent.append(row["id"])
     return good, silent
 
