@@ -65,7 +65,7 @@ def get_args(argv=None):
     p.add_argument("--out", required=True, help="output folder")
     args = p.parse_args(argv)
     args.cache = args.cache or str(Path(args.data, ".cache"))
-    args.labels, args.max_answer_tokens, args.channels = "response", NEW_TOKENS, ["t2t", "s2t"]  # of train_kd.Rows
+    args.labels, args.max_answer_tokens, args.channels = "response", NEW_TOKENS, ["t2t", "s2t"]  # of train_kd.make_item
     return args
 
 
