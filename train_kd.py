@@ -288,7 +288,7 @@ def plan_steps(rows, args):
         sound = row["prompt"] is None
         questions.setdefault((sound, sound and row.get("instruction")), []).append(k)
     micro_batches = args.global_batch_size // args.batch_size  # of a step, of all processes
-    steps, turns = args.max_steps, []
+    steps, turns, plan = args.max_steps, [], []
     for sound, batch_size in ((False, args.batch_size), (True, args.sound_batch_size)):
         some = [numbers for (kind, _), numbers in questions.items() if kind == sound]
         count, size = sum(map(len, some)), micro_batches * batch_size
@@ -299,11 +299,11 @@ def plan_steps(rows, args):
         if count:
             steps = steps or max(1, round(args.epochs * count / size))  # the first kind's epochs
             turns.append((size, itertools.cycle([drawn(numbers) for numbers in some])))
-    plan = [[[] for _ in range(micro_batches)] for _ in range(steps)]
-    for step in plan:
+    for _ in range(steps):
+        plan.append([[] for _ in range(micro_batches)])
         for size, orders in turns:
             for k in range(size):
-                step[k % micro_batches].append(next(next(orders)))  # the next question's next row
+                plan[-1][k % micro_batches].append(next(next(orders)))  # next question's next row
     return plan
 
 
