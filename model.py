@@ -38,7 +38,7 @@ from transformers import (AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM
                           WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperModel)
 from transformers.cache_utils import DynamicLayer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 # with AMX, oneDNN's kernels hold megabytes each, and it would keep a thousand, of every shape met
@@ -781,9 +781,7 @@ class Prompt(NamedTuple):
 
 
 def positions(prompt):
-    """How many positions of the LLM a prompt takes, of either kind of student."""
-    if isinstance(prompt, dict):
-        return len(prompt["ids"])
+    """How many positions of the LLM a prompt takes."""
     return sum(len(part) for part in (prompt.before, prompt.words, prompt.sound, prompt.after))
 
 
@@ -891,14 +889,13 @@ class SpeechLLM(PreTrainedModel):
 
 
 class HubStudent(nn.Module):
-    """A speech LLM of transformers. Its own processor and forward do the work, up to the hidden
-    states from which its output head would predict."""
+    """A speech LLM of transformers. Its own processor and forward make what its LLM reads; from
+    there on it is a student as the other is."""
 
     def __init__(self, model, processor, tokenizer):
         super().__init__()
         self.model, self.processor, self.tokenizer = model, processor, tokenizer
         self.config, self.__dict__["llm"] = model.config, TextLLM(model)  # shares its weights
-        self.audio_token = tokenizer.convert_ids_to_tokens(self.config.audio_token_id)
 
     def parts(self):
         """What can train, by name. Vision never does, nor the audio_bos_eos that nothing reads."""
@@ -923,91 +920,68 @@ class HubStudent(nn.Module):
         return [None] * len(waveforms)
 
     def prompt(self, row, heard=None):
-        """A row of the manifest -> {"ids": T of them, and by speech its features}, by the model's
-        own template. An instruction follows the sound, as these models were trained."""
+        """A row of the manifest -> Prompt by the model's own template. An instruction follows the
+        sound, as these models were trained."""
         if row.get("audio") is None:
             before, after = chat_parts(self.tokenizer, row.get("system"), row.get("instruction"))
-            return {"ids": before + text_ids(self.tokenizer, row["prompt"]) + after}
-        question = row.get("instruction") or ""
-        content = self.audio_token + question
-        if self.audio_token in self.tokenizer.chat_template:  # else it knows text only
+            return Prompt(before + text_ids(self.tokenizer, row["prompt"]) + after, [], {}, [], [])
+        token, question = self.config.audio_token_id, row.get("instruction") or ""
+        mark = self.tokenizer.convert_ids_to_tokens(token)
+        content = mark + question
+        if mark in self.tokenizer.chat_template:  # else it knows text only
             content = [{"type": "audio"}, {"type": "text", "text": question}][:1 + bool(question)]
-        text = render(self.tokenizer, row.get("system"), content, self.audio_token)
-        audio = load_audio(row["audio"])
-        return self.expand(text, F.pad(audio, (0, max(0, SAMPLE_RATE // 10 - len(audio)))))
+        text = render(self.tokenizer, row.get("system"), content, mark)
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        count, features = self.features(load_audio(row["audio"]), mark)
+        place = ids.index(token)
+        return Prompt(ids[:place], [token] * count, features, [], ids[place + 1:])
 
-    def expand(self, text, audio):
-        """A prompt with one audio token, audio (S,) -> {"ids": with as many audio tokens as
-        embeddings, the features that the model makes these of}."""
-        token, config = self.audio_token, self.config
-        options = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt"}
-        if config.model_type == "voxtral":  # its processor takes files only
+    def features(self, audio, mark):
+        """Audio (S,) -> number of embeddings, {name: what the model makes these of}."""
+        audio = F.pad(audio, (0, max(0, SAMPLE_RATE // 10 - len(audio))))
+        kind, options = self.config.model_type, dict(sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        if kind == "voxtral":  # its processor takes files only
             mel = self.processor(audio.numpy(), padding=True, truncation=False,
                                  pad_to_multiple_of=30 * SAMPLE_RATE, **options).input_features
             mel = mel[0].unflatten(1, (-1, 3000)).transpose(0, 1)                 # (W, M, 3000)
-            stacked = config.audio_config.intermediate_size // config.audio_config.hidden_size
-            count, features = len(mel) * (1500 // stacked), {"input_features": mel}
-        elif config.model_type.endswith("thinker"):  # its processor wants torchvision
+            return 375 * len(mel), {"input_features": mel}
+        if kind.endswith("thinker"):  # its processor wants torchvision
             frames = -(-len(audio) // self.processor.hop_length)
             audio = F.pad(audio, (0, self.processor.n_fft)).numpy()
             mel = self.processor(audio, padding="longest", **options).input_features[..., :frames]
-            features = {"input_features": mel,                                    # (1, M, F)
-                        "feature_attention_mask": torch.ones(1, frames, dtype=torch.long)}
             count = self.model.model.audio_tower._get_feat_extract_output_lengths(frames)[1]
-        else:
-            features = dict(self.processor(text=text, audio=[audio.numpy()],
-                                           add_special_tokens=False, **options))
-            del features["attention_mask"]
-            return {"ids": features.pop("input_ids")[0].tolist(), **features}
-        ids = self.tokenizer(text.replace(token, token * count), add_special_tokens=False).input_ids
-        return {"ids": ids, **features}
+            return count, {"input_features": mel,                                 # (1, M, F)
+                           "feature_attention_mask": torch.ones(1, frames, dtype=torch.long)}
+        features = dict(self.processor(text=mark, audio=[audio.numpy()], **options))
+        del features["attention_mask"]
+        return int((features.pop("input_ids") == self.config.audio_token_id).sum()), features
 
-    def join(self, prompts, side):
-        """Prompts, filled on this side -> arguments of the model's own forward, batch by batch."""
-        pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
-        alone = self.config.model_type.startswith("granite")  # its encoder knows no mask
-        for batch in [[prompt] for prompt in prompts] if alone else [prompts]:
-            ids, features = [torch.tensor(prompt["ids"]) for prompt in batch], {}
-            for prompt in batch:
-                for key in prompt.keys() - {"ids"}:
-                    features.setdefault(key, []).append(prompt[key])
-            inputs = BatchFeature({"input_ids": pad(ids),                         # (B, T)
-                                   "attention_mask": pad([torch.ones_like(row) for row in ids])})
-            for key, found in features.items():
-                width = max(x.shape[-1] for x in found)
-                inputs[key] = torch.cat([F.pad(x, (0, width - x.shape[-1])) for x in found])
-            yield inputs.to(self.llm.device, self.model.dtype)  # floats alone get the dtype
+    def embed(self, prompts, answers):
+        """B Prompts and B lists of answer tokens -> B (T_i, H), the LLM's inputs: the model's own
+        forward, while its LLM gives back what it gets."""
+        def give_back(inputs_embeds, **_):
+            return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
-    def forward(self, prompts, answers):
-        """Hidden states that predict the answers' tokens, (N, H) in row order; what DDP wraps."""
-        whole, states = [], []
-        for prompt, answer in zip(prompts, answers):
-            whole.append({**prompt, "ids": prompt["ids"] + answer})
-        for inputs in self.join(whole, "right"):
-            states += self.model.model(**inputs, use_cache=False).last_hidden_state
-        rows, zero = [], 0
-        for row, prompt, answer in zip(states, prompts, answers):                 # (T, H)
-            start = len(prompt["ids"]) - 1
-            rows.append(row[start:start + len(answer)])
-        if all(len(prompt) == 1 for prompt in prompts):  # DDP waits for all that trains
+        rows, decoder, dtypes = [], self.model.get_decoder(), {p.dtype for p in self.parameters()}
+        smallest = min(dtypes, key=lambda dtype: dtype.itemsize)
+        decoder.forward = give_back
+        # in training, what is frozen is rounded
+        with (torch.autocast(self.llm.device.type, smallest) if len(dtypes) > 1 else
+              contextlib.nullcontext()):
+            for prompt, answer in zip(prompts, answers):  # one by one: not all encoders know masks
+                ids = torch.tensor([prompt.before + prompt.words + prompt.after + answer])
+                inputs = BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids),
+                                       **prompt.states})
+                inputs.to(self.llm.device, self.model.dtype)  # floats alone get the dtype
+                rows.append(self.model.model(**inputs, use_cache=False).last_hidden_state[0])
+        del decoder.forward  # the class's own is there again
+        if not any(prompt.words for prompt in prompts):  # DDP waits for all that trains
             for part in self.parts()["encoder"] + self.parts()["adapter"]:
-                zero = zero + sum(0 * p.sum() for p in part.parameters() if p.requires_grad)
-        return torch.cat(rows) + zero                                             # (N, H)
+                unused = sum(p.sum() for p in part.parameters() if p.requires_grad)
+                rows[0] = rows[0] + 0 * unused
+        return rows
 
-    @torch.inference_mode()
-    def generate(self, rows, max_new_tokens=128):
-        """Answer a batch of questions, as SpeechLLM.generate does -> list of str."""
-        prompts, answers = [self.prompt(row) for row in rows], []
-        end, dtypes = end_token(self.tokenizer), {p.dtype for p in self.parameters()}
-        check_context(self.llm, max(map(positions, prompts)), max_new_tokens)
-        for inputs in self.join(prompts, "left"):
-            with torch.autocast(self.llm.device.type, min(dtypes, key=lambda dtype: dtype.itemsize),
-                                enabled=len(dtypes) > 1):  # in training, what is frozen is rounded
-                ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
-                                          eos_token_id=end, pad_token_id=end)
-            answers += self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:],
-                                                   skip_special_tokens=True)
-        return answers
+    forward, generate = SpeechLLM.forward, SpeechLLM.generate
 
 
 # ---- build, load, save ----

@@ -188,9 +188,13 @@ def plain(folder):
 
 def plain_inputs(student, row, answer=()):
     """Arguments of the model's own forward and generate."""
-    inputs = dict(student.prompt(row))
-    ids = torch.tensor([*inputs.pop("ids"), *answer])
-    return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], **inputs}
+    prompt = student.prompt(row)
+    ids = torch.tensor([*whole(prompt), *answer])
+    return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], **prompt.states}
+
+
+def whole(prompt):
+    return [*prompt.before, *prompt.words, *prompt.after]
 
 
 def arguments(tiny, student, data, out, *more):
@@ -276,12 +280,13 @@ def test_omni_hears_what_its_processor_would_make_of_the_clip(checkpoint, second
     """Which pads to 300 s, masks, and wants torchvision."""
     student, waveform = m.load_student(str(checkpoint(omni))), sound(seconds)
     clip = student.prompt({"audio": waveform})
+    assert set(clip.words) == {student.config.audio_token_id}
     padded = student.processor(waveform.numpy(), padding="max_length", return_attention_mask=True, sampling_rate=16_000, return_tensors="pt")
     frames = int(padded.attention_mask.sum())
-    assert padded.input_features.shape[-1] == 30_000 and torch.equal(padded.input_features[..., :frames], clip["input_features"])
-    model, count = student.model.model, clip["ids"].count(student.config.audio_token_id)
+    assert padded.input_features.shape[-1] == 30_000 and torch.equal(padded.input_features[..., :frames], clip.states["input_features"])
+    model, count = student.model.model, len(clip.words)
     heard = model.get_audio_features(padded.input_features, padded.attention_mask).last_hidden_state
-    ours = model.get_audio_features(clip["input_features"], clip["feature_attention_mask"]).last_hidden_state
+    ours = model.get_audio_features(clip.states["input_features"], clip.states["feature_attention_mask"]).last_hidden_state
     assert len(heard) == count and torch.allclose(heard, ours, **CLOSE)
 
 
@@ -324,8 +329,8 @@ def test_a_folder_with_mistrals_tekken_alone_has_a_chat_template(checkpoint, tmp
     student = m.load_student(str(folder))
     text = [30 + byte for byte in b"Hi"]
     assert m.chat_parts(student.tokenizer, "Hi") == [[1, 17, *text, 18, 3], [4]] and m.end_token(student.tokenizer) == 2
-    assert student.prompt({"audio": sound(1.0), "instruction": "Hi"})["ids"] == [1, 3, 25, *[24] * 375, *text, 4]
-    assert student.prompt({"audio": sound(31.0)})["ids"].count(24) == 750
+    assert whole(student.prompt({"audio": sound(1.0), "instruction": "Hi"})) == [1, 3, 25, *[24] * 375, *text, 4]
+    assert student.prompt({"audio": sound(31.0)}).words == [24] * 750
 
 
 @pytest.mark.parametrize("make", [omni, voxtral])
@@ -355,7 +360,7 @@ def test_scaled_logits_are_those_of_the_model(tiny, checkpoint, data, tmp_path, 
     item, head = train_kd.make_item(rows[0], options, student, tokenizer, None), student.llm.get_output_embeddings()
     with torch.no_grad():
         reference, ours = (model(input_ids=torch.tensor([[*prompt, *item["answer"]]])).logits[0, len(prompt) - 1:-1]
-                           for model, prompt in ((teacher, item["teacher_ids"]), (student.llm, item["t2t"]["ids"])))  # (n, V), (n, V')
+                           for model, prompt in ((teacher, item["teacher_ids"]), (student.llm, whole(item["t2t"]))))  # (n, V), (n, V')
         vocab = min(reference.shape[1], ours.shape[1])
         expected = F.kl_div(ours[:, :vocab].log_softmax(-1), reference[:, :vocab].log_softmax(-1), log_target=True, reduction="sum")
     found = train_kd.measure(student, teacher, [item], ["t2t"], contextlib.nullcontext)["t2t"][0][0].sum()
