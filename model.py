@@ -14,6 +14,7 @@ import datetime
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import re
@@ -95,31 +96,27 @@ def number(kind, low, high=sys.float_info.max):
     return parse
 
 
-def read_json(data, path, line=1):
-    """UTF-8 bytes, with or without BOM, from this line of a file on -> value, or ValueError."""
-    try:
-        value = json.loads(data.decode("utf-8-sig"))
-        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        line += getattr(error, "lineno", 1) - 1
-        raise ValueError(f"{path}:{line}: not JSON in UTF-8 ({error})") from error
-    return value
-
-
 def json_lines(path, parse, bad=None):
-    """parse(object, FILE:LINE) of each line of a file, or item of its JSON list -> list.
+    """parse(object, FILE:LINE) of each line of a file, or item of its JSON list -> list. What is no
+    object in UTF-8, or raises ValueError in parse, raises, or is added to `bad`."""
+    def read(text, line):
+        try:
+            value = json.loads(text.decode("utf-8-sig"))
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        except (ValueError, RecursionError) as error:
+            line += getattr(error, "lineno", 1) - 1
+            raise ValueError(f"{path}:{line}: not JSON in UTF-8 ({error})") from error
+        return value
 
-    What is no object, or raises ValueError in parse, raises, or is added to `bad`.
-    """
     data, rows = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8), []
     lines = data.split(b"\n")
     if data.lstrip().startswith(b"["):
-        lines = [json.dumps(item).encode() for item in read_json(data, path)]
+        lines = [json.dumps(item).encode() for item in read(data, 1)]
     for line, text in enumerate(lines, 1):
         try:
             if not text.strip():
                 continue
-            row = read_json(text, path, line)
+            row = read(text, line)
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{line}: {str(row)[:60]!r} is no JSON object; expected "
                                  "one a line")
@@ -148,9 +145,7 @@ def untagged(prompt, where):
 
 def leave_out(bad, limit, out, write=True):
     """Bad rows, [{"id", "reason"}], are listed in OUT/bad_rows.jsonl -> what to say about it.
-
-    Raises: ValueError if there are more than `limit`.
-    """
+    Raises: ValueError if there are more than `limit`."""
     path = Path(out) / "bad_rows.jsonl"
     if bad and limit and write:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,17 +241,15 @@ def resolve(name):
         if (folder / "config.json").is_file():
             return str(folder)
     repository, _, revision = name.partition("@")
-    missing = f"{name!r} is no local folder with a config.json, is not under models/"
     try:
         return huggingface_hub.snapshot_download(
             repository, revision=revision or None, etag_timeout=5,  # seconds
             allow_patterns=[*BESIDE, "*.safetensors"])
-    except ValueError as error:
-        raise RuntimeError(f"{missing}, and is no hub id (ORG/NAME)") from error
-    except OSError as error:
-        raise RuntimeError(f"{missing}, and the model hub has none or cannot be reached "
-                           f"({str(error).splitlines()[0]}); the default models are made without "
-                           "it by: python tools/offline_models.py") from error
+    except (ValueError, OSError) as error:
+        raise RuntimeError(f"{name!r} is no local folder with a config.json, is not under models/, "
+                           "and is no hub id (ORG/NAME), or the model hub has none or cannot be "
+                           f"reached ({str(error).splitlines()[0]}); the default models are made "
+                           "without it by: python tools/offline_models.py") from error
 
 
 class TextLLM(PreTrainedModel):
@@ -333,7 +326,7 @@ def audio_seconds(path):
 
 def load_audio(path):
     """Audio file -> waveform (S,) float32 at 16 kHz, mono: the mean of its channels, or the loudest
-    one where they cancel each other out. A waveform is given back. ValueError: no usable audio."""
+    where they cancel each other out. A waveform is given back. ValueError: no usable audio."""
     from torchaudio.functional import resample
     if isinstance(path, Tensor):
         return path
@@ -354,12 +347,15 @@ def load_audio(path):
     return resample(waveform, rate, SAMPLE_RATE)
 
 
-def render(tokenizer, system, content, mark):
-    """What a user says, in the chat template, up to where the answer begins -> str.
+def chat_parts(tokenizer, system=None, instruction=None, content=None, mark=AUDIO_MARK):
+    """Token ids of the chat template before and after what the user says, up to the answer.
 
-    Raises: ValueError unless `mark`, a part of the content, stands in it once.
+    prompt_ids = before + said + after. Text and speech share both parts, so the two channels differ
+    in nothing but what stands between them. content: what the user says, `mark` a part of it.
+    Raises: ValueError if the template refuses, thinks, or shows `mark` twice.
     """
     messages = [{"role": "system", "content": system}] if system else []
+    content = content or (f"{instruction}\n\n{mark}" if instruction else mark)
     try:
         text = tokenizer.apply_chat_template(
             [*messages, {"role": "user", "content": content}], tokenize=False,
@@ -373,18 +369,7 @@ def render(tokenizer, system, content, mark):
     if text.rstrip().endswith("<think>"):
         raise ValueError(f"the chat template of {tokenizer.name_or_path} opens <think> though "
                          "thoughts are switched off; choose a model that answers without them")
-    return text
-
-
-def chat_parts(tokenizer, system=None, instruction=None):
-    """Token ids of the chat template before and after what the user says.
-
-    prompt_ids = before + said + after. Text and speech share both parts, so the two channels differ
-    in nothing but what stands between them.
-    """
-    content = f"{instruction}\n\n{AUDIO_MARK}" if instruction else AUDIO_MARK
-    parts = render(tokenizer, system, content, AUDIO_MARK).split(AUDIO_MARK)
-    return [tokenizer(part, add_special_tokens=False).input_ids for part in parts]
+    return [tokenizer(part, add_special_tokens=False).input_ids for part in text.split(mark)]
 
 
 def end_token(tokenizer):
@@ -457,15 +442,11 @@ class Whisper(nn.Module):
 
     @torch.inference_mode()
     def hear(self, waveforms, language=None):
-        """Clips -> what was said and how it sounded.
+        """Clips -> what was said and how it sounded; no words where Whisper hears no speech.
 
-        Args:
-            waveforms: B waveforms (S_i,) float32 at 16 kHz, of any length.
-            language: ISO code, or one for each clip; None = detected.
-        Returns:
-            list of B Heard, on the CPU; no words where Whisper hears no speech.
-        Raises:
-            ValueError: if this Whisper does not know the language.
+        waveforms: B of (S_i,) float32 at 16 kHz, of any length. language: ISO code, or one for each
+        clip; None = detected. Returns B Heard, on the CPU. Raises: ValueError if this Whisper does
+        not know the language.
         """
         self.eval()  # also within a student that is being trained
         spoken = language if isinstance(language, list) else [language] * len(waveforms)
@@ -599,18 +580,11 @@ def packs(llm, longest, total):
 
 
 def answer_states(llm, rows, lengths, shared=0):
-    """Hidden states that predict the last tokens of each row, before the output head.
+    """Hidden states (N, H) that predict the last tokens of each row, before the output head. Rows
+    are packed where that is possible: nothing is padded, and what all share is read once for all.
 
-    Rows are packed where that is possible: nothing is padded, and what all share (system message,
-    template) is read once for all.
-
-    Args:
-        llm: causal LM of transformers.
-        rows: B rows of ids (T_i,) or of embeddings (T_i, H).
-        lengths: how many tokens of each row are the answer.
-        shared: so many positions at the start of all rows are the same.
-    Returns:
-        hidden (N, H) with N = sum(lengths).
+    rows: B rows of ids (T_i,) or embeddings (T_i, H). lengths: how many tokens of each are the
+    answer, N in sum. shared: so many positions at the start of all rows are the same.
     """
     sizes, device = [len(row) for row in rows], rows[0].device
     packed = packs(llm, max(sizes), sum(sizes) - shared * (len(rows) - 1))
@@ -648,14 +622,9 @@ def check_context(llm, prompt_tokens, new_tokens):
 def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, generator=None):
     """Batched decoding: the prefix that all prompts share is read once, finished rows leave.
 
-    Args:
-        llm: causal LM of transformers.
-        prompts: list of (T_i, H) prompt embeddings on the LLM's device, of any lengths.
-        max_new_tokens: at most so many new tokens a row.
-        eos_ids: ids that end a row; the ending id is kept in the result.
-        temperature: 0 = greedy, else of the softmax among TOP_K tokens; draws from `generator`.
-    Returns:
-        list of token id lists; a row that was cut at max_new_tokens does not end in one of eos_ids.
+    prompts: embeddings (T_i, H) each, on the LLM's device. temperature: 0 = greedy, else of the
+    softmax among TOP_K tokens, drawn from `generator`.
+    Returns a list of lists of at most max_new_tokens ids; one of eos_ids ends a row, and stays.
     """
     lengths, device = [len(prompt) for prompt in prompts], prompts[0].device
     width, shortest = max(lengths), min(lengths)
@@ -749,11 +718,7 @@ class Adapter(nn.Module):
     def align(self, sounds, targets):
         """Begin to listen, in closed form: ridge regression from how a clip sounds on average to
         what is said about it. Gradients alone would need a thousand rows to find that direction.
-
-        Args:
-            sounds: C clips, (A_i, D) each.
-            targets: (C, H) in the LLM's embedding space, differences from the filler.
-        """
+        sounds: C clips, (A_i, D) each. targets: (C, H), embeddings less the filler's."""
         vectors = torch.cat(sounds).double()                                      # (sum A, D)
         self.mean.copy_(vectors.mean(0))
         self.std.copy_(vectors.std(0) + 1e-3)
@@ -816,6 +781,16 @@ class SpeechLLM(PreTrainedModel):
         """What can train, by name."""
         return {"adapter": [self.adapter], "llm": [self.llm]}
 
+    def save_pretrained(self, folder, **options):
+        """With its code, the LLM's tokenizer, and what Whisper reads and writes with."""
+        self.config.auto_map = {"AutoConfig": "model.SpeechLLMConfig",
+                                "AutoModel": "model.SpeechLLM"}
+        super().save_pretrained(folder, **options)
+        shutil.copy(__file__, folder / "model.py")
+        self.tokenizer.save_pretrained(folder)
+        for part in (self.whisper.extractor, self.whisper.tokenizer):
+            part.save_pretrained(folder / "whisper")
+
     def hear(self, waveforms, language=None):
         """List of B waveforms (S_i,) at 16 kHz -> list of B Heard, see Whisper.hear."""
         return self.whisper.hear(waveforms, language)
@@ -842,41 +817,29 @@ class SpeechLLM(PreTrainedModel):
 
     def embed(self, prompts, answers):
         """B Prompts and B lists of answer tokens -> B (T_i, H), the LLM's inputs."""
-        TEXT, WORD, SOUND = range(3)
-        ids, kinds, lengths = [], [], []
+        table, listens, rows = self.llm.get_input_embeddings(), bool(self.adapter.listens), []
         for prompt, answer in zip(prompts, answers):
-            places = [0] * len(prompt.sound) if self.adapter.listens else []  # of any token
-            parts = prompt.before, prompt.words, places, prompt.after + answer
-            for part, kind in zip(parts, (TEXT, WORD, SOUND, TEXT)):
-                ids += part
-                kinds += [kind] * len(part)
-            lengths.append(sum(map(len, parts)))
-        embeds = self.llm.get_input_embeddings()(torch.tensor(ids, device=self.device))
-        kinds = torch.tensor(kinds, device=self.device)                           # (sum T,)
-        states = torch.cat([prompt.states for prompt in prompts])                 # (sum W, D)
-        sounds = torch.cat([prompt.sound.float() for prompt in prompts])          # (sum A, D)
-        sounds = sounds if self.adapter.listens else sounds[:0]
-        corrections, sounds = self.adapter(states.to(self.device), sounds.to(self.device))
-        words, fillers = (kinds == WORD).nonzero()[:, 0], (kinds == SOUND).nonzero()[:, 0]
-        embeds = embeds.index_add(0, words, corrections.to(embeds.dtype))         # (sum T, H)
-        return embeds.index_copy(0, fillers, sounds.to(embeds.dtype)).split(lengths)
+            sound = prompt.sound if listens else prompt.sound[:0]
+            corrections, sound = self.adapter(prompt.states.to(self.device), sound.to(self.device))
+            ids = prompt.before + prompt.words + prompt.after + answer
+            embeds = table(torch.tensor(ids, device=self.device))                 # (T - A, H)
+            sizes = [len(prompt.before), len(prompt.words), len(prompt.after + answer)]
+            before, words, after = embeds.split(sizes)
+            words, sound = words + corrections.to(words.dtype), sound.to(words.dtype)
+            rows.append(torch.cat([before, words, sound, after]))                 # (T, H)
+        return rows
 
     def forward(self, prompts, answers):
-        """Hidden states that predict the answers' tokens, (N, H) in row order; what DDP wraps.
-
-        The adapter is always a part of the graph: DDP waits for all that trains, used or not.
-        """
+        """Hidden states that predict the answers' tokens, (N, H) in row order; what DDP wraps. All
+        that trains is always a part of the graph: DDP waits for it, used or not."""
         shared = len(os.path.commonprefix([prompt.before for prompt in prompts]))
         return answer_states(self.llm, self.embed(prompts, answers),
                              [len(answer) for answer in answers], shared)
 
     @torch.inference_mode()
     def generate(self, rows, max_new_tokens=128, **options):
-        """Answer a batch of questions:
-        [{"audio": path or (S,) at 16 kHz} or {"prompt": text}, ...] -> list of str.
-
-        Rows may carry "system", "instruction", "language"; options are those of `generate`.
-        """
+        """[{"audio": path or (S,) at 16 kHz} or {"prompt": text}, ...] -> answers, list of str.
+        Rows may carry "system", "instruction", "language"; options are those of `generate`."""
         spoken, prompts = [row for row in rows if row.get("audio") is not None], []
         waveforms = [load_audio(row["audio"]) for row in spoken]
         heard = iter(self.hear(waveforms, [row.get("language") for row in spoken]))  # together
@@ -896,6 +859,7 @@ class HubStudent(nn.Module):
         super().__init__()
         self.model, self.processor, self.tokenizer = model, processor, tokenizer
         self.config, self.__dict__["llm"] = model.config, TextLLM(model)  # shares its weights
+        self.audio_token = tokenizer.convert_ids_to_tokens(self.config.audio_token_id)
 
     def parts(self):
         """What can train, by name. Vision never does, nor the audio_bos_eos that nothing reads."""
@@ -925,18 +889,15 @@ class HubStudent(nn.Module):
         if row.get("audio") is None:
             before, after = chat_parts(self.tokenizer, row.get("system"), row.get("instruction"))
             return Prompt(before + text_ids(self.tokenizer, row["prompt"]) + after, [], {}, [], [])
-        token, question = self.config.audio_token_id, row.get("instruction") or ""
-        mark = self.tokenizer.convert_ids_to_tokens(token)
+        mark, question = self.audio_token, row.get("instruction") or ""
         content = mark + question
         if mark in self.tokenizer.chat_template:  # else it knows text only
             content = [{"type": "audio"}, {"type": "text", "text": question}][:1 + bool(question)]
-        text = render(self.tokenizer, row.get("system"), content, mark)
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        count, features = self.features(load_audio(row["audio"]), mark)
-        place = ids.index(token)
-        return Prompt(ids[:place], [token] * count, features, [], ids[place + 1:])
+        before, after = chat_parts(self.tokenizer, row.get("system"), None, content, mark)
+        count, features = self.features(load_audio(row["audio"]))
+        return Prompt(before, [self.config.audio_token_id] * count, features, [], after)
 
-    def features(self, audio, mark):
+    def features(self, audio):
         """Audio (S,) -> number of embeddings, {name: what the model makes these of}."""
         audio = F.pad(audio, (0, max(0, SAMPLE_RATE // 10 - len(audio))))
         kind, options = self.config.model_type, dict(sampling_rate=SAMPLE_RATE, return_tensors="pt")
@@ -952,7 +913,7 @@ class HubStudent(nn.Module):
             count = self.model.model.audio_tower._get_feat_extract_output_lengths(frames)[1]
             return count, {"input_features": mel,                                 # (1, M, F)
                            "feature_attention_mask": torch.ones(1, frames, dtype=torch.long)}
-        features = dict(self.processor(text=mark, audio=[audio.numpy()], **options))
+        features = dict(self.processor(text=self.audio_token, audio=[audio.numpy()], **options))
         del features["attention_mask"]
         return int((features.pop("input_ids") == self.config.audio_token_id).sum()), features
 
@@ -975,13 +936,29 @@ class HubStudent(nn.Module):
                 inputs.to(self.llm.device, self.model.dtype)  # floats alone get the dtype
                 rows.append(self.model.model(**inputs, use_cache=False).last_hidden_state[0])
         del decoder.forward  # the class's own is there again
-        if not any(prompt.words for prompt in prompts):  # DDP waits for all that trains
-            for part in self.parts()["encoder"] + self.parts()["adapter"]:
-                unused = sum(p.sum() for p in part.parameters() if p.requires_grad)
-                rows[0] = rows[0] + 0 * unused
+        if torch.is_grad_enabled() and not any(prompt.words for prompt in prompts):
+            # DDP and FSDP wait for all that trains: hear silence, which changes nothing
+            silence = self.prompt({"audio": torch.zeros(SAMPLE_RATE)})
+            rows[0] = rows[0] + 0 * self.embed([silence], [[]])[0].sum()
         return rows
 
     forward, generate = SpeechLLM.forward, SpeechLLM.generate
+
+    def save_pretrained(self, folder, state_dict):
+        """With all else of the folder that it came from: the processor; of a model that also
+        speaks, what it speaks with."""
+        source, model = Path(self.model.name_or_path), self.model
+        folder.mkdir(parents=True)
+        for path in itertools.chain(*map(source.glob, BESIDE)):
+            if path.name not in ("adapter_config.json", "model.safetensors.index.json"):
+                shutil.copy(path, folder)
+        if PretrainedConfig.get_config_dict(source)[0]["model_type"] in THINKERS:
+            model = AutoModelForMultimodalLM.from_pretrained(
+                source, dtype="auto", use_safetensors=True, trust_remote_code=False)
+            # strict would want tied weights, too
+            model.thinker.load_state_dict(state_dict, strict=False, assign=True)
+            state_dict = None
+        model.save_pretrained(folder, state_dict=state_dict)
 
 
 # ---- build, load, save ----
@@ -1008,14 +985,14 @@ def load_student(name):
     if "+" in name and not Path(name).exists():
         return build_student(name)
     folder = resolve(name)
-    kind = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
-    if kind == SpeechLLMConfig.model_type:
+    if PretrainedConfig.get_config_dict(folder)[0].get("model_type") == SpeechLLMConfig.model_type:
         return from_folder(SpeechLLM, folder, dtype=torch.float32).eval()
     model = load_multimodal(folder, torch.float32)
     if not hasattr(model, "model") or not hasattr(model.config, "audio_token_id"):
-        raise RuntimeError(f"{name}: a model of type {kind!r}, expected WHISPER+LLM, a folder that "
-                           "train_kd.py wrote, or a speech LLM of transformers")
-    if Path(folder, "adapter_config.json").exists():
+        raise RuntimeError(f"{name}: a model of type {model.config.model_type!r}, expected "
+                           "WHISPER+LLM, a folder that train_kd.py wrote, or a speech LLM of "
+                           "transformers")
+    if Path(folder, "adapter_config.json").exists():  # Granite-Speech's LoRA, on when it hears
         merge_adapter(model)
     # Omni's processor wants torchvision, for what is never shown; Voxtral's takes files only
     plain = hasattr(model.model, "visual") or model.config.model_type == "voxtral"
@@ -1024,7 +1001,7 @@ def load_student(name):
 
 
 def merge_adapter(model):
-    """Granite-Speech's LoRA, which it switches on when it hears, becomes a part of its weights."""
+    """LoRA that a folder came with becomes a part of the weights."""
     if not transformers.utils.is_peft_available():
         raise RuntimeError(f"{model.name_or_path} comes with an adapter: pip install peft")
     for name, layer in list(model.named_modules()):
@@ -1036,25 +1013,19 @@ def merge_adapter(model):
 
 
 def save_student(model, folder, dtype=None, state=None):
-    """Write a transformers folder that AutoModel.from_pretrained(folder, trust_remote_code=True)
-    loads anywhere.
-
-    The folder is written beside its place and renamed: it is complete or not there at all.
-    state: the student's whole state dict, where its own weights are spread over GPUs.
-    """
+    """Write a folder that AutoModel.from_pretrained(folder, trust_remote_code=True) loads anywhere:
+    complete, or not there at all. state: all weights, where they are spread over GPUs."""
     folder = Path(folder)
     temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
     shutil.rmtree(temporary, ignore_errors=True)
-    inner, weights = getattr(model, "model", model), {}  # without HubStudent around it
+    weights = {}
     for name, value in merge_lora(model.state_dict() if state is None else state).items():
         heard = name.startswith(("adapter.", "whisper."))  # must stay the same
-        if dtype and value.is_floating_point() and not heard:
-            value = value.to(dtype)
-        name = name.removeprefix("model.")
-        if name not in inner.all_tied_weights_keys:  # a cast copy is not seen to be tied
-            weights[name] = value
-    write = save_hub_model if isinstance(model, HubStudent) else save_own_model
-    write(inner, weights, temporary)
+        cast = dtype and value.is_floating_point() and not heard
+        weights[name.removeprefix("model.")] = value.to(dtype) if cast else value
+    for name in getattr(model, "model", model).all_tied_weights_keys:
+        weights.pop(name, None)  # a cast copy is not seen to be tied
+    model.save_pretrained(temporary, state_dict=weights)
     config = json.loads((temporary / "config.json").read_text())
     config["dtype"] = str(dtype or torch.float32).removeprefix("torch.")  # not the live model's
     (temporary / "config.json").write_text(json.dumps(config, indent=2))
@@ -1063,33 +1034,3 @@ def save_student(model, folder, dtype=None, state=None):
         os.replace(folder, old)
     os.replace(temporary, folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def save_own_model(model, state, folder):
-    """SpeechLLM with its code, the LLM's tokenizer, and what Whisper reads and writes with."""
-    model.config.auto_map = {"AutoConfig": "model.SpeechLLMConfig", "AutoModel": "model.SpeechLLM"}
-    model.save_pretrained(folder, state_dict=state)
-    shutil.copy(__file__, folder / "model.py")
-    model.tokenizer.save_pretrained(folder)
-    for part in (model.whisper.extractor, model.whisper.tokenizer):
-        part.save_pretrained(folder / "whisper")
-
-
-def save_hub_model(model, state, folder):
-    """A model of transformers, and all else of the folder that it came from: the processor; of a
-    model that also speaks, what it speaks with."""
-    source = Path(model.name_or_path)
-    folder.mkdir(parents=True)
-    for path in source.iterdir():
-        beside = any(path.match(pattern) for pattern in BESIDE)
-        if beside and path.name not in ("adapter_config.json", "model.safetensors.index.json"):
-            shutil.copy(path, folder)
-    if PretrainedConfig.get_config_dict(source)[0]["model_type"] in THINKERS:
-        whole = AutoModelForMultimodalLM.from_pretrained(
-            source, dtype="auto", use_safetensors=True, trust_remote_code=False)
-        # strict would want tied weights, too
-        lost = whole.thinker.load_state_dict(state, strict=False, assign=True).unexpected_keys
-        if lost:
-            raise RuntimeError(f"{source}: no place for {len(lost)} trained tensors: {lost[0]} ...")
-        model, state = whole, None
-    model.save_pretrained(folder, state_dict=state)

@@ -57,7 +57,7 @@ def read_results(folder):
         if failed.exists():
             found[name] = "failed: " + failed.read_text().strip()
         elif measured.exists():
-            found[name] = m.read_json(measured.read_bytes(), measured)
+            [found[name]] = m.json_lines(measured, lambda row, _: row)
             answers = m.json_lines(measured.with_name("answers.jsonl"), lambda row, _: row)
             found[name]["words"] = [len(row["text"].split()) for row in answers]
     for option in ("split", "limit", "seed", "device", "teacher", "start"):
