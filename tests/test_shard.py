@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import test_families as families
 import torch
 from test_train import ROOT, arguments, assert_logs_agree, both, data, one_thread, read_log, read_rows, train, write_rows  # noqa: F401
 
@@ -40,7 +41,8 @@ for argv, last in json.load(open(sys.argv[1])):
 if dist.get_rank() == 0:
     json.dump([held, all(views)], open(sys.argv[1], "w"))
 """
-KINDS = {"full": ["--train", "adapter", "llm", "--lr-llm", "1e-3", "--eval-data", "DATA"], "lora": ["--lora-rank", "4", "--lr-llm", "0.02"]}
+KINDS = {"full": ["--train", "adapter", "llm", "--lr-llm", "1e-3", "--eval-data", "DATA"], "lora": ["--lora-rank", "4", "--lr-llm", "0.02"],
+         "hub": ["--student", "HUB", "--teacher", "HUB", "--train", "encoder", "adapter", "llm", "--eval-data", "DATA"]}
 SIZES = dict(one=["--batch-size", "4"], ddp=["--batch-size", "4"], shard=["--batch-size", "4", "--shard", "--gradient-checkpointing"])
 
 
@@ -52,11 +54,15 @@ def runs(tiny, both, tmp_path_factory):
     mixed = write_rows(both[0].parent / "mixed.jsonl", [{**row, "audio": row["audio"] if i < 3 else None} for i, row in enumerate(rows)])
 
     def argv(name, *options, data=both):
-        options = [str(both[0]) if x == "DATA" else x for x in options]
+        options = [{"DATA": str(both[0]), "HUB": str(root / "hub")}.get(x, x) for x in options]
         return [str(a) for a in arguments(
             tiny, data, root / name, "--student", tiny.student_folder, "--cache", root / ("one" if "one" in name else "two"), "--max-steps", "4",
             "--global-batch-size", "16", "--sound-batch-size", "2", *options)]
 
+    (root / "hub").mkdir()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        families.qwen2_audio(root / "hub").save_pretrained(root / "hub")
     plan = [[argv(f"{name}-{kind}", *SIZES[name], *options), 0] for kind, options in KINDS.items() for name in ("ddp", "shard")]
     plan += [[argv("swapped", "--shard"), 2], [argv("swapped", "--resume"), 1], [argv("swapped", "--resume", "--shard"), 0]]
     plan += [[argv(f"mixed-{name}", *SIZES["ddp"], *options, data=mixed), 0] for name, options in MIXED.items()]
@@ -76,7 +82,8 @@ def runs(tiny, both, tmp_path_factory):
 
 
 # rows of which few have speech: a process may meet none in a step, and must not let the other wait
-MIXED = {"adapter": ["--train", "adapter"], "shard": ["--train", "adapter", "llm", "--shard"]}
+MIXED = {"adapter": ["--train", "adapter"], "shard": ["--train", "adapter", "llm", "--shard"],
+         "hub": ["--student", "HUB", "--teacher", "HUB", "--shard"]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,7 +110,7 @@ def test_two_processes_fill_one_cache_of_the_teacher(runs):
 @pytest.mark.parametrize("kind", KINDS)
 def test_shards_write_the_folders_and_checkpoints_that_others_write(runs, kind):
     one, ddp, sharded = (runs / f"{name}-{kind}" for name in ("one", "ddp", "shard"))
-    for folder in ("last", "best")[:1 + (kind == "full")]:
+    for folder in ("last", "best")[:1 + (kind != "lora")]:
         a, b = ({str(p.relative_to(out / folder)) for p in (out / folder).rglob("*")} for out in (one, sharded))
         assert a == b and (one / folder / "config.json").read_text() == (sharded / folder / "config.json").read_text()
     a, b = (m.load_student(str(out / "last")).state_dict() for out in (one, sharded))
