@@ -11,7 +11,6 @@ import argparse
 import codecs
 import contextlib
 import datetime
-import functools
 import hashlib
 import inspect
 import itertools
@@ -410,11 +409,8 @@ def quiet_cuts(waveform):
 
 
 class Whisper(nn.Module):
-    """A whole Whisper, frozen: what was said, and how it sounded.
-
-    Each clip gets real silence behind it, up to the next of CONTEXT_S: no mask is needed, and what
-    else is in the batch changes nothing.
-    """
+    """A whole Whisper, frozen: what was said, and how it sounded. Each clip gets silence behind it,
+    up to the next of CONTEXT_S: no mask is needed, and the rest of a batch changes nothing."""
 
     def __init__(self, model, folder):
         super().__init__()
@@ -442,12 +438,9 @@ class Whisper(nn.Module):
 
     @torch.inference_mode()
     def hear(self, waveforms, language=None):
-        """Clips -> what was said and how it sounded; no words where Whisper hears no speech.
-
-        waveforms: B of (S_i,) float32 at 16 kHz, of any length. language: ISO code, or one for each
-        clip; None = detected. Returns B Heard, on the CPU. Raises: ValueError if this Whisper does
-        not know the language.
-        """
+        """B clips (S_i,) float32 at 16 kHz, of any length -> B Heard, on the CPU; no words where
+        Whisper hears no speech. language: ISO code, or one for each clip; None = detected.
+        Raises: ValueError if this Whisper does not know it."""
         self.eval()  # also within a student that is being trained
         spoken = language if isinstance(language, list) else [language] * len(waveforms)
         unknown = set(spoken) - {None, "en", *self.languages}
@@ -490,8 +483,7 @@ class Whisper(nn.Module):
         return results
 
     def encode(self, mel):
-        """Log-mel (B, M, F) at 100 Hz -> features (B, F/2, D): Whisper's encoder, whose own forward
-        insists on 30 s."""
+        """Log-mel (B, M, F) at 100 Hz -> (B, F/2, D): the encoder's own forward insists on 30 s."""
         encoder = self.model.encoder
         x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel)))).transpose(1, 2)     # (B, S, D)
         x = x + encoder.embed_positions.weight[:x.shape[1]]
@@ -569,7 +561,7 @@ def load_whisper(name, dtype=torch.float32):
 
 def packs(llm, longest, total):
     """Whether rows can stand behind one another under a mask: tokens of this LLM meet in attention
-    alone, whose mask is ours, and none of its windows is shorter than the longest row."""
+    alone, and none of its windows is shorter than the longest row."""
     config = llm.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) or longest
@@ -698,11 +690,9 @@ def merge_lora(state):
 # ---- the student ----
 
 class Adapter(nn.Module):
-    """What words leave out: a correction of each word, and a few embeddings of the sound.
-
-    Untrained it says nothing: corrections are zero, and sounds are left out. They begin with the
-    first training step, each as the filler token, which changes answers by 0.02 to 0.04 nats.
-    """
+    """What words leave out: a correction of each word, and a few embeddings of the sound. Untrained
+    it says nothing: corrections are zero, and sounds are left out. They begin with the first
+    training step, each as the filler token, which changes answers by 0.02 to 0.04 nats."""
 
     def __init__(self, heard_dim, llm_dim):
         super().__init__()
@@ -728,8 +718,7 @@ class Adapter(nn.Module):
         self.sound.weight.copy_(GAIN * torch.linalg.solve(gram, x.T @ targets.double()).T)
 
     def forward(self, states, sounds):
-        """Decoder states (W, D) of W words, sounds (A, D) -> corrections (W, H), embeddings (A, H),
-        float32."""
+        """Decoder states (W, D) of W words, sounds (A, D) -> (W, H), (A, H), float32."""
         dtype = self.norm.weight.dtype
         return (self.words(self.norm(states.to(dtype))).float(),
                 self.sound((sounds.to(dtype) - self.mean) / self.std).float())
@@ -737,7 +726,7 @@ class Adapter(nn.Module):
 
 class Prompt(NamedTuple):
     """What the student reads: before + words + sound + after. By text `before` holds the question
-    and nothing is heard."""
+    and nothing is heard. HubStudent: words are audio tokens, states what they are made of."""
     before: list     # token ids
     words: list      # token ids of the words heard, W
     states: Tensor   # (W, D) decoder states behind each word
@@ -840,11 +829,11 @@ class SpeechLLM(PreTrainedModel):
     def generate(self, rows, max_new_tokens=128, **options):
         """[{"audio": path or (S,) at 16 kHz} or {"prompt": text}, ...] -> answers, list of str.
         Rows may carry "system", "instruction", "language"; options are those of `generate`."""
-        spoken, prompts = [row for row in rows if row.get("audio") is not None], []
+        spoken = [row for row in rows if row.get("audio") is not None]
         waveforms = [load_audio(row["audio"]) for row in spoken]
-        heard = iter(self.hear(waveforms, [row.get("language") for row in spoken]))  # together
-        for row in rows:
-            prompts.append(self.prompt(row, None if row.get("audio") is None else next(heard)))
+        heard = self.hear(waveforms, [row.get("language") for row in spoken])  # together
+        known = dict(zip(map(id, spoken), heard))
+        prompts = [self.prompt(row, known.get(id(row))) for row in rows]
         ids = generate(self.llm, self.embed(prompts, [[]] * len(prompts)),
                        max_new_tokens=max_new_tokens, eos_ids=[end_token(self.tokenizer)],
                        **options)
@@ -872,13 +861,6 @@ class HubStudent(nn.Module):
             adapter = getattr(inner, name, adapter)
         return {"encoder": list(inside.values()), "adapter": [adapter], "llm": [self.llm]}
 
-    def train(self, mode=True):
-        """What hears stays in eval mode: no dropout, no statistics of a batch."""
-        super().train(mode)
-        self.model.eval()
-        self.llm.train(mode)
-        return self
-
     def hear(self, waveforms, language=None):
         """These models hear at each step: nothing can be known before."""
         return [None] * len(waveforms)
@@ -894,10 +876,10 @@ class HubStudent(nn.Module):
         if mark in self.tokenizer.chat_template:  # else it knows text only
             content = [{"type": "audio"}, {"type": "text", "text": question}][:1 + bool(question)]
         before, after = chat_parts(self.tokenizer, row.get("system"), None, content, mark)
-        count, features = self.features(load_audio(row["audio"]))
-        return Prompt(before, [self.config.audio_token_id] * count, features, [], after)
+        count, inputs = self.inputs_of(load_audio(row["audio"]))
+        return Prompt(before, [self.config.audio_token_id] * count, inputs, [], after)
 
-    def features(self, audio):
+    def inputs_of(self, audio):
         """Audio (S,) -> number of embeddings, {name: what the model makes these of}."""
         audio = F.pad(audio, (0, max(0, SAMPLE_RATE // 10 - len(audio))))
         kind, options = self.config.model_type, dict(sampling_rate=SAMPLE_RATE, return_tensors="pt")
@@ -913,9 +895,9 @@ class HubStudent(nn.Module):
             count = self.model.model.audio_tower._get_feat_extract_output_lengths(frames)[1]
             return count, {"input_features": mel,                                 # (1, M, F)
                            "feature_attention_mask": torch.ones(1, frames, dtype=torch.long)}
-        features = dict(self.processor(text=self.audio_token, audio=[audio.numpy()], **options))
-        del features["attention_mask"]
-        return int((features.pop("input_ids") == self.config.audio_token_id).sum()), features
+        inputs = dict(self.processor(text=self.audio_token, audio=[audio.numpy()], **options))
+        del inputs["attention_mask"]
+        return int((inputs.pop("input_ids") == self.config.audio_token_id).sum()), inputs
 
     def embed(self, prompts, answers):
         """B Prompts and B lists of answer tokens -> B (T_i, H), the LLM's inputs: the model's own
@@ -923,6 +905,8 @@ class HubStudent(nn.Module):
         def give_back(inputs_embeds, **_):
             return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
+        self.model.eval()  # what hears: no dropout, no statistics of a batch
+        self.llm.train(self.training)
         rows, decoder, dtypes = [], self.model.get_decoder(), {p.dtype for p in self.parameters()}
         smallest = min(dtypes, key=lambda dtype: dtype.itemsize)
         decoder.forward = give_back
