@@ -9,6 +9,7 @@ import copy
 import functools
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -240,6 +241,17 @@ def test_the_rest_of_a_batch_changes_no_row_and_another_clip_only_its_own(studen
         assert_close(hidden, hidden_rows(student, ROWS[b:b + 1], ANSWERS[b:b + 1])[0], **CLOSE)
         assert torch.allclose(hidden, changed[b], **CLOSE) == (b != 3)
         assert torch.allclose(hidden, deaf[b], **CLOSE) == ("prompt" in ROWS[b])
+
+
+def test_rows_are_packed_and_the_template_is_read_once(student):
+    prompts, shapes = [student.prompt(row) for row in ROWS[1::2]], []
+    hook = student.llm.base_model.register_forward_pre_hook(
+        with_kwargs=True, hook=lambda _, args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])))
+    hidden_rows(student, ROWS[1::2], ["Yes."] * 3)
+    hook.remove()
+    shared = len(os.path.commonprefix([prompt.before for prompt in prompts]))
+    total = sum(m.positions(prompt) + len(m.text_ids(student.tokenizer, "Yes.")) for prompt in prompts)
+    assert shapes[-1] == (1, total - 2 * shared) and 0 < shared
 
 
 def test_training_by_both_channels_ends_in_a_folder_of_plain_transformers(tiny, family, student, data, tmp_path):
