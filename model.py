@@ -849,6 +849,7 @@ class HubStudent(nn.Module):
         self.model, self.processor, self.tokenizer = model, processor, tokenizer
         self.config, self.__dict__["llm"] = model.config, TextLLM(model)  # shares its weights
         self.audio_token = tokenizer.convert_ids_to_tokens(self.config.audio_token_id)
+        self.silence = self.prompt({"audio": torch.zeros(SAMPLE_RATE)})
 
     def parts(self):
         """What can train, by name. Vision never does, nor the audio_bos_eos that nothing reads."""
@@ -922,8 +923,7 @@ class HubStudent(nn.Module):
         del decoder.forward  # the class's own is there again
         if torch.is_grad_enabled() and not any(prompt.words for prompt in prompts):
             # DDP and FSDP wait for all that trains: hear silence, which changes nothing
-            silence = self.prompt({"audio": torch.zeros(SAMPLE_RATE)})
-            rows[0] = rows[0] + 0 * self.embed([silence], [[]])[0].sum()
+            rows[0] = rows[0] + 0 * self.embed([self.silence], [[]])[0].sum()
         return rows
 
     forward, generate = SpeechLLM.forward, SpeechLLM.generate
