@@ -3,12 +3,13 @@ Turn text instructions into training data: teacher answers and speech, checked b
 
   python synth_speech.py --sample-prompts 1000 --out data/quick    # the teacher invents them
   python synth_speech.py --input alpaca.json --out data/alpaca --max-wer 0.3
-  torchrun --nproc_per_node=8 synth_speech.py --hub-dataset Open-Orca/OpenOrca --out data/orca
+  torchrun --nproc_per_node=8 synth_speech.py --input orca.jsonl --out data/orca
 
 Reads   JSON lines or a JSON list; keys: prompt | question | instruction (+ input or context)
-        (+ system_prompt), response or output; or messages | conversations of one turn
-Writes  OUT/train.jsonl (the manifest), heldout.jsonl, wav/*.flac (16 kHz mono), summary.json;
-        --sounds: sounds.jsonl, sounds-heldout.jsonl, transcripts.jsonl
+        (+ system_prompt), response or output; or messages | conversations of one turn;
+        tools/from_hub.py copies a data set of the hub
+Writes  OUT/train.jsonl (the manifest), heldout.jsonl, dropped.jsonl, summary.json and
+        wav/*.flac (16 kHz mono); tools/sound_questions.py asks how they sound
 Stop it at any moment; the same command goes on. Nothing is made twice.
 """
 import argparse
@@ -16,7 +17,6 @@ import collections
 import ctypes
 import functools
 import hashlib
-import html
 import io
 import json
 import os
@@ -34,7 +34,6 @@ import numpy as np
 import soundfile
 import torch
 import torch.distributed as dist
-import transformers
 from torchaudio.functional import edit_distance, resample
 from tqdm import tqdm
 from transformers.models.whisper import english_normalizer
@@ -45,7 +44,7 @@ import model as m
 VOICES = {"espeak": "en-us en-us+m1 en-us+m3 en-us+m6 en-us+m7 en-us+m8 en-us+f1 en-us+f2 en-us+f5 "
                     "en-us+Gene en-us+Mike en-us+rob en-us+robert en-us+edward en-gb-x-rp "
                     "en-gb-x-rp+m3 en-gb-x-rp+f5".split(),
-          "piper": ["en_US-joe-medium"], "hf": ["default"], "command": ["default"]}
+          "piper": ["en_US-joe-medium"], "command": ["default"]}
 # $5.99, 1st, 1984, 1960s, 1,200; the thousands' mark and the point are the language's
 NUMBER = (r"([$€£])? ?(\d{{1,3}}(?:{0}\d{{3}})+(?!\d)|\d+)(?:{1}(\d+))?"
           r"( (?:thousand|million|billion|trillion)\b)?(?:(st|nd|rd|th|s)\b)?")
@@ -58,11 +57,6 @@ NO_INPUT = re.compile(r"(?i)|\[\]|[\W_]*(no[\W_]?input( (provided|needed|require
                       r"null|n\W?a|nan|not applicable)[\W_]*")
 BACKGROUNDS, SNR_DB = ["rain", "hum", "beeps"], (12, 20)  # voice over background
 TAKE2 = "-take2"    # ends the id of a prompt's second clip
-QUESTIONS = {  # key of a clip -> what is asked about it, the answer to each value
-    "rate": ("Does the speaker talk fast or slowly?", {"fast": "Fast.", "slow": "Slowly."}),
-    "background": ("Is there a noise behind the voice?",
-                   {"quiet": "No.", **dict.fromkeys(BACKGROUNDS, "Yes.")}),
-    "sex": ("Is the speaker a man or a woman?", {"man": "Man.", "woman": "Woman."})}
 
 
 def get_args(argv=None):
@@ -71,9 +65,6 @@ def get_args(argv=None):
     zero, one, share = m.number(int, 0), m.number(int, 1), m.number(float, 0, 1)
     add = p.add_argument_group("prompts").add_argument
     add("--input", help="JSON lines or JSON list")
-    add("--hub-dataset", help="data set id of the hub, streamed (needs the package datasets)")
-    add("--hub-config", help="of the data set, where it has more than one")
-    add("--hub-split", default="train", help="of the data set")
     add("--sample-prompts", type=zero, default=0, help="prompts that the teacher invents")
     add("--limit", type=zero, default=0, help="read at most so many rows; 0 = all")
     add("--max-bad-rows", type=zero, default=0, help="leave so many out, into OUT/bad_rows.jsonl")
@@ -91,33 +82,26 @@ def get_args(argv=None):
     add = p.add_argument_group("speech").add_argument
     add("--engine", choices=ENGINES, default="espeak", help="needs --tts-model or --tts-command")
     add("--voices", nargs="+", help="names (espeak), .onnx files (piper); None: the engine's own")
-    add("--tts-model", help="text-to-speech model of transformers, folder or hub id")
     add("--takes", type=int, choices=[1, 2], default=1, help="clips of a prompt; of 2 one is fast, "
         "one noisy, and with espeak's voices m* and f* one is a man's, one a woman's")
     add("--noise", type=share, default=0, help="share of clips with noise; of --takes 2 half")
-    add("--sounds", action="store_true", help="also rows about how the clips of --takes 2 sound")
     add("--workers", type=one, default=m.cores(), help="threads that speak (piper, command)")
     add("--language", default="en", help="of prompts and speech (ISO 639-1)")
     add("--max-wer", type=m.number(float, 0), default=0, help="drop clips heard worse; 0: unheard")
     add("--asr", default="openai/whisper-base", help="Whisper model that transcribes the speech")
-    p.add_argument("--preview", type=zero, default=0, help="clips in OUT/preview.html")
     p.add_argument("--seed", type=m.number(int, 0, 2**32), default=0, help="of all that is drawn")
     p.add_argument("--out", required=True, help="output folder")
     p.add_argument("--tts-command", nargs=argparse.REMAINDER, default=[], metavar="WORD", help=
                    "LAST: program and arguments, e.g. flite -voice {voice} -t {text} -o {wav}")
     args = p.parse_args(argv)
     words, own_voices = args.tts_command, args.engine in ("espeak", "piper")
-    if sum(map(bool, (args.input, args.hub_dataset, args.sample_prompts))) != 1:
-        p.error("give exactly one of --input FILE, --hub-dataset ID, --sample-prompts N")
-    if args.engine == "hf" and not args.tts_model:
-        p.error("--engine hf needs --tts-model")
+    if bool(args.input) == bool(args.sample_prompts):
+        p.error("give exactly one of --input FILE, --sample-prompts N")
     if args.engine == "command" and not ({"{text}", "{wav}"} < {*words} and shutil.which(words[0])):
         p.error(f"--tts-command {' '.join(words)!r}: expected an installed program "
                 "and the words {text} and {wav}")
     if own_voices and args.language != "en" and not args.voices:
         p.error(f"--language {args.language} needs --voices that speak it")
-    if args.sounds and args.takes == 1:
-        p.error("--sounds needs --takes 2: it asks how the two clips of a prompt differ")
     args.voices = args.voices or VOICES[args.engine]
     if args.dtype == "auto":
         args.dtype = faster_dtype(args.device)
@@ -188,19 +172,6 @@ def to_row(raw, where):
     more = {"system": texts.get("system") or texts.get("system_prompt"),
             "reference": texts.get("reference") or texts.get("response") or texts.get("output")}
     return row | {key: text for key, text in more.items() if text}
-
-
-def hub_rows(args):
-    """Rows of --hub-dataset; one that cannot be read, which nobody can mend there, is dropped."""
-    from datasets import load_dataset
-    stream = load_dataset(args.hub_dataset, args.hub_config, split=args.hub_split, streaming=True)
-    rows = []
-    for i, raw in enumerate(tqdm(stream.take(args.limit) if args.limit else stream, "hub rows")):
-        try:
-            rows.append(to_row(raw, f"{args.hub_dataset}:{i}"))
-        except ValueError as error:
-            rows.append({"id": f"{i:06d}", "prompt": "", "drop": str(error).partition(": ")[2]})
-    return rows
 
 
 UNSPEAKABLE = {
@@ -451,19 +422,6 @@ def piper(_args, text, voice, speed, _rng):
     return np.concatenate([*chunks, np.zeros(0, np.float32)]), speaker.config.sample_rate
 
 
-@functools.cache
-def hf_pipeline(name):
-    return transformers.pipeline("text-to-speech", model=m.resolve(name), trust_remote_code=False,
-                                 model_kwargs={"use_safetensors": True})
-
-
-def hf(args, text, _voice, _speed, rng):
-    speaker = hf_pipeline(args.tts_model)  # before the seed: loading draws random numbers
-    torch.manual_seed(rng.getrandbits(32))
-    result = speaker(readable(text, args.language))
-    return np.asarray(result["audio"], np.float32).reshape(-1), result["sampling_rate"]
-
-
 def command(args, text, voice, _speed, _rng):
     with tempfile.TemporaryDirectory() as folder:
         wav = os.path.join(folder, "speech.wav")
@@ -477,7 +435,7 @@ def command(args, text, voice, _speed, _rng):
         return m.load_audio(wav).numpy(), m.SAMPLE_RATE
 
 
-ENGINES = {"espeak": espeak, "piper": piper, "hf": hf, "command": command}
+ENGINES = {"espeak": espeak, "piper": piper, "command": command}
 
 
 def clips_of(args, row):
@@ -563,41 +521,11 @@ def listen(args, whisper, clips):
     return records
 
 
-def preview(rows):
-    """A page to listen to some rows; every text is escaped."""
-    page = "<!doctype html><meta charset=utf-8><title>Rows to listen to</title>\n"
-    for row in rows:
-        cell = {key: html.escape(str(value)) for key, value in row.items()}
-        page += ("<p><audio controls src='{audio}'></audio> {voice}, word error rate {wer}"
-                 "<br><b>{prompt}</b><br>{response}\n").format_map(cell)
-    return page
-
-
-def about(row, kind, question, reply):
-    """A row of the manifest -> a row about its sound: no text stands for what it asks."""
-    return {"id": f"{row['id']}-{kind}", "prompt": None, "instruction": question,
-            "response": reply, "finish": "stop", "kind": kind, "source": "sounds",
-            **{key: row[key] for key in ("audio", "voice", "seconds", "language")}}
-
-
-def sound_rows(rows):
-    """Questions that the two takes of a prompt answer differently: each answer as often."""
-    takes, sounds = {row["id"]: row for row in rows}, []
-    for row in rows:
-        pair = [row, takes.get(row["id"] + TAKE2, {})]
-        for kind, (question, replies) in QUESTIONS.items():
-            given = [replies.get(take.get(kind)) for take in pair]
-            if {*given} == {*replies.values()}:
-                for take, reply in zip(pair, given):
-                    sounds.append(about(take, kind, question, reply))
-    return sounds
-
-
 def write_results(args, rows, drops, clips, said):
-    """Spoken, checked clips -> manifests, dropped.jsonl, summary.json, preview.html; exit code."""
+    """Spoken, checked clips -> manifests, dropped.jsonl, summary.json; exit code."""
     rows, files = {row["id"]: row for row in rows}, {"train": [], "heldout": []}
     for clip in clips:
-        row = {"source": "sampled" if args.sample_prompts else args.input or args.hub_dataset,
+        row = {"source": "sampled" if args.sample_prompts else args.input,
                "language": args.language, "response": None, "finish": None, "wer": None,
                **rows[clip["id"].removesuffix(TAKE2)], **clip}
         split, reason = row.pop("split"), "no speech" if "error" in clip else None
@@ -612,10 +540,6 @@ def write_results(args, rows, drops, clips, said):
     reasons = collections.Counter(drop["reason"] for drop in drops)
     if not kept:
         raise RuntimeError(f"no row is left of {len(clips)} clips: {reasons}; {drops[-1:]}")
-    if args.sounds:
-        files["sounds"], files["sounds-heldout"] = map(sound_rows, files.values())
-        files["transcripts"] = [about(row, "transcript", "Repeat what you hear.", row["prompt"])
-                                for row in files["train"]]
     for name, content in {**files, "dropped": drops}.items():
         if content or name in ("train", "dropped"):
             lines = "".join(json.dumps(row) + "\n" for row in content)
@@ -626,8 +550,6 @@ def write_results(args, rows, drops, clips, said):
                "mean_wer": round(float(np.mean(rates)), 4) if rates else None,
                "wer_measured_on": len(rates), "dropped": reasons}
     m.write_atomically(Path(args.out) / "summary.json", json.dumps(summary, indent=1))
-    if args.preview:
-        m.write_atomically(Path(args.out) / "preview.html", preview(kept[:args.preview]))
     print(f"{json.dumps(summary, indent=1)}\n{said}".rstrip())
     return 1 if reasons["no speech"] else 0
 
@@ -642,7 +564,7 @@ def begin(args, raw, rows, teacher):
     """Try what can fail, so that it fails now, in every process; refuse an OUT of other options."""
     path = Path(args.out) / ".stages" / "args.json"
     plan = {key: value for key, value in vars(args).items()
-            if key not in ("workers", "preview", "device", "out")}
+            if key not in ("workers", "device", "out")}
     plan["content of the input"] = hashlib.sha1(json.dumps(raw).encode()).hexdigest()
     old = json.loads(path.read_text()) if path.exists() else plan
     changed = ", ".join(key for key in plan if plan[key] != old.get(key))
@@ -651,8 +573,8 @@ def begin(args, raw, rows, teacher):
                          "on, or choose another --out")
     for voice in args.voices if args.engine in ("espeak", "piper") else []:
         ENGINES[args.engine](args, "a", voice, 0, random.Random(0))
-    for name in filter(None, (args.tts_model, args.max_wer and args.asr)):
-        m.resolve(name)
+    if args.max_wer:
+        m.resolve(args.asr)
     if not path.exists():
         Path(args.out, "wav").mkdir(parents=True, exist_ok=True)
         if not (rows and all(row.get("response") for row in rows)):
@@ -666,7 +588,6 @@ def main(args):
 
     # ---- prompts ----
     raw = m.json_lines(args.input, to_row, bad)[:args.limit or None] if args.input else []
-    raw += hub_rows(args) if args.hub_dataset else []
     rows, drops = choose(raw, args)
     if not (rows or args.sample_prompts):  # before OUT is there
         reasons = bad[0]["reason"] if bad else collections.Counter(drop["reason"] for drop in drops)

@@ -25,6 +25,7 @@ import train_kd
 sys.path.insert(0, str(ROOT / "tools"))
 import judge
 import offline_models
+import preview
 
 SCRIPTS = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")) if path.name != "test_losses.py"]
 KEY = "sk-tests-only-0123456789abcdef"
@@ -132,7 +133,7 @@ def test_a_prompt_for_the_shell_is_only_said(tmp_path, monkeypatch):
 
 def test_the_preview_shows_texts_as_texts():
     evil = "<script>alert(1)</script>' onmouseover='alert(2)\" &"
-    page = synth_speech.preview([dict.fromkeys(("audio", "prompt", "response", "voice", "wer"), evil)])
+    page = preview.preview([dict.fromkeys(("audio", "prompt", "response", "voice", "wer"), evil)])
     assert "<script" not in page and "' onmouseover" not in page and page.count("&lt;script&gt;") == 5
     assert page.partition("<audio")[2].count("'") == 2  # those around src
 

@@ -19,10 +19,16 @@ import pytest
 import soundfile
 import torch
 
-from conftest import sound
+from conftest import ROOT, sound
 
 import model as m
 import synth_speech as synth
+
+sys.path.insert(0, str(ROOT / "tools"))
+import from_hub
+import preview
+import sound_questions
+import tts_server
 
 KEYS = set("id prompt audio response finish source voice background seconds sample_rate wer language".split())
 PROMPTS = [f"What do {who} eat {when}?" for who in ("cats", "bears", "old men", "small birds", "horses")
@@ -191,29 +197,36 @@ def test_data_without_a_usable_row_leaves_nothing_behind(tmp_path, rows, said):
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_hub_data_is_read_of_the_config_and_split_that_were_asked_for(tmp_path, monkeypatch):
+def test_hub_data_is_read_of_the_config_and_split_that_were_asked_for(tmp_path, monkeypatch, capsys):
     datasets = pytest.importorskip("datasets")
-    rows = [{"prompt": "Who is it?", "response": "Ann.", "finish": "stop"}, {"prompt": ""}, {"prompt": "Hear <audio> now?"}]
+    rows = [{"prompt": "Who is it?", "response": "Ann."}, {"prompt": ""}, {"prompt": "Hear <audio> now?"},
+            {"messages": [ASK, SAY, ASK]}, {"question": "Never read?"}]
     asked = []
 
     def load_dataset(*names, **options):
         asked.append((names, options))
         return datasets.IterableDataset.from_generator(lambda: iter(rows))
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    argv = ("--hub-dataset", "org/name", "--hub-config", "small", "--hub-split", "test")
-    assert run("no/teacher", tmp_path / "out", *argv) == 0
-    assert asked == [(("org/name", "small"), {"split": "test", "streaming": True})]
-    assert [row["id"] for row in read(tmp_path, "out/train.jsonl")] == ["name-000000"]
-    reasons = [row["reason"][:20] for row in read(tmp_path, "out/dropped.jsonl")]
-    assert reasons == ["no text under prompt", "<audio> or the like "]
+    argv = ("--config", "small", "--split", "test", "--limit", "4")
+    from_hub.main(from_hub.get_args(["org/name@r1", "--out", str(tmp_path / "hub"), *argv]))
+    assert asked == [(("org/name", "small"), {"split": "test", "revision": "r1", "streaming": True})]
+    assert "2 rows are left out, the first: org/name:2: no text under prompt" in (said := capsys.readouterr().out)
+    assert said.endswith(f"now synth_speech.py --input {tmp_path / 'hub/name.jsonl'}\n")
+    bad = []
+    read_back = m.json_lines(tmp_path / "hub/name.jsonl", synth.to_row, bad)
+    assert read_back == [{"id": "name-000001", "prompt": "Who is it?", "reference": "Ann."},
+                         {"id": "name-000002", "prompt": "Why?", "drop": "several turns"}] and not bad
     rows[:] = [{"text": "a", "label": 1}] * 4
-    with pytest.raises(ValueError, match="no row is left of 4: .*its keys are text, label': 4"):
-        run("no/teacher", tmp_path / "none", *argv[:2])
-    assert asked[1] == (("org/name", None), {"split": "train", "streaming": True}) and not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="no row is left of 4: .*its keys are text, label"):
+        from_hub.main(from_hub.get_args(["org/name", "--out", str(tmp_path / "none")]))
+    assert asked[1][1]["split"] == "train" and not (tmp_path / "none").exists()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(RuntimeError, match="needs the package datasets: pip install datasets"):
+        from_hub.main(from_hub.get_args(["org/name", "--out", str(tmp_path / "none")]))
 
 
 @pytest.mark.parametrize("argv", [
-    "--sample-prompts 0", "--input a --sample-prompts 3", "--input a --engine hf", "--input a --noise 2",
+    "--sample-prompts 0", "--input a --sample-prompts 3", "--input a --noise 2",
     "--input a --engine command --tts-command sh {text}",
     "--input a --engine command --tts-command no-such-program {text} {wav}"])
 def test_arguments_that_cannot_work_are_refused_at_once(argv):
@@ -423,13 +436,15 @@ def test_other_options_or_other_prompts_under_the_same_name_are_refused(referenc
 def test_a_manifest_as_input_keeps_its_answers_in_other_voices(reference, tmp_path):
     rows = [row for row in read(reference, "train.jsonl") if row["response"]]
     rows[0]["response"] = "<script>alert('1')</script> & more"
-    argv = ("--input", write(tmp_path / "in.jsonl", rows), "--voices", "en-us+f3", "--preview", 9)
+    argv = ("--input", write(tmp_path / "in.jsonl", rows), "--voices", "en-us+f3")
     assert run("no/teacher", tmp_path / "out", *argv) == 0
     for old, new in zip(rows, read(tmp_path, "out/train.jsonl"), strict=True):
         assert old["voice"] != new["voice"] == "en-us+f3"
         for key in ("id", "prompt", "response", "finish", "source", "system", "reference"):
             assert old.get(key) == new.get(key), key
+    preview.main(preview.get_args([str(tmp_path / "out/train.jsonl"), "--limit", "9"]))
     page = (tmp_path / "out/preview.html").read_text()
+    assert page.count("<audio controls src=") == min(9, len(rows))
     assert "<script" not in page and "&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt; &amp; more" in page
 
 
@@ -554,7 +569,9 @@ def test_flite_speaks(tmp_path):
     assert 1 < row["seconds"] < 5 and m.load_audio(tmp_path / "out" / row["audio"]).abs().max() > 0.1
 
 
-def test_a_text_to_speech_model_of_transformers_speaks(tmp_path):
+def test_a_text_to_speech_model_of_transformers_speaks(tmp_path, monkeypatch):
+    if not shutil.which("curl"):
+        pytest.skip("the program curl is not installed")
     pytest.importorskip("num2words")
     from transformers import VitsConfig, VitsModel, VitsTokenizer
     write(tmp_path / "vocab.json", [{c: i for i, c in enumerate("_ abcdefghijklmnopqrstuvwxyz'?")}])
@@ -563,10 +580,19 @@ def test_a_text_to_speech_model_of_transformers_speaks(tmp_path):
                                  prior_encoder_num_wavenet_layers=1, upsample_initial_channel=32))
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "vits")
-    argv = (tmp_path, PROMPTS[:2], "--engine", "hf", "--tts-model", tmp_path / "vits")
+    server = tts_server.start(tts_server.get_args([str(tmp_path / "vits"), "--port", "0", "--device", "cpu"]))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "*")
+    curl = f"--engine command --tts-command curl -sf --data-raw {{text}} -o {{wav}} 127.0.0.1:{server.server_port}".split()
+    argv = tmp_path, [*PROMPTS[:2], "What is 2 & 3?"], *curl
     rows, first = spoken(*argv)[1], (tmp_path / "out").rename(tmp_path / "first")
-    assert spoken(*argv)[1] == rows and len(rows) == 2
+    assert spoken(*argv)[1] == rows and len(rows) == 3
     assert_same_data(first, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    code, rows, dropped = spoken(tmp_path, ["What?", "@/etc/hostname", "你"], *curl[:2], "--language", "xx", *curl[2:])
+    assert code == 1 and [row["prompt"] for row in rows] == ["What?", "@/etc/hostname"] and dropped[0]["detail"].startswith("curl exited")
+    server.shutdown()
+    server.server_close()
 
 
 def test_bad_speech_is_measured_and_dropped(real, tmp_path, monkeypatch):
@@ -586,7 +612,7 @@ def test_bad_speech_is_measured_and_dropped(real, tmp_path, monkeypatch):
 
 # ---- two takes of a prompt, and questions about how they sound ----
 
-TAKES = ["--takes", 2, "--sounds", "--heldout", 4, "--voices", "en-us+m1", "en-us+m3", "en-us+f2", "en-us+klatt2"]
+TAKES = ["--takes", 2, "--heldout", 4, "--voices", "en-us+m1", "en-us+m3", "en-us+f2", "en-us+klatt2"]
 
 
 @pytest.fixture(scope="module")
@@ -594,6 +620,7 @@ def takes(tmp_path_factory):
     """20 prompts, 4 of them held out, spoken twice."""
     folder = tmp_path_factory.mktemp("takes")
     assert spoken(folder, PROMPTS, *TAKES)[0] == 0
+    sound_questions.main(sound_questions.get_args([str(folder / "out")]))
     return folder / "out"
 
 
@@ -633,7 +660,7 @@ def test_questions_about_sounds_are_balanced_with_the_same_prompts_on_both_sides
             expected = {"rate": {"fast": "Fast.", "slow": "Slowly."}.get(clip["rate"]),
                         "background": "No." if clip["background"] == "quiet" else "Yes.",
                         "sex": {"man": "Man.", "woman": "Woman."}.get(clip.get("sex"))}[row["kind"]]
-            assert row["response"] == expected and row["instruction"] == synth.QUESTIONS[row["kind"]][0]
+            assert row["response"] == expected and row["instruction"] == sound_questions.QUESTIONS[row["kind"]][0]
             sides.setdefault((row["kind"], row["response"]), []).append(clip["prompt"])
         assert len({row["id"] for row in rows}) == len(rows) and len(sides) == 6
         for kind in ("rate", "background", "sex"):
@@ -649,9 +676,15 @@ def test_questions_about_sounds_are_balanced_with_the_same_prompts_on_both_sides
 def test_a_pair_that_lost_a_take_asks_nothing(takes):
     rows = read(takes, "train.jsonl")
     lost = next(row for row in rows if row["id"].endswith("-take2"))
-    asked = synth.sound_rows([row for row in rows if row is not lost])
+    asked = sound_questions.sound_rows([row for row in rows if row is not lost])
     assert not [row for row in asked if row["id"].startswith(lost["id"].removesuffix("-take2") + "-")]
     assert len(asked) == len(read(takes, "sounds.jsonl")) - (6 if "sex" in lost else 4)
+
+
+def test_one_clip_a_prompt_gives_no_questions_and_the_tool_says_so(reference):
+    with pytest.raises(ValueError, match="train.jsonl: no prompt has two clips that differ; expected what .*--takes 2"):
+        sound_questions.main(sound_questions.get_args([str(reference)]))
+    assert not list(reference.glob("sounds*"))
 
 
 def test_stopped_and_started_again_two_takes_sound_alike(takes, tmp_path):
@@ -666,6 +699,7 @@ def test_stopped_and_started_again_two_takes_sound_alike(takes, tmp_path):
     options = {**json.loads(plan.read_text()), "input": str(tmp_path / "in.jsonl")}
     plan.write_text(json.dumps(options))
     assert spoken(tmp_path, PROMPTS, *TAKES)[0] == 0
+    sound_questions.main(sound_questions.get_args([str(tmp_path / "out")]))
     for name in ("sounds", "sounds-heldout", "transcripts"):
         assert (tmp_path / f"out/{name}.jsonl").read_bytes() == (takes / f"{name}.jsonl").read_bytes()
     for path in takes.glob("wav/*"):

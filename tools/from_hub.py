@@ -1,22 +1,29 @@
 """
-Copy VoiceBench or MMAU from the hub to the files that the evaluations read.
+Copy a data set of the hub to files: prompts for synth_speech.py, VoiceBench or MMAU for the evaluations.
+
+  python tools/from_hub.py Open-Orca/OpenOrca --limit 50000 --out data/hub
 
   python tools/from_hub.py hlt-lab/voicebench --out data/voicebench-hub
   python tools/from_hub.py gamma-lab-umd/MMAU-test-mini@REVISION --out data/mmau
 
 Reads   a data set of the hub, NAME or NAME@REVISION; needs the package datasets
-Writes  VoiceBench: OUT/SUBSET-SPLIT.jsonl, OUT/audio/*.wav; MMAU: OUT/mmau.json, OUT/ID.wav
-Stop it at any moment; the same command goes on with the next subset.
+Writes  OUT/OpenOrca.jsonl, the rows as they are there, less those without a prompt;
+        VoiceBench: OUT/SUBSET-SPLIT.jsonl, OUT/audio/*.wav; MMAU: OUT/mmau.json, OUT/ID.wav
+Stop it at any moment; the same command goes on with VoiceBench's next subset.
 """
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_voicebench as vb
 import model as m
+import synth_speech as synth
 
 MMSU = ("law engineering other biology business economics health philosophy psychology history "
         "chemistry physics").split()
@@ -25,45 +32,83 @@ MMSU = ("law engineering other biology business economics health philosophy psyc
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("data", help="hlt-lab/voicebench or gamma-lab-umd/MMAU-test-mini")
+    p.add_argument("data", help="as hlt-lab/voicebench, gamma-lab-umd/MMAU-test-mini, or of prompts")
     p.add_argument("--out", required=True, help="folder of the copy")
     p.add_argument("--subsets", nargs="+", choices=list(vb.SUBSETS), default=vb.NINE,
                    help="of VoiceBench; default: the leaderboard's nine")
     p.add_argument("--region", default="usa", help="split of sd-qa; the leaderboard has usa")
+    p.add_argument("--config", help="of a data set of prompts that has more than one")
+    p.add_argument("--split", default="train", help="of a data set of prompts")
     p.add_argument("--limit", type=m.number(int, 0), default=0,
-                   help="rows a subset, evenly spaced; 0 = all")
+                   help="rows a subset, evenly spaced, or the first prompts; 0 = all")
     return p.parse_args(argv)
 
 
-def load(data, config, split, audio):
-    """-> table whose column `audio` has the bytes of the files, undecoded."""
+def load(data, config, split, **options):
     try:
         import datasets
     except ImportError as error:
         raise RuntimeError("this needs the package datasets: pip install datasets") from error
     name, _, revision = data.partition("@")
-    table = datasets.load_dataset(name, config, split=split, revision=revision or None)
+    return datasets.load_dataset(name, config, split=split, revision=revision or None, **options)
+
+
+def load_sounds(data, config, split, audio):
+    """-> table whose column `audio` has the bytes of the files, undecoded."""
+    table = load(data, config, split)
+    import datasets
     return table.cast_column(audio, datasets.Audio(decode=False))
 
 
+def prompts_of(stream, name, bad):
+    """Lines of the rows that synth_speech.py can read; why it cannot read the others goes into bad."""
+    for i, raw in enumerate(tqdm(stream, "rows"), 1):
+        try:
+            synth.to_row(raw, f"{name}:{i}")
+            yield json.dumps(raw, default=str) + "\n"
+        except ValueError as error:
+            bad.append(str(error))
+
+
+def copy_prompts(args, out):
+    """-> how to go on. Rows that cannot be read, which nobody can mend there, are left out."""
+    stream, name, bad = load(args.data, args.config, args.split, streaming=True), args.data.partition("@")[0], []
+    lines = prompts_of(stream.take(args.limit) if args.limit else stream, name, bad)
+    first, path = next(lines, None), out / f"{Path(name).name}.jsonl"
+    if first is None:  # before OUT is there
+        raise ValueError(f"no row is left of {len(bad)}: {bad[:1]}")
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w") as file:
+        file.write(first)
+        file.writelines(lines)
+    os.replace(temporary, path)
+    if bad:
+        print(f"{len(bad)} rows are left out, the first: {bad[0]}")
+    return f"synth_speech.py --input {path}"
+
+
 def copy_voicebench(args, out):
+    (out / "audio").mkdir(parents=True, exist_ok=True)
     for subset in args.subsets:
         split = {"mmsu": "+".join(MMSU), "sd-qa": args.region}.get(subset, "test")
         path = out / f"{subset}-{'test' if subset == 'mmsu' else split}.jsonl"
         if path.exists():
             continue
-        table, lines = load(args.data, subset, split, "audio"), ""
+        table, lines = load_sounds(args.data, subset, split, "audio"), ""
         for i in vb.spaced(range(len(table)), args.limit):
             row = table[i]
             sound, row["audio"] = row["audio"]["bytes"], f"audio/{path.stem}-{i:05d}.wav"
             (out / row["audio"]).write_bytes(sound)
             lines += json.dumps(row) + "\n"
         m.write_atomically(path, lines)  # last: it says that the subset is there
+    return f"eval_voicebench.py --data {out}"
 
 
 def copy_mmau(args, out):
     """As the official JSON has it: choices without "(A) "."""
-    table, items = load(args.data, None, "test", "context"), []
+    out.mkdir(parents=True, exist_ok=True)
+    table, items = load_sounds(args.data, None, "test", "context"), []
     for i in vb.spaced(range(len(table)), args.limit):
         row = table[i]
         item = json.loads(row["other_attributes"])
@@ -73,15 +118,13 @@ def copy_mmau(args, out):
                       "question": row["instruction"], "choices": choices, "answer": answer})
         (out / f"{item['id']}.wav").write_bytes(row["context"]["bytes"])
     vb.write_json(out / "mmau.json", items)
+    return f"eval_mmau.py --data {out / 'mmau.json'}"
 
 
 def main(args):
-    out = Path(args.out)
-    (out / "audio").mkdir(parents=True, exist_ok=True)
-    copy = copy_mmau if "mmau" in args.data.lower() else copy_voicebench
-    copy(args, out)
-    print(f"{out}: now eval_{copy.__name__.removeprefix('copy_')}.py --data "
-          f"{out / 'mmau.json' if copy is copy_mmau else out}")
+    kinds = {"voicebench": copy_voicebench, "mmau": copy_mmau}
+    copy = next((kinds[kind] for kind in kinds if kind in args.data.lower()), copy_prompts)
+    print(f"{args.out}: now {copy(args, Path(args.out))}")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,8 @@ def get_args(argv=None):
                    help="JSON lines")
     p.add_argument("--out", required=True, help="output folder")
     p.add_argument("--engine", choices=synth.ENGINES, default="espeak",
-                   help="as in synth_speech.py; hf: --tts-model, command: --tts-command")
+                   help="as in synth_speech.py; command: --tts-command")
     p.add_argument("--voices", nargs="+", help="to draw from; None: the engine's own")
-    p.add_argument("--tts-model", help="text-to-speech model of transformers, folder or hub id")
     p.add_argument("--workers", type=m.number(int, 1), default=m.cores(),
                    help="threads that speak (piper, command)")
     p.add_argument("--seed", type=int, default=0, help="of voices and speeds")
@@ -39,9 +38,8 @@ def get_args(argv=None):
                    help="LAST option: a program, its arguments, among them {text} {wav} {voice}")
     p.set_defaults(takes=1, noise=0, language="en")  # as of synth_speech.py
     args = p.parse_args(argv)
-    needed = {"hf": {args.tts_model}, "command": {"{text}", "{wav}"}}.get(args.engine, set())
-    if not needed <= {args.tts_model or "", *args.tts_command}:
-        p.error("--engine hf needs --tts-model; command needs --tts-command with {text} and {wav}")
+    if args.engine == "command" and not {"{text}", "{wav}"} < {*args.tts_command}:
+        p.error("--engine command needs --tts-command with {text} and {wav}")
     args.voices = args.voices or synth.VOICES[args.engine]
     return args
 

@@ -29,10 +29,11 @@ from pathlib import Path
 import torch
 
 TOOLS = Path(__file__).resolve().parent
-sys.path.insert(0, str(TOOLS.parent))
+sys.path[:0] = [str(TOOLS.parent), str(TOOLS)]
 import eval_voicebench as vb
 import model as m
 import synth_speech as synth
+from sound_questions import QUESTIONS, REPEAT
 
 NQ_TRAIN = 2600         # the first rows may be trained on, the others never
 ENGINES = ("piper", "espeak")  # each speaks half of the prompts
@@ -41,7 +42,7 @@ SPARE = 32              # prompts of each engine whose clips are held out: quest
 ALL_TEST, ALL_DEV = 200, 67    # drawn from all candidates, whether the teacher answers them right or wrong
 LEAST = 300             # questions of a retention set that says anything
 NEW_TOKENS = 24         # of an answer
-REPEAT, (SEX, SEX_ANSWERS) = "Repeat what you hear.", synth.QUESTIONS["sex"]
+SEX, SEX_ANSWERS = QUESTIONS["sex"]
 # readers of the recordings, by a part of the file's name; the Harvard clips' are not known
 READERS = {"ljspeech/": "woman", "-1088-": "woman", "/2412-": "woman", "/1089_": "man", "/1272-": "man"}
 RECORDINGS = ("librispeech", "ljspeech", "harvard")

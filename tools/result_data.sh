@@ -21,17 +21,19 @@ say "questions: what is trained on, what is held out, which of these the teacher
 python "$tools/result_data.py" questions --prompts "$prompts" --heldout "${HELDOUT:-1000}" --out "$data" "$@"
 
 say "what is trained on: the teacher's answers, each prompt spoken twice, half of the prompts by Piper"
-synth --input "$data/train-piper.jsonl" --engine piper --takes 2 --sounds --heldout 32 --preview 40 --out "$data/piper"
+synth --input "$data/train-piper.jsonl" --engine piper --takes 2 --heldout 32 --out "$data/piper"
 
 say "the other half by espeak, men and women"
-synth --input "$data/train-espeak.jsonl" --takes 2 --sounds --heldout 32 --out "$data/espeak" \
+synth --input "$data/train-espeak.jsonl" --takes 2 --heldout 32 --out "$data/espeak" \
     --voices en-us+m1 en-us+m3 en-us+m6 en-us+m7 en-us+m8 en-us+f1 en-us+f2 en-us+f5
 
 say "held out: the questions in Piper's voice, in espeak voices that are never trained on, sounds in these, human questions"
 synth --input "$data/ask-heard.jsonl" --engine piper --out "$data/heard"
 synth --input "$data/ask-unheard.jsonl" --voices $unheard --out "$data/unheard"
-synth --input "$data/espeak/heldout.jsonl" --takes 2 --sounds --voices $unheard --out "$data/unheard-sounds"
+synth --input "$data/espeak/heldout.jsonl" --takes 2 --voices $unheard --out "$data/unheard-sounds"
 synth --input "$tools/questions.jsonl" --engine piper --out "$data/human"
+python "$tools/sound_questions.py" "$data"/{piper,espeak,unheard-sounds}
+python "$tools/preview.py" "$data/piper/train.jsonl"
 python "$tools/result_data.py" both --out "$data"
 
 say "done: python tools/run_results.py --data data/$name"
