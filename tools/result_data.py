@@ -117,7 +117,7 @@ def draw(args):
     random.Random(0).shuffle(rest)
     names = {row["id"] for row in candidates}
     # held out first: of two that are nearly the same, the one to train on is dropped
-    options = argparse.Namespace(exclude=[str(TOOLS / "questions.jsonl")], max_words=40, language="en", sample_prompts=0, heldout=0, seed=0)
+    options = argparse.Namespace(exclude=[str(TOOLS / "questions.jsonl")], max_words=40, language="en", heldout=0, seed=0)
     kept, more = synth.choose(candidates + rest, options)
     train = [row for row in kept if row["id"] not in names]
     wanted = args.prompts + SPARE * len(ENGINES)
