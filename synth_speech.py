@@ -5,8 +5,7 @@ Turn text instructions into training data: teacher answers and speech, checked b
   torchrun --nproc_per_node=8 synth_speech.py --input orca.jsonl --out data/orca
 
 Reads   JSON lines or a JSON list; keys: prompt | question | instruction (+ input or context)
-        (+ system_prompt), response or output; or messages | conversations of one turn;
-        tools/from_hub.py copies a data set of the hub, tools/sample_prompts.py invents prompts
+        (+ system_prompt), response or output; tools/from_hub.py and sample_prompts.py write them
 Writes  OUT/train.jsonl (the manifest), heldout.jsonl, dropped.jsonl, summary.json and
         wav/*.flac (16 kHz mono); tools/sound_questions.py asks how they sound
 Stop it at any moment; the same command goes on. Nothing is made twice.
@@ -49,9 +48,6 @@ NUMBER = (r"([$€£])? ?(\d{{1,3}}(?:{0}\d{{3}})+(?!\d)|\d+)(?:{1}(\d+))?"
           r"( (?:thousand|million|billion|trillion)\b)?(?:(st|nd|rd|th|s)\b)?")
 SIGNS = {"&": " and ", "%": " percent", "+": " plus ", "°": " degrees ",
          "$": " dollars ", "€": " euros ", "£": " pounds "}
-# who speaks in messages and conversations -> key of a row; how a row says that it has no input
-ROLES = {"system": "system", "user": "prompt", "human": "prompt", "assistant": "reference",
-         "gpt": "reference", "bot": "reference", "model": "reference"}
 NO_INPUT = re.compile(r"(?i)|\[\]|[\W_]*(no[\W_]?input( (provided|needed|required|given))?|none|"
                       r"null|n\W?a|nan|not applicable)[\W_]*")
 BACKGROUNDS, SNR_DB = ["rain", "hum", "beeps"], (12, 20)  # voice over background
@@ -67,8 +63,7 @@ def get_args(argv=None):
     add("--limit", type=zero, default=0, help="read at most so many rows; 0 = all")
     add("--max-bad-rows", type=zero, default=0, help="leave so many out, into OUT/bad_rows.jsonl")
     add("--max-words", type=one, default=40, help="of a prompt; 40 are about 16 s of speech")
-    add("--exclude", nargs="+", default=[],
-        help="files of prompts to keep out, and all that share 8 words with them")
+    add("--exclude", nargs="+", default=[], help="files of prompts to keep out, or 8 words of them")
     add("--heldout", type=zero, default=0, help="prompts for OUT/heldout.jsonl")
     add = p.add_argument_group("answers").add_argument
     add("--teacher", default=m.DEFAULT_LLM, help="text LLM, local folder or hub id")
@@ -79,7 +74,7 @@ def get_args(argv=None):
     add("--device", choices=["cpu", "cuda"], help="of teacher and recogniser",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add = p.add_argument_group("speech").add_argument
-    add("--engine", choices=ENGINES, default="espeak", help="needs --tts-model or --tts-command")
+    add("--engine", choices=ENGINES, default="espeak", help="command needs --tts-command")
     add("--voices", nargs="+", help="names (espeak), .onnx files (piper); None: the engine's own")
     add("--takes", type=int, choices=[1, 2], default=1, help="clips of a prompt; of 2 one is fast, "
         "one noisy, and with espeak's voices m* and f* one is a man's, one a woman's")
@@ -105,54 +100,30 @@ def get_args(argv=None):
 
 # ---- rows ----
 
-def text_of(value, where):
-    """A text, a number, null or a list of text parts -> str; all else is refused, not cut away."""
-    texts = []
-    for part in value if isinstance(value, list) else [value]:
-        text = part.get("text", part) if isinstance(part, dict) else part
-        if not isinstance(text, str | int | float | None):
-            raise ValueError(f"{where}: {str(text)[:60]!r}, expected text")
-        texts.append("" if text is None else str(text).strip())
-    return "\n".join(texts)
-
-
-def of_chat(messages, where):
-    """OpenAI's [{"role", "content"}] or ShareGPT's [{"from", "value"}] -> texts by the keys of a
-    row; is that all of it, or were there several turns?"""
-    texts, order = {}, ""
-    for message in messages:
-        name = message.get("role", message.get("from")) if isinstance(message, dict) else message
-        key = ROLES.get(str(name).lower())
-        if key is None:
-            raise ValueError(f"{where}: a message of {name!r}, expected of {', '.join(ROLES)}")
-        texts.setdefault(key, text_of(message.get("content", message.get("value")), where))
-        order += key[0]
-    return texts, bool(re.fullmatch("s?pr?", order))
-
-
 def to_row(raw, where):
-    """One input object with any of the common key sets -> row, still without answer and speech;
-    `drop` where the prompt alone would not be all that was said. ValueError if there is none."""
+    """One input object with any of the common key sets -> row, still without answer and speech.
+    ValueError if there is no prompt, or if it alone would not be all that was said."""
     texts = {key: x.strip() for key, x in raw.items() if isinstance(x, str) and x.strip()}
-    drop = "" if NO_INPUT.fullmatch(str(raw.get("history"))) else "history"
-    for value in raw.values():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            if value[0].keys() & {"role", "from"}:
-                said, whole = of_chat(value, where)
-                texts, drop = said | texts, drop if whole else "several turns"
+    for key, value in raw.items():
+        first = value[0] if isinstance(value, list) and value else None
+        turns = isinstance(first, dict) and first.keys() & {"role", "from"}
+        if turns or key == "history" and not NO_INPUT.fullmatch(str(value)):
+            raise ValueError(f"{where}: {key} holds a conversation; tools/from_hub.py makes "
+                             "prompts of rows that have one turn")
     prompt = texts.get("prompt") or texts.get("question") or texts.get("instruction", "")
     for key in ("input", "context"):
-        more = text_of(raw.get(key), where)
+        more = raw.get(key)
+        if not isinstance(more, str | int | float | None) and more != []:
+            raise ValueError(f"{where}: {key} is {str(more)[:60]!r}, expected text")
+        more = str(more).strip()
         if not NO_INPUT.fullmatch(more) and more not in texts.get("prompt", ""):
             prompt = f"{prompt}\n{more}" if prompt or key == "input" else ""
     prompt = m.untagged(prompt.strip(), where)
     if not prompt:
-        raise ValueError(f"{where}: no text under prompt, question or instruction, nor one turn in "
-                         f"messages or conversations; its keys are {', '.join(raw)}")
+        raise ValueError(f"{where}: no text under prompt, question or instruction; its keys are "
+                         f"{', '.join(raw)}")
     file, _, number = where.rpartition(":")
     row = {"id": str(raw.get("id") or f"{Path(file).stem}-{int(number):06d}"), "prompt": prompt}
-    if drop:
-        return row | {"drop": drop}
     if "finish" in raw:  # a manifest of ours: keep the teacher's answer
         keys = ("system", "instruction", "response", "finish", "reference", "source")
         m.check_texts(raw, where, *keys)
@@ -191,22 +162,20 @@ def tidy(text):
 def number_words(found, language, num2words):
     """A match of NUMBER -> words; English has money, ordinals and years, too."""
     sign, whole, part, size, ending = found.groups("")
-    digits = re.sub(r"\D", "", whole)
+    digits, kind = re.sub(r"\D", "", whole), "cardinal"
     number = float(f"{digits}.{part}") if part else int(digits)
-    if language != "en":
-        return f"{sign} {num2words(number, lang=language)}{size}{ending} "
-    if sign:
-        if size or len(part) > 2:
-            return f" {num2words(number)}{size}{SIGNS[sign]}"
+    if language == "en" and sign and not size and len(part) < 3:
         code = {"$": "USD", "€": "EUR", "£": "GBP"}[sign]
         money = num2words(f"{digits}.{part or 0}", to="currency", currency=code)
         money = re.sub(r"^zero \w+, (?!zero)|, zero \w+$", "", money.replace(" sterling", ""))
         return " " + re.sub(r"(.*), (.*) (cents?|pence|penny)$", r"\1 \2", money) + " "
-    if ending not in ("", "s") and not part:
-        return f" {num2words(number, to='ordinal')} "
-    year = whole.isdigit() and not part and 1100 <= number < 2100
-    words = num2words(number, to="year" if year else "cardinal")
-    return re.sub("ys$", "ies", f" {words}{size}{ending}") + " "
+    if language == "en" and not (sign or part):
+        if ending not in ("", "s"):
+            kind, ending = "ordinal", ""
+        elif whole.isdigit() and 1100 <= number < 2100:
+            kind = "year"
+    words = f" {num2words(number, lang=language, to=kind)}{ending}"
+    return re.sub("tys$", "ties", words) + f"{size} {sign} "
 
 
 def readable(text, language="en"):
@@ -242,7 +211,7 @@ def choose(rows, args):
             seen |= fingerprints(tidy(row["prompt"]))
     for row in rows:
         text, row_id = tidy(row["prompt"]), row["id"].removesuffix(TAKE2)
-        reason = row.get("drop") or unspeakable(row["prompt"], args.max_words, args.language)
+        reason = unspeakable(row["prompt"], args.max_words, args.language)
         marks = fingerprints(text)
         if not reason and (marks & seen or row_id in kept):
             reason = "near-duplicate" if marks & seen else "duplicate id"
@@ -314,11 +283,9 @@ def fitting(args, rows, teacher, bad):
 
 def answer(teacher, tokenizer, rows, max_new_tokens):
     """Greedy answers to a batch of rows -> records with response and finish."""
-    end, embed, prompts, records = m.end_token(tokenizer), teacher.get_input_embeddings(), [], []
-    for row in rows:
-        ids = torch.tensor(prompt_ids(tokenizer, row), device=teacher.device)
-        prompts.append(embed(ids))
-    outputs = m.generate(teacher, prompts, max_new_tokens=max_new_tokens, eos_ids=[end])
+    end, embed, records = m.end_token(tokenizer), teacher.get_input_embeddings(), []
+    ids = [torch.tensor(prompt_ids(tokenizer, row), device=teacher.device) for row in rows]
+    outputs = m.generate(teacher, [*map(embed, ids)], max_new_tokens=max_new_tokens, eos_ids=[end])
     for row, ids in zip(rows, outputs):
         finish = "stop" if ids[-1] == end else "length"
         response = tokenizer.decode(ids[:-1] if finish == "stop" else ids)
@@ -486,8 +453,7 @@ def write_results(args, rows, drops, clips, said):
     """Spoken, checked clips -> manifests, dropped.jsonl, summary.json; exit code."""
     rows, files = {row["id"]: row for row in rows}, {"train": [], "heldout": []}
     for clip in clips:
-        row = {"source": args.input,
-               "language": args.language, "response": None, "finish": None, "wer": None,
+        row = {"source": args.input, "language": args.language, "wer": None,
                **rows[clip["id"].removesuffix(TAKE2)], **clip}
         split, reason = row.pop("split"), "no speech" if "error" in clip else None
         if args.max_wer and not reason and row["wer"] > args.max_wer:
@@ -521,8 +487,8 @@ def load_teacher(args):
     return llm.to(args.device), tokenizer
 
 
-def begin(args, raw, rows, teacher):
-    """Try what can fail, so that it fails now, in every process; refuse an OUT of other options."""
+def begin(args, raw):
+    """Fail now where anything can; refuse an OUT of other options -> text of its args.json."""
     path = Path(args.out) / ".stages" / "args.json"
     plan = {key: value for key, value in vars(args).items()
             if key not in ("workers", "device", "out")}
@@ -536,12 +502,8 @@ def begin(args, raw, rows, teacher):
         ENGINES[args.engine](args, "a", voice, 0, random.Random(0))
     if args.max_wer:
         m.resolve(args.asr)
-    if not path.exists():
-        Path(args.out, "wav").mkdir(parents=True, exist_ok=True)
-        if not all(row.get("response") for row in rows):
-            teacher()
-        path.parent.mkdir(exist_ok=True)
-        m.write_atomically(path, json.dumps(plan))
+    Path(args.out, "wav").mkdir(parents=True, exist_ok=True)
+    return json.dumps(plan)
 
 
 def main(args):
@@ -555,11 +517,12 @@ def main(args):
         raise ValueError(f"no row is left of {len(raw) + len(bad)}: {reasons}")
     m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
     teacher = functools.cache(lambda: load_teacher(args))  # loaded when first needed, if ever
-    begin(args, raw, rows, teacher)
+    plan = begin(args, raw)
 
     # ---- answers ----
     rows = fitting(args, rows, teacher, bad)
     said = m.leave_out(bad, args.max_bad_rows, args.out, rank == 0)
+    m.write_atomically(Path(args.out, ".stages", "args.json"), plan)  # the teacher is there
     wanted = [row for row in rows if not row.get("response")]
     answers = staged(args, "answers", wanted, min(args.batch_size, 1 + len(wanted) // m.ranks()[1]),
                      lambda batch: answer(*teacher(), batch, args.max_new_tokens))
@@ -568,7 +531,7 @@ def main(args):
 
     # ---- speech, and what a recogniser makes of it ----
     clips = [clip for row in rows for clip in clips_of(args, row)]
-    workers = args.workers if args.engine in ("piper", "command") else 1  # the others keep state
+    workers = 1 if args.engine == "espeak" else args.workers  # espeak keeps state
     with ThreadPoolExecutor(workers) as pool:
         speak = functools.partial(synthesise, args)
         speech = staged(args, "speech", clips, 4 * workers, lambda batch: pool.map(speak, batch))

@@ -153,44 +153,60 @@ PARTS = [{"type": "text", "text": "Look:"}, {"type": "text", "text": "why?"}]
      {"prompt": "Why?", "system": "Be kind."}),
     ({"messages": [{"role": "user", "content": PARTS}]}, {"prompt": "Look:\nwhy?"}),
     ({"prompt": [ASK], "chosen": [ASK, SAY], "rejected": [ASK, {"from": "gpt", "value": "No."}]}, {"prompt": "Why?", "reference": "So."}),
-    ({"prompt": "Why?", "messages": [ASK, SAY, ASK, SAY]}, {"prompt": "Why?", "drop": "several turns"}),
-    ({"messages": [ASK, SAY, ASK]}, {"prompt": "Why?", "drop": "several turns"}),
-    ({"conversations": [SAY, ASK, SAY]}, {"prompt": "Why?", "drop": "several turns"}),
-    ({"turns": [ASK, ASK]}, {"prompt": "Why?", "drop": "several turns"}),
-    ({"instruction": "Why?", "history": [["Who?", "Ann."]]}, {"prompt": "Why?", "drop": "history"}),
-    ({"instruction": "Why?", "history": "Who? Ann."}, {"prompt": "Why?", "drop": "history"})])
+    ({"prompt": " ", "question": None, "messages": [ASK]}, {"prompt": "Why?"})])
 def test_inputs_that_say_they_are_empty_are_and_one_turn_of_a_chat_is_a_row(raw, row):
-    assert synth.to_row(raw, "in.jsonl:7") == {"id": "in-000007", **row}
+    assert synth.to_row(from_hub.flat(raw, "in.jsonl:7"), "in.jsonl:7") == {"id": "in-000007", **row}
+    if not any(map(from_hub.is_chat, raw.values())):
+        assert synth.to_row(raw, "in.jsonl:7") == {"id": "in-000007", **row}
+
+
+CUT = [{"prompt": "Why?", "messages": [ASK, SAY, ASK, SAY]}, {"messages": [ASK, SAY, ASK]}, {"conversations": [SAY, ASK, SAY]},
+       {"turns": [ASK, ASK]}, {"instruction": "Why?", "history": [["Who?", "Ann."]]}, {"instruction": "Why?", "history": "Who? Ann."}]
+
+
+@pytest.mark.parametrize("raw", CUT)
+def test_a_row_is_never_cut_to_its_first_turn(raw):
+    with pytest.raises(ValueError, match="in.jsonl:7: (several turns|history holds a conversation)"):
+        from_hub.flat(raw, "in.jsonl:7")
+    with pytest.raises(ValueError, match="in.jsonl:7: .* holds a conversation; tools/from_hub.py makes prompts of rows that have one turn"):
+        synth.to_row(raw, "in.jsonl:7")
 
 
 @pytest.mark.parametrize("raw, said", [
     ({"messages": [{"role": "narrator", "content": "Once"}, ASK]},
      "message of 'narrator', expected of system, user, human, assistant, gpt"),
-    ({"messages": [ASK, "So."]}, "a message of 'So.'"),
-    ({"messages": [SAY]}, "nor one turn in messages or conversations; its keys are messages"),
+    ({"messages": [ASK, "So."]}, "a message of 'So.'"), ({"messages": [SAY]}, "several turns, or no question"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "image_url.*, expected text"),
     ({"instruction": "Why?", "input": {"a": 1}}, "{'a': 1}\", expected text"),
     ({"instruction": "Why?", "input": [["a"]]}, "expected text"), ({"dialog": ["Hi", "Ho"]}, "no text under .*; its keys are dialog"),
-    ({"text": "a", "label": 1}, "no text under prompt, question or instruction, nor .*; its keys are text, label"),
+    ({"text": "a", "label": 1}, "no text under prompt, question or instruction; its keys are text, label"),
     ({"context": "Ann came."}, "no text under .*; its keys are context")])
 def test_a_row_of_another_make_is_refused_and_its_keys_are_named(raw, said):
     with pytest.raises(ValueError, match="in.jsonl:7: .*" + said):
-        synth.to_row(raw, "in.jsonl:7")
+        from_hub.flat(raw, "in.jsonl:7")
 
 
-def test_rows_that_would_be_cut_are_dropped_with_their_reason(tmp_path):
+def test_a_file_of_conversations_becomes_prompts_and_what_would_be_cut_is_counted(tmp_path, capsys):
     rows = [{"id": "a", "prompt": "Who is it?", "response": "Ann.", "finish": "stop"}, {"id": "b", "messages": [ASK, SAY, ASK]},
-            {"id": "c", "instruction": "And now?", "history": [["Hi", "Ho"]]}]
-    write(tmp_path / "in.jsonl", rows)
-    assert run("no/teacher", tmp_path / "out", "--input", tmp_path / "in.jsonl") == 0
+            {"id": "c", "instruction": "And now?", "history": [["Hi", "Ho"]]}, {"id": "d", "conversations": [ASK, SAY]}]
+    chats = write(tmp_path / "my.chats.jsonl", rows)
+    from_hub.main(from_hub.get_args([str(chats), "--out", str(tmp_path / "new")]))
+    said = capsys.readouterr().out
+    assert "2 rows are left out: {'several turns, or no question': 1, 'history holds a conversation" in said
+    path = tmp_path / "new/my.chats.jsonl"
+    assert said.endswith(f"now synth_speech.py --input {path}\n")
+    assert [row["id"] for row in m.json_lines(path, synth.to_row)] == ["a", "d"]
+    with pytest.raises(ValueError, match=r"my.chats.jsonl:2: messages holds a conversation; .*\(bad rows: 3; mend them, or leave them out"):
+        run("no/teacher", tmp_path / "out", "--input", chats)
+    with pytest.raises(ValueError, match="would be written over itself"):
+        from_hub.main(from_hub.get_args([str(path), "--out", str(tmp_path / "new")]))
+    assert run("no/teacher", tmp_path / "out", "--input", chats, "--max-bad-rows", 3) == 0
     assert [row["id"] for row in read(tmp_path, "out/train.jsonl")] == ["a"]
-    assert {row["id"]: row["reason"] for row in read(tmp_path, "out/dropped.jsonl")} == {"b": "several turns", "c": "history"}
-    assert json.loads((tmp_path / "out/summary.json").read_text())["dropped"] == {"several turns": 1, "history": 1}
 
 
 @pytest.mark.parametrize("rows, said", [
     ([{"text": "a", "label": 1}] * 3, "left of 3: .*in.jsonl:1: no text under prompt, .* its keys are text, label"),
-    ([{"messages": [ASK, SAY, ASK]}, {"prompt": "{x}"}], "left of 2: .*'several turns': 1, 'code': 1"), ([], "left of 0")])
+    ([{"prompt": "?"}, {"prompt": "{x}"}], "left of 2: .*'empty': 1, 'code': 1"), ([], "left of 0")])
 def test_data_without_a_usable_row_leaves_nothing_behind(tmp_path, rows, said):
     write(tmp_path / "in.jsonl", rows)
     with pytest.raises(ValueError, match="no row is " + said):
@@ -211,12 +227,12 @@ def test_hub_data_is_read_of_the_config_and_split_that_were_asked_for(tmp_path, 
     argv = ("--config", "small", "--split", "test", "--limit", "4")
     from_hub.main(from_hub.get_args(["org/name@r1", "--out", str(tmp_path / "hub"), *argv]))
     assert asked == [(("org/name", "small"), {"split": "test", "revision": "r1", "streaming": True})]
-    assert "2 rows are left out, the first: org/name:2: no text under prompt" in (said := capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert "3 rows are left out: {'no text under prompt, question or instruction; its keys are prompt': 1" in said
     assert said.endswith(f"now synth_speech.py --input {tmp_path / 'hub/name.jsonl'}\n")
     bad = []
     read_back = m.json_lines(tmp_path / "hub/name.jsonl", synth.to_row, bad)
-    assert read_back == [{"id": "name-000001", "prompt": "Who is it?", "reference": "Ann."},
-                         {"id": "name-000002", "prompt": "Why?", "drop": "several turns"}] and not bad
+    assert read_back == [{"id": "name-000001", "prompt": "Who is it?", "reference": "Ann."}] and not bad
     rows[:] = [{"text": "a", "label": 1}] * 4
     with pytest.raises(ValueError, match="no row is left of 4: .*its keys are text, label"):
         from_hub.main(from_hub.get_args(["org/name", "--out", str(tmp_path / "none")]))

@@ -1,17 +1,22 @@
 """
-Copy a data set of the hub to files: prompts for synth_speech.py, VoiceBench or MMAU for the evaluations.
+Copy a data set of the hub: prompts for synth_speech.py, VoiceBench or MMAU for the evaluations.
 
   python tools/from_hub.py Open-Orca/OpenOrca --limit 50000 --out data/hub
 
+  python tools/from_hub.py my-chats.json --out data/hub         # no data set, a file
   python tools/from_hub.py hlt-lab/voicebench --out data/voicebench-hub
   python tools/from_hub.py gamma-lab-umd/MMAU-test-mini@REVISION --out data/mmau
 
-Reads   a data set of the hub, NAME or NAME@REVISION; needs the package datasets
-Writes  OUT/OpenOrca.jsonl, the rows as they are there, less those without a prompt;
+Reads   a data set of the hub, NAME or NAME@REVISION, for which it needs the package datasets;
+        or a file, JSON lines or a JSON list. Rows of prompts may be conversations: OpenAI's
+        [{"role", "content"}] or ShareGPT's [{"from", "value"}] under any key
+Writes  OUT/OpenOrca.jsonl, prompts as rows for --input; left out and counted: rows without a
+        prompt, and those of several turns or with a history, which would be cut;
         VoiceBench: OUT/SUBSET-SPLIT.jsonl, OUT/audio/*.wav; MMAU: OUT/mmau.json, OUT/ID.wav
 Stop it at any moment; the same command goes on with VoiceBench's next subset.
 """
 import argparse
+import collections
 import json
 import os
 import re
@@ -25,6 +30,9 @@ import eval_voicebench as vb
 import model as m
 import synth_speech as synth
 
+# who speaks in a conversation -> key of a row
+ROLES = {"system": "system", "user": "prompt", "human": "prompt", "assistant": "reference",
+         "gpt": "reference", "bot": "reference", "model": "reference"}
 MMSU = ("law engineering other biology business economics health philosophy psychology history "
         "chemistry physics").split()
 
@@ -32,7 +40,7 @@ MMSU = ("law engineering other biology business economics health philosophy psyc
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("data", help="as hlt-lab/voicebench, gamma-lab-umd/MMAU-test-mini, or of prompts")
+    p.add_argument("data", help="hlt-lab/voicebench, gamma-lab-umd/MMAU-test-mini, or prompts")
     p.add_argument("--out", required=True, help="folder of the copy")
     p.add_argument("--subsets", nargs="+", choices=list(vb.SUBSETS), default=vb.NINE,
                    help="of VoiceBench; default: the leaderboard's nine")
@@ -60,31 +68,86 @@ def load_sounds(data, config, split, audio):
     return table.cast_column(audio, datasets.Audio(decode=False))
 
 
-def prompts_of(stream, name, bad):
-    """Lines of the rows that synth_speech.py can read; why it cannot read the others goes into bad."""
-    for i, raw in enumerate(tqdm(stream, "rows"), 1):
+def text_of(value, where):
+    """A text, null or a list of text parts -> str; all else is refused, not cut away."""
+    texts = []
+    for part in value if isinstance(value, list) else [value]:
+        text = part.get("text", part) if isinstance(part, dict) else part
+        if not isinstance(text, str | int | float | None):
+            raise ValueError(f"{where}: {str(text)[:60]!r}, expected text")
+        texts.append("" if text is None else str(text).strip())
+    return "\n".join(texts)
+
+
+def is_chat(value):
+    """Messages of OpenAI's or ShareGPT's kind?"""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and bool(first.keys() & {"role", "from"})
+
+
+def of_chat(messages, where):
+    """Messages -> texts by the keys of a row; ValueError unless they are one turn."""
+    texts, order = {}, ""
+    for message in messages:
+        name = message.get("role", message.get("from")) if isinstance(message, dict) else message
+        key = ROLES.get(str(name).lower())
+        if key is None:
+            raise ValueError(f"{where}: a message of {name!r}, expected of {', '.join(ROLES)}")
+        texts.setdefault(key, text_of(message.get("content", message.get("value")), where))
+        order += key[0]
+    if not re.fullmatch("s?pr?", order):
+        raise ValueError(f"{where}: several turns, or no question")
+    return texts
+
+
+def flat(raw, where):
+    """A row as it is there -> the same with the one turn of its conversation as texts; ValueError
+    if synth_speech.py cannot read it."""
+    row, said = {}, {}
+    for key, value in raw.items():
+        if is_chat(value):
+            said = of_chat(value, where) | said
+        else:
+            row[key] = value
+    for key, text in said.items():
+        if not str(row.get(key) or "").strip():
+            row[key] = text
+    synth.to_row(row, where)
+    return row
+
+
+def usable(rows, name, left_out):
+    """Lines of the rows that synth_speech.py can read; why it cannot read others is counted."""
+    for i, raw in enumerate(tqdm(rows, "rows"), 1):
         try:
-            synth.to_row(raw, f"{name}:{i}")
-            yield json.dumps(raw, default=str) + "\n"
+            yield json.dumps(flat(raw, f"{name}:{i}"), default=str) + "\n"
         except ValueError as error:
-            bad.append(str(error))
+            left_out[str(error).removeprefix(f"{name}:{i}: ")] += 1
 
 
 def copy_prompts(args, out):
-    """-> how to go on. Rows that cannot be read, which nobody can mend there, are left out."""
-    stream, name, bad = load(args.data, args.config, args.split, streaming=True), args.data.partition("@")[0], []
-    lines = prompts_of(stream.take(args.limit) if args.limit else stream, name, bad)
-    first, path = next(lines, None), out / f"{Path(name).name}.jsonl"
+    """-> how to go on. Rows that cannot be read are left out: nobody can mend them at the hub."""
+    name, left_out = args.data.partition("@")[0].rpartition("/")[2], collections.Counter()
+    if Path(args.data).is_file():
+        name, rows = Path(args.data).stem, m.json_lines(args.data, lambda raw, _: raw)
+        rows = rows[:args.limit or None]
+    else:
+        rows = load(args.data, args.config, args.split, streaming=True)
+        rows = rows.take(args.limit) if args.limit else rows
+    path, lines = out / f"{name}.jsonl", usable(rows, name, left_out)
+    if path.exists() and Path(args.data).exists() and path.samefile(args.data):
+        raise ValueError(f"{path} would be written over itself; choose another --out")
+    first = next(lines, None)
     if first is None:  # before OUT is there
-        raise ValueError(f"no row is left of {len(bad)}: {bad[:1]}")
+        raise ValueError(f"no row is left of {left_out.total()}: {dict(left_out.most_common(3))}")
     out.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w") as file:
         file.write(first)
         file.writelines(lines)
     os.replace(temporary, path)
-    if bad:
-        print(f"{len(bad)} rows are left out, the first: {bad[0]}")
+    if left_out:
+        print(f"{left_out.total()} rows are left out: {dict(left_out.most_common(9))}")
     return f"synth_speech.py --input {path}"
 
 
