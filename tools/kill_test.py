@@ -270,7 +270,7 @@ def commands(args, work, student):
     def synth(folder):
         measured = ["--max-wer", "9"] if args.student == m.DEFAULT_STUDENT else []
         return "synth_speech.py", ["--input", f"{work}/questions.jsonl", "--teacher", args.llm, "--heldout", "3", "--takes", "2",
-                                   "--sounds", "--max-new-tokens", "12", "--batch-size", "4", "--preview", "3", *measured, *small,
+                                   "--max-new-tokens", "12", "--batch-size", "4", *measured, *small,
                                    "--out", f"{folder}/run"], False
 
     def train(folder, *more, ranks=False):
@@ -355,6 +355,8 @@ def main(args):
         (work / "synth/alone").mkdir(parents=True)
         wait(*start(args, make["synth"](work / "synth/alone"), work / "synth/alone"))
     for name in args.only:
+        if name.startswith("train"):
+            subprocess.run([sys.executable, ROOT / "tools/sound_questions.py", work / "synth/alone/run"], check=True)
         if name in ("voicebench", "mmau"):
             write_questions(work, work / "synth/alone/run")
         records[name] = try_command(args, name, make[name], say)
