@@ -5,7 +5,7 @@ Turn text instructions into training data: teacher answers and speech, checked b
   torchrun --nproc_per_node=8 synth_speech.py --input orca.jsonl --out data/orca
 
 Reads   JSON lines or a JSON list; keys: prompt | question | instruction (+ input or context)
-        (+ system_prompt), response or output; tools/from_hub.py and sample_prompts.py write them
+        (+ system_prompt), response or output; or conversations of one turn
 Writes  OUT/train.jsonl (the manifest), heldout.jsonl, dropped.jsonl, summary.json and
         wav/*.flac (16 kHz mono); tools/sound_questions.py asks how they sound
 Stop it at any moment; the same command goes on. Nothing is made twice.
@@ -43,13 +43,11 @@ VOICES = {"espeak": "en-us en-us+m1 en-us+m3 en-us+m6 en-us+m7 en-us+m8 en-us+f1
                     "en-us+Gene en-us+Mike en-us+rob en-us+robert en-us+edward en-gb-x-rp "
                     "en-gb-x-rp+m3 en-gb-x-rp+f5".split(),
           "piper": ["en_US-joe-medium"], "command": ["default"]}
-# $5.99, 1st, 1984, 1960s, 1,200; the thousands' mark and the point are the language's
-NUMBER = (r"([$€£])? ?(\d{{1,3}}(?:{0}\d{{3}})+(?!\d)|\d+)(?:{1}(\d+))?"
-          r"( (?:thousand|million|billion|trillion)\b)?(?:(st|nd|rd|th|s)\b)?")
-SIGNS = {"&": " and ", "%": " percent", "+": " plus ", "°": " degrees ",
-         "$": " dollars ", "€": " euros ", "£": " pounds "}
 NO_INPUT = re.compile(r"(?i)|\[\]|[\W_]*(no[\W_]?input( (provided|needed|required|given))?|none|"
                       r"null|n\W?a|nan|not applicable)[\W_]*")
+# who speaks in a conversation -> key of a row
+ROLES = {"system": "system", "user": "prompt", "human": "prompt", "assistant": "reference",
+         "gpt": "reference", "bot": "reference", "model": "reference"}
 BACKGROUNDS, SNR_DB = ["rain", "hum", "beeps"], (12, 20)  # voice over background
 TAKE2 = "-take2"    # ends the id of a prompt's second clip
 
@@ -100,30 +98,54 @@ def get_args(argv=None):
 
 # ---- rows ----
 
+def text_of(value, where):
+    """A text, null or a list of text parts -> str; all else is refused, not cut away."""
+    texts = []
+    for part in value if isinstance(value, list) else [value]:
+        text = part.get("text", part) if isinstance(part, dict) else part
+        if not isinstance(text, str | int | float | None):
+            raise ValueError(f"{where}: {str(text)[:60]!r}, expected text")
+        texts.append("" if text is None else str(text).strip())
+    return "\n".join(texts)
+
+
+def of_chat(messages, where):
+    """OpenAI's [{"role", "content"}] or ShareGPT's [{"from", "value"}] -> texts by the keys of a
+    row; is that all of it, or were there several turns?"""
+    texts, order = {}, ""
+    for message in messages:
+        name = message.get("role", message.get("from")) if isinstance(message, dict) else message
+        key = ROLES.get(str(name).lower())
+        if key is None:
+            raise ValueError(f"{where}: a message of {name!r}, expected of {', '.join(ROLES)}")
+        texts.setdefault(key, text_of(message.get("content", message.get("value")), where))
+        order += key[0]
+    return texts, bool(re.fullmatch("s?pr?", order))
+
+
 def to_row(raw, where):
-    """One input object with any of the common key sets -> row, still without answer and speech.
-    ValueError if there is no prompt, or if it alone would not be all that was said."""
+    """One input object with any of the common key sets -> row, still without answer and speech;
+    `drop` where the prompt alone would not be all that was said. ValueError if there is none."""
     texts = {key: x.strip() for key, x in raw.items() if isinstance(x, str) and x.strip()}
-    for key, value in raw.items():
+    drop = "" if NO_INPUT.fullmatch(str(raw.get("history"))) else "history"
+    for value in raw.values():
         first = value[0] if isinstance(value, list) and value else None
-        turns = isinstance(first, dict) and first.keys() & {"role", "from"}
-        if turns or key == "history" and not NO_INPUT.fullmatch(str(value)):
-            raise ValueError(f"{where}: {key} holds a conversation; tools/from_hub.py makes "
-                             "prompts of rows that have one turn")
+        if isinstance(first, dict) and first.keys() & {"role", "from"}:
+            said, whole = of_chat(value, where)
+            texts, drop = said | texts, drop if whole else "several turns"
     prompt = texts.get("prompt") or texts.get("question") or texts.get("instruction", "")
     for key in ("input", "context"):
-        more = raw.get(key)
-        if not isinstance(more, str | int | float | None) and more != []:
-            raise ValueError(f"{where}: {key} is {str(more)[:60]!r}, expected text")
-        more = str(more).strip()
+        more = text_of(raw.get(key), where)
         if not NO_INPUT.fullmatch(more) and more not in texts.get("prompt", ""):
             prompt = f"{prompt}\n{more}" if prompt or key == "input" else ""
     prompt = m.untagged(prompt.strip(), where)
     if not prompt:
-        raise ValueError(f"{where}: no text under prompt, question or instruction; its keys are "
-                         f"{', '.join(raw)}")
+        raise ValueError(f"{where}: no text under prompt, question or instruction, nor one turn in "
+                         f"messages or conversations; its keys are {', '.join(raw)}")
     file, _, number = where.rpartition(":")
     row = {"id": str(raw.get("id") or f"{Path(file).stem}-{int(number):06d}"), "prompt": prompt}
+    if drop:
+        return row | {"drop": drop}
     if "finish" in raw:  # a manifest of ours: keep the teacher's answer
         keys = ("system", "instruction", "response", "finish", "reference", "source")
         m.check_texts(raw, where, *keys)
@@ -159,43 +181,6 @@ def tidy(text):
     return " ".join(text.translate(plain).split())
 
 
-def number_words(found, language, num2words):
-    """A match of NUMBER -> words; English has money, ordinals and years, too."""
-    sign, whole, part, size, ending = found.groups("")
-    digits, kind = re.sub(r"\D", "", whole), "cardinal"
-    number = float(f"{digits}.{part}") if part else int(digits)
-    if language == "en" and sign and not size and len(part) < 3:
-        code = {"$": "USD", "€": "EUR", "£": "GBP"}[sign]
-        money = num2words(f"{digits}.{part or 0}", to="currency", currency=code)
-        money = re.sub(r"^zero \w+, (?!zero)|, zero \w+$", "", money.replace(" sterling", ""))
-        return " " + re.sub(r"(.*), (.*) (cents?|pence|penny)$", r"\1 \2", money) + " "
-    if language == "en" and not (sign or part):
-        if ending not in ("", "s"):
-            kind, ending = "ordinal", ""
-        elif whole.isdigit() and 1100 <= number < 2100:
-            kind = "year"
-    words = f" {num2words(number, lang=language, to=kind)}{ending}"
-    return re.sub("tys$", "ties", words) + f"{size} {sign} "
-
-
-def readable(text, language="en"):
-    """Numbers and signs as words, for engines that do not read them themselves."""
-    from num2words import num2words
-    marks = (",", r"\.") if language in "en zh ja ko th he".split() else ("[. ]", ",")
-    if language == "en":
-        text = re.sub(r"(?<![\w)])-(?=[$€£]?\d)", "minus ", text)
-        text = re.sub(r"(?<=\d):(?=\d\d(?!\d))", "  ", text.replace(":00", " o'clock "))  # 12:30
-    # 007, but not the end of 1 007
-    text = re.sub(r"(?<![\d.,])(?<!\d )0\d+(?![.,]?\d)", lambda n: " ".join(n[0]), text)
-    try:
-        text = re.sub(NUMBER.format(*marks), lambda n: number_words(n, language, num2words), text)
-    except (NotImplementedError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f"num2words reads no numbers in {language!r}; write them as words, or use "
-                         "an engine that reads them") from error
-    text = text.translate(str.maketrans(SIGNS if language == "en" else {}))
-    return tidy(re.sub(r"\s+(?=[.,;:?!])", "", text))
-
-
 def fingerprints(text):
     """What two texts share if one is nearly the other: all their words, or any 8 in a row."""
     words = re.sub(r"[^\w\s]", "", text.lower()).split()
@@ -211,7 +196,7 @@ def choose(rows, args):
             seen |= fingerprints(tidy(row["prompt"]))
     for row in rows:
         text, row_id = tidy(row["prompt"]), row["id"].removesuffix(TAKE2)
-        reason = unspeakable(row["prompt"], args.max_words, args.language)
+        reason = row.get("drop") or unspeakable(row["prompt"], args.max_words, args.language)
         marks = fingerprints(text)
         if not reason and (marks & seen or row_id in kept):
             reason = "near-duplicate" if marks & seen else "duplicate id"
@@ -353,7 +338,7 @@ def piper(_args, text, voice, speed, _rng):
 def command(args, text, voice, _speed, _rng):
     with tempfile.TemporaryDirectory() as folder:
         wav = os.path.join(folder, "speech.wav")
-        said = readable(text, args.language).lstrip("-")  # no option of the program's
+        said = text.lstrip("-")  # no option of the program's
         values = {"{text}": said, "{wav}": wav, "{voice}": voice}
         words = [values.get(word, word) for word in args.tts_command]  # never through a shell
         result = subprocess.run(words, capture_output=True, errors="replace", timeout=300)

@@ -5,11 +5,12 @@ Serve a text-to-speech model of transformers: it is loaded once, synth_speech.py
   python synth_speech.py --input in.jsonl --out data/mms --engine command \
       --tts-command curl -sf --data-raw {text} -o {wav} localhost:8123
 
-Reads   the body of a POST: the text to say, in UTF-8
+Reads   the body of a POST: the text to say, in UTF-8. These models read no numbers: they get them as words
 Writes  the answer: a WAV file. The same text always sounds alike. Only this machine can ask.
 """
 import argparse
 import io
+import re
 import sys
 import zlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -19,17 +20,62 @@ import numpy as np
 import soundfile
 import torch
 import transformers
+from num2words import num2words
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as m
+import synth_speech as synth
+
+# $5.99, 1st, 1984, 1960s, 1,200; the thousands' mark and the point are the language's
+NUMBER = (r"([$€£])? ?(\d{{1,3}}(?:{0}\d{{3}})+(?!\d)|\d+)(?:{1}(\d+))?"
+          r"( (?:thousand|million|billion|trillion)\b)?(?:(st|nd|rd|th|s)\b)?")
+SIGNS = {"&": " and ", "%": " percent", "+": " plus ", "°": " degrees ",
+         "$": " dollars ", "€": " euros ", "£": " pounds "}
 
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("model", help="text-to-speech model of transformers, folder or hub id")
     p.add_argument("--port", type=m.number(int, 0, 65535), default=8123, help="of this machine; 0: any that is free")
+    p.add_argument("--language", default="en", help="of the numbers in a text (ISO 639-1)")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="of the model")
     return p.parse_args(argv)
+
+
+def number_words(found, language):
+    """A match of NUMBER -> words; English has money, ordinals and years, too."""
+    sign, whole, part, size, ending = found.groups("")
+    digits, kind = re.sub(r"\D", "", whole), "cardinal"
+    number = float(f"{digits}.{part}") if part else int(digits)
+    if language == "en" and sign and not size and len(part) < 3:
+        code = {"$": "USD", "€": "EUR", "£": "GBP"}[sign]
+        money = num2words(f"{digits}.{part or 0}", to="currency", currency=code)
+        money = re.sub(r"^zero \w+, (?!zero)|, zero \w+$", "", money.replace(" sterling", ""))
+        return " " + re.sub(r"(.*), (.*) (cents?|pence|penny)$", r"\1 \2", money) + " "
+    if language == "en" and not (sign or part):
+        if ending not in ("", "s"):
+            kind, ending = "ordinal", ""
+        elif whole.isdigit() and 1100 <= number < 2100:
+            kind = "year"
+    words = f" {num2words(number, lang=language, to=kind)}{ending}"
+    return re.sub("tys$", "ties", words) + f"{size} {sign} "
+
+
+def readable(text, language="en"):
+    """Numbers and signs as words, for engines that do not read them themselves."""
+    marks = (",", r"\.") if language in "en zh ja ko th he".split() else ("[. ]", ",")
+    if language == "en":
+        text = re.sub(r"(?<![\w)])-(?=[$€£]?\d)", "minus ", text)
+        text = re.sub(r"(?<=\d):(?=\d\d(?!\d))", "  ", text.replace(":00", " o'clock "))  # 12:30
+    # 007, but not the end of 1 007
+    text = re.sub(r"(?<![\d.,])(?<!\d )0\d+(?![.,]?\d)", lambda n: " ".join(n[0]), text)
+    try:
+        text = re.sub(NUMBER.format(*marks), lambda n: number_words(n, language), text)
+    except (NotImplementedError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"num2words reads no numbers in {language!r}; write them as words, or use an engine that reads "
+                         "them") from error
+    text = text.translate(str.maketrans(SIGNS if language == "en" else {}))
+    return synth.tidy(re.sub(r"\s+(?=[.,;:?!])", "", text))
 
 
 def say(speaker, text):
@@ -49,8 +95,10 @@ def start(args):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             try:
-                wav = say(speaker, self.rfile.read(int(self.headers["Content-Length"])).decode())
+                text = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                wav = say(speaker, readable(text, args.language))
             except (ValueError, RuntimeError, LookupError, TypeError) as error:  # a text that this model cannot say
+                print(f"{text!r}: {error}", file=sys.stderr, flush=True)  # curl -f does not tell
                 return self.send_error(500, explain=str(error))
             self.send_response(200)
             self.send_header("Content-Length", str(len(wav)))
