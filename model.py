@@ -190,6 +190,8 @@ def start_processes(device, backend="gloo"):
     signal.signal(signal.SIGTERM, stop_now)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # its backward under a mask gives nan at some lengths: Qwen2.5 meets it (pytorch#196678)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:

@@ -154,3 +154,14 @@ def test_a_run_on_a_gpu_resumes(tiny, tmp_path):
     for name, value in load[0].items():
         torch.testing.assert_close(load[1][name].float(), value.float(), rtol=1e-3, atol=1e-4)
 
+
+def test_attention_under_a_mask_has_gradients_where_all_scores_are_far_below_zero():
+    """cuDNN's backward gives nan where a length leaves 64 of 128 (pytorch#196678)."""
+    m.start_processes("cuda")
+    length, width = 192, 64
+    q, k, v = (0.1 * torch.randn(1, 1, length, width, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q[..., 0], k[..., 0] = 1, -120 * math.sqrt(width)  # the softmax's log of sums is near -120
+    causal = torch.ones(length, length, dtype=torch.bool, device="cuda").tril()[None, None]
+    q.requires_grad_()
+    torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=causal).float().square().sum().backward()
+    assert q.grad.isfinite().all()

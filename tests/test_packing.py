@@ -133,3 +133,10 @@ def test_a_student_reads_the_template_once(tiny_student):
         assert_close(a, b, rtol=1e-4, atol=1e-4)
     hook.remove()
     assert at_once == [sum(sizes) - 2 * len(m.chat_parts(tiny_student.tokenizer)[0])]
+
+
+def test_no_script_uses_the_attention_whose_backward_gives_nan_under_a_mask():
+    """tests/test_gpu.py shows what it does (pytorch#196678)."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    m.start_processes("cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -24,7 +24,7 @@ import train_kd
 
 WARM_UP = 2  # steps until the allocator is at rest
 CHECKPOINTING = "ours, --gradient-checkpointing"
-SETTINGS = {"text and speech": ["plain loop", "ours", CHECKPOINTING], "text": ["plain loop", "TRL GKD", "ours"]}
+SETTINGS = {"text and speech": ["plain loop", "ours", CHECKPOINTING], "text": ["plain loop", "TRL GKD", "ours", CHECKPOINTING]}
 
 
 class Stop(Exception):
