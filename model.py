@@ -913,16 +913,16 @@ class HubStudent(nn.Module):
         rows, decoder, dtypes = [], self.model.get_decoder(), {p.dtype for p in self.parameters()}
         smallest = min(dtypes, key=lambda dtype: dtype.itemsize)
         decoder.forward = give_back
-        # in training, what is frozen is rounded
-        with (torch.autocast(self.llm.device.type, smallest) if len(dtypes) > 1 else
-              contextlib.nullcontext()):
+        with contextlib.ExitStack() as stack:
+            stack.callback(delattr, decoder, "forward")  # the class's own is there again
+            if len(dtypes) > 1:  # in training, what is frozen is rounded
+                stack.enter_context(torch.autocast(self.llm.device.type, smallest))
             for prompt, answer in zip(prompts, answers):  # one by one: not all encoders know masks
                 ids = torch.tensor([prompt.before + prompt.words + prompt.after + answer])
                 inputs = BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids),
                                        **prompt.states})
                 inputs.to(self.llm.device, self.model.dtype)  # floats alone get the dtype
                 rows.append(self.model.model(**inputs, use_cache=False).last_hidden_state[0])
-        del decoder.forward  # the class's own is there again
         if torch.is_grad_enabled() and not any(prompt.words for prompt in prompts):
             # DDP and FSDP wait for all that trains: hear silence, which changes nothing
             rows[0] = rows[0] + 0 * self.embed([self.silence], [[]])[0].sum()
