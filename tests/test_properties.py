@@ -22,7 +22,7 @@ import synth_speech
 import train_kd
 
 sys.path.insert(0, str(ROOT / "tools"))
-import tts_server
+import readable
 
 
 def fixed(examples):
@@ -97,8 +97,8 @@ def test_the_filter_gives_a_known_reason_and_white_space_does_not_matter(text):
 @given(st.text("ab 0123456789,.%$&+\u00b0-", max_size=40))
 def test_numbers_become_words_once(text):
     pytest.importorskip("num2words")
-    words = tts_server.readable(text)
-    assert not re.search(r"[0-9%$&+]", words) and tts_server.readable(words) == words
+    words = readable.readable(text)
+    assert not re.search(r"[0-9%$&+]", words) and readable.readable(words) == words
 
 
 @fixed(300)

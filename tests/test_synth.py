@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ import synth_speech as synth
 sys.path.insert(0, str(ROOT / "tools"))
 import from_hub
 import preview
+import readable
 import sample_prompts
 import sound_questions
 import tts_server
@@ -257,7 +259,7 @@ def test_what_cannot_be_read_out_loud_is_named(reason, texts):
 def test_texts_are_made_plain_and_numbers_words_where_the_engine_needs_it(text, tidy, words):
     assert synth.tidy(text) == tidy
     pytest.importorskip("num2words")
-    assert tts_server.readable(tidy) == words
+    assert readable.readable(tidy) == words
 
 
 @pytest.mark.parametrize("language, text, words", [
@@ -276,15 +278,15 @@ def test_texts_are_made_plain_and_numbers_words_where_the_engine_needs_it(text, 
     ("it", "1.200,50", "milleduecento virgola cinque"), ("fa", "3,5", "سه و نیم"), ("en", "20°C", "twenty degrees C")])
 def test_numbers_are_read_as_people_do(language, text, words):
     pytest.importorskip("num2words")
-    assert tts_server.readable(text, language) == words
+    assert readable.readable(text, language) == words
 
 
 @pytest.mark.parametrize("language, text", [("zh", "3 个"), ("el", "3")])
 def test_a_language_whose_numbers_cannot_be_read_is_refused_where_there_are_numbers(language, text):
     pytest.importorskip("num2words")
-    assert tts_server.readable("没有", "zh") == "没有"
+    assert readable.readable("没有", "zh") == "没有"
     with pytest.raises(ValueError, match=f"no numbers in '{language}'; write them as words"):
-        tts_server.readable(text, language)
+        readable.readable(text, language)
 
 
 @pytest.mark.parametrize("language, said, heard, rate", [
@@ -563,6 +565,20 @@ def test_a_program_gets_the_text_as_one_argument_and_its_failures_are_listed(tmp
     assert [(d["prompt"], d["reason"]) for d in dropped] == [(text, "no speech") for text in texts[2:]]
     assert "exited 1: cannot say that" in dropped[0]["detail"] and "speech.wav" in dropped[1]["detail"]
     assert {p.name for p in tmp_path.iterdir()} == {"speak.py", "log.jsonl", "in.jsonl", "out"}
+
+
+def test_a_program_that_reads_no_numbers_gets_words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "speak.py").write_text(PROGRAM)
+    tool = [sys.executable, str(ROOT / "tools/readable.py")]
+    command = [*tool, "en", "{text}", sys.executable, "speak.py", "log.jsonl", "{words}", "{wav}", "{voice}"]
+    [row] = spoken(tmp_path, ["Was it $5.99 in 1984?"], "--engine", "command", "--tts-command", *command)[1]
+    assert row["prompt"] == "Was it $5.99 in 1984?"
+    assert read("log.jsonl") == [["Was it five dollars ninety-nine in nineteen eighty-four?", "default"]]
+    for words, said in ((["en", "5", "echo"], "expected LANGUAGE TEXT PROGRAM"), (["zh", "3 个", "echo", "{words}"], "no numbers in 'zh'"),
+                        (["en", "5", "no-such-program", "{words}"], "No such file")):
+        result = subprocess.run([*tool, *words], capture_output=True, text=True)
+        assert result.returncode == 1 and said in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
 def test_where_all_clips_fail_the_line_says_why(tmp_path):

@@ -10,7 +10,6 @@ Writes  the answer: a WAV file. The same text always sounds alike. Only this mac
 """
 import argparse
 import io
-import re
 import sys
 import zlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,17 +19,10 @@ import numpy as np
 import soundfile
 import torch
 import transformers
-from num2words import num2words
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import model as m
-import synth_speech as synth
-
-# $5.99, 1st, 1984, 1960s, 1,200; the thousands' mark and the point are the language's
-NUMBER = (r"([$€£])? ?(\d{{1,3}}(?:{0}\d{{3}})+(?!\d)|\d+)(?:{1}(\d+))?"
-          r"( (?:thousand|million|billion|trillion)\b)?(?:(st|nd|rd|th|s)\b)?")
-SIGNS = {"&": " and ", "%": " percent", "+": " plus ", "°": " degrees ",
-         "$": " dollars ", "€": " euros ", "£": " pounds "}
+from readable import readable
 
 
 def get_args(argv=None):
@@ -40,42 +32,6 @@ def get_args(argv=None):
     p.add_argument("--language", default="en", help="of the numbers in a text (ISO 639-1)")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="of the model")
     return p.parse_args(argv)
-
-
-def number_words(found, language):
-    """A match of NUMBER -> words; English has money, ordinals and years, too."""
-    sign, whole, part, size, ending = found.groups("")
-    digits, kind = re.sub(r"\D", "", whole), "cardinal"
-    number = float(f"{digits}.{part}") if part else int(digits)
-    if language == "en" and sign and not size and len(part) < 3:
-        code = {"$": "USD", "€": "EUR", "£": "GBP"}[sign]
-        money = num2words(f"{digits}.{part or 0}", to="currency", currency=code)
-        money = re.sub(r"^zero \w+, (?!zero)|, zero \w+$", "", money.replace(" sterling", ""))
-        return " " + re.sub(r"(.*), (.*) (cents?|pence|penny)$", r"\1 \2", money) + " "
-    if language == "en" and not (sign or part):
-        if ending not in ("", "s"):
-            kind, ending = "ordinal", ""
-        elif whole.isdigit() and 1100 <= number < 2100:
-            kind = "year"
-    words = f" {num2words(number, lang=language, to=kind)}{ending}"
-    return re.sub("tys$", "ties", words) + f"{size} {sign} "
-
-
-def readable(text, language="en"):
-    """Numbers and signs as words, for engines that do not read them themselves."""
-    marks = (",", r"\.") if language in "en zh ja ko th he".split() else ("[. ]", ",")
-    if language == "en":
-        text = re.sub(r"(?<![\w)])-(?=[$€£]?\d)", "minus ", text)
-        text = re.sub(r"(?<=\d):(?=\d\d(?!\d))", "  ", text.replace(":00", " o'clock "))  # 12:30
-    # 007, but not the end of 1 007
-    text = re.sub(r"(?<![\d.,])(?<!\d )0\d+(?![.,]?\d)", lambda n: " ".join(n[0]), text)
-    try:
-        text = re.sub(NUMBER.format(*marks), lambda n: number_words(n, language), text)
-    except (NotImplementedError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f"num2words reads no numbers in {language!r}; write them as words, or use an engine that reads "
-                         "them") from error
-    text = text.translate(str.maketrans(SIGNS if language == "en" else {}))
-    return synth.tidy(re.sub(r"\s+(?=[.,;:?!])", "", text))
 
 
 def say(speaker, text):
