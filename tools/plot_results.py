@@ -29,8 +29,7 @@ RUNS = {  # run: how it is trained
     "R4": "S2T, response, CE + KL", "R5": "T2T alone, response, CE + KL", "R6": "S2T + T2T, response, CE + KL",
     "R7": "R6 without sounds", "R8": "R6 with KL alone, LoRA", "R9": "R6 by LoRA", "R10": "R6 with KL alone"}
 PAIRS = [("R1", "R2"), ("R2", "R3"), ("R3", "R4"), ("R4", "R6"), ("R1", "R6"), ("R5", "R6"), ("R7", "R6"), ("R6", "R8"), ("R6", "R9"),
-         ("R6", "R10"),
-         ("base", "R1"), ("base", "R6"), ("base", "R8")]  # the paper's order, then the rest
+         ("R6", "R10"), ("base", "R1"), ("base", "R6"), ("base", "R8")]  # the paper's order, then the rest
 SPOKEN = ("heard", "unheard", "10 dB")
 SHARES = ("retention", "all")  # measures of which more is better; of KL8 less
 WAYS = ("text", *SPOKEN)

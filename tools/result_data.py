@@ -189,7 +189,7 @@ def copy_recordings(args):
     return rows
 
 
-# ---- the two steps ----
+# ---- the steps ----
 
 def read_rows(path):
     return m.json_lines(path, lambda raw, _: raw)
