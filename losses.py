@@ -72,7 +72,6 @@ def reverse_kl(*, student_logits: Tensor, teacher_logits: Tensor, temperature=1.
     """Sum over rows of KL(student || teacher), times T^2. Mode-seeking. Arguments as in forward_kl.
     Source: Gu et al. 2023, MiniLLM (arXiv:2306.08543), section 2."""
     log_student, log_teacher = _log_probs(student_logits, teacher_logits, temperature)
-    # DIFFERS: MiniLLM's rows are of answers that the student samples, ours of the answers given
     return (log_student.exp() * (log_student - log_teacher)).sum() * temperature**2
 
 
@@ -102,17 +101,20 @@ DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "
 def token_kl(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor,
              teacher_weight: Tensor, student_logit_scale=1.0, teacher_logit_scale=1.0,
              chunk_rows=64):
-    """What evaluation reports of each token: KL(teacher || student) at temperature 1, (N,) float32
-    in nats, and whether both prefer the same token, (N,) bool. Arguments as in fused_ce_kd."""
+    """Of each token, (N,): KL(teacher || student) in nats at temperature 1; do both prefer the same
+    token; share of the student's 64 likeliest among the teacher's. Arguments: see fused_ce_kd."""
     vocab = min(len(student_weight), len(teacher_weight))
     student_weight, teacher_weight = student_weight[:vocab].float(), teacher_weight[:vocab].float()
-    kls, agreements = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+    parts = []
     for student, teacher in zip(student_hidden.split(chunk_rows), teacher_hidden.split(chunk_rows)):
         log_student = (student_logit_scale * student.float() @ student_weight.T).log_softmax(-1)
         log_teacher = (teacher_logit_scale * teacher.float() @ teacher_weight.T).log_softmax(-1)
-        kls.append((log_teacher.exp() * (log_teacher - log_student)).sum(-1).cpu())  # (n,)
-        agreements.append((log_teacher.argmax(-1) == log_student.argmax(-1)).cpu())
-    return torch.cat(kls), torch.cat(agreements)
+        kl = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)            # (n,)
+        agree = log_teacher.argmax(-1) == log_student.argmax(-1)
+        ours, theirs = (x.topk(min(64, vocab)).indices for x in (log_student, log_teacher))
+        overlap = (ours[:, :, None] == theirs[:, None]).any(-1).float().mean(-1)  # of (n, 64, 64)
+        parts.append((kl.cpu(), agree.cpu(), overlap.cpu()))
+    return tuple(map(torch.cat, zip(*parts)))
 
 
 # ---- the fused loss: a chunk of rows at a time, its gradient with it; no (N, V) tensor exists ----
@@ -144,27 +146,27 @@ def _divergence(options, log_student, log_teacher, student, teacher):
 
 
 def _ce_kd_rows(logits, rows, options, dtype, space=(None,) * 4):
-    """Both models' logits (n, V), and targets and weights of the rows (n,) -> sums (2,) of CE and
-    KD, and the gradient (n, V) of ce_weight * CE + kd_weight * KD by the student's logits."""
-    (targets, row_weights), temperature = rows, options.temperature
+    """Both models' logits (n, V); the rows' targets, weights of CE, of KD (n,) -> sums (2,) of CE
+    and KD, and the gradient (n, V) of ce_weight * CE + kd_weight * KD by the student's logits."""
+    (targets, of_ce, of_kd), temperature = rows, options.temperature
     a, b, c, d = space  # (n, V) each: a CPU writes there, where it would map memory for each block
     log_student, log_teacher = (
         torch.log_softmax(x if temperature == 1 else torch.div(x, temperature, out=c), -1, out=y)
         for x, y in zip(logits, (a, b)))
     student, teacher = torch.exp(log_student, out=c), torch.exp(log_teacher, out=d)
     kd, gradient = _divergence(options, log_student, log_teacher, student, teacher)
-    gradient *= (options.kd_weight * temperature * row_weights)[:, None]  # T^2 of the loss / T
+    gradient *= (options.kd_weight * temperature * of_kd)[:, None]  # T^2 of the loss / T
     log_probs = log_student if temperature == 1 else torch.log_softmax(logits[0], -1, out=a)
     ce = -log_probs.gather(-1, targets[:, None])[:, 0]  # (n,)
     if options.ce_weight:  # its gradient: probabilities minus one-hot targets
-        scale = (options.ce_weight * row_weights)[:, None]
+        scale = (options.ce_weight * of_ce)[:, None]
         gradient += torch.exp(log_probs, out=b).mul_(scale)
         if targets.is_cuda:  # compiled, this costs no pass of its own; a scatter would
             vocab = torch.arange(gradient.shape[1], device=targets.device)
             gradient -= torch.where(vocab == targets[:, None], scale, 0.0)
         else:
             gradient.scatter_add_(-1, targets[:, None], -scale)
-    sums = torch.stack([row_weights @ ce, row_weights @ kd * temperature**2])
+    sums = torch.stack([of_ce @ ce, of_kd @ kd * temperature**2])
     return sums, gradient.to(dtype)  # compiled, rounding costs no pass either
 
 
@@ -206,7 +208,7 @@ class _FusedCeKd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student_hidden, student_weight, teacher, rows, options):
-        """teacher: hidden rows, head. rows: targets, weights. options: also half and chunk_rows."""
+        """teacher: hidden rows, head. rows: see _ce_kd_rows. options: also half, chunk_rows."""
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         (options, half, chunk_rows), num_rows, on_cpu = options, len(rows[0]), not rows[0].is_cuda
         hiddens, heads = (student_hidden, teacher[0]), [student_weight, teacher[1]]
@@ -216,9 +218,7 @@ class _FusedCeKd(torch.autograd.Function):
         tile = HALF_HEAD_TILE if on_cpu and HALF & {head.dtype for head in heads} else vocab
         logits = [wide.new_empty(min(chunk_rows, num_rows), vocab) for _ in heads]
         grad_hidden = wide.new_zeros(student_hidden.shape) if needs_hidden else None
-        grad_weight = wide.new_empty(student_weight.shape) if needs_weight else None
-        if needs_weight:
-            grad_weight[vocab if num_rows else 0:] = 0  # what no product below fills
+        grad_weight = wide.new_zeros(student_weight.shape) if needs_weight else None
         pending, together = [], 1 if on_cpu else max(1, GPU_WEIGHT_ROWS // chunk_rows)
         sums = wide.new_zeros(2, dtype=torch.float64)  # CE, KD
         for start in range(0, num_rows, chunk_rows):
@@ -271,7 +271,7 @@ def fused_ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidde
         student_weight: (V, H) its head; gets a gradient, summed in float32, if it requires one.
         teacher_hidden, teacher_weight: (N, H'), (V', H') of the teacher. No gradient. The larger
             vocabulary is cut: models pad theirs differently.
-        targets: (N,) int64 answer tokens. row_weights: (N,) of their CE and KD; None = 1.
+        targets: (N,) int64 answer tokens. row_weights: (N, 2) of their CE, of their KD; None = 1.
         kind: one of DIVERGENCES; beta is for jsd and skew_kl only.
         chunk_rows: rows whose two (rows, V) float32 logits exist at the same time.
         student_logit_scale, teacher_logit_scale: logits = scale * hidden @ weight.T.
@@ -289,12 +289,12 @@ def fused_ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidde
                          "0 < beta < 1, chunk_rows >= 1")
     device, wide = targets.device.type, torch.promote_types(student_hidden.dtype, torch.float32)
     half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    row_weights = torch.ones_like(targets) if row_weights is None else row_weights.detach()
+    row_weights = targets.new_ones(len(targets), 2) if row_weights is None else row_weights
     if not torch.is_grad_enabled():  # ctx.needs_input_grad does not look at this
         student_hidden, student_weight = student_hidden.detach(), student_weight.detach()
     with torch.autocast(device, enabled=False):
         return _FusedCeKd.apply(  # a scale of logits may as well be one of the fewer hidden numbers
             student_hidden * student_logit_scale, student_weight,
             (teacher_hidden.detach() * teacher_logit_scale, teacher_weight.detach()),
-            (targets, row_weights.to(wide)),
+            (targets, *row_weights.to(wide).T.contiguous()),  # each in one piece
             (Options(kind, temperature, beta, ce_weight, kd_weight), half, chunk_rows))

@@ -268,9 +268,15 @@ def fitting(args, rows, teacher, bad):
 
 def answer(teacher, tokenizer, rows, max_new_tokens):
     """Greedy answers to a batch of rows -> records with response and finish."""
-    end, embed, records = m.end_token(tokenizer), teacher.get_input_embeddings(), []
+    end, embed = m.end_token(tokenizer), teacher.get_input_embeddings()
     ids = [torch.tensor(prompt_ids(tokenizer, row), device=teacher.device) for row in rows]
     outputs = m.generate(teacher, [*map(embed, ids)], max_new_tokens=max_new_tokens, eos_ids=[end])
+    return answers_of(tokenizer, rows, outputs)
+
+
+def answers_of(tokenizer, rows, outputs):
+    """Rows and the token ids that answer each -> records with response and finish."""
+    end, records = m.end_token(tokenizer), []
     for row, ids in zip(rows, outputs):
         finish = "stop" if ids[-1] == end else "length"
         response = tokenizer.decode(ids[:-1] if finish == "stop" else ids)

@@ -284,7 +284,7 @@ def test_token_kl_is_the_divergence_of_each_row_on_full_logits(vocabs, chunk_row
     made, log_softmax = [], torch.Tensor.log_softmax
     monkeypatch.setattr(torch.Tensor, "log_softmax",
                         lambda x, dim: made.append(x.shape) or log_softmax(x, dim))
-    kl, agree = token_kl(**inputs, student_logit_scale=0.5, teacher_logit_scale=2.0,
+    kl, agree, overlap = token_kl(**inputs, student_logit_scale=0.5, teacher_logit_scale=2.0,
                          chunk_rows=chunk_rows)
     monkeypatch.undo()
     assert max(made) == (min(chunk_rows, 11), 7)  # never more logits at a time
@@ -293,17 +293,17 @@ def test_token_kl_is_the_divergence_of_each_row_on_full_logits(vocabs, chunk_row
     log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
     torch.testing.assert_close(kl, (log_t.exp() * (log_t - log_s)).sum(-1), **ROUNDING)
     assert agree.tolist() == (student.argmax(-1) == teacher.argmax(-1)).tolist()
-    assert kl.dtype == torch.float32 and 0 < agree.sum() < 11
+    assert kl.dtype == torch.float32 and 0 < agree.sum() < 11 and (overlap == 1).all()  # 7 of 64
 
 
 def test_token_kl_of_half_precision_is_computed_in_float32_and_of_no_rows_is_empty():
     inputs = {name: x.detach().bfloat16() for name, x in head_inputs().items() if name != "targets"}
-    kl, _ = token_kl(**inputs)
-    exact, _ = token_kl(**{name: x.float() for name, x in inputs.items()})
+    kl, *_ = token_kl(**inputs)
+    exact, *_ = token_kl(**{name: x.float() for name, x in inputs.items()})
     assert torch.equal(kl, exact) and (kl > 0).all()
-    kl, agree = token_kl(**inputs | {name: inputs[name][:0] for name in ("student_hidden",
+    kl, agree, overlap = token_kl(**inputs | {name: inputs[name][:0] for name in ("student_hidden",
                                                                          "teacher_hidden")})
-    assert kl.shape == agree.shape == (0,)
+    assert kl.shape == agree.shape == overlap.shape == (0,)
 
 
 # ---- 10. wrong input ----

@@ -4,12 +4,13 @@ Distil a text LLM (teacher) into a speech LLM (student), by text and by speech.
   python train_kd.py --data train.jsonl --eval-data heldout.jsonl --out out/run
   torchrun --nproc_per_node=8 train_kd.py --student WHISPER+LLM --data train.jsonl --out out/run
 
-Reads   manifests of synth_speech.py: JSON lines with id, prompt, audio, response, finish
+Reads   manifests of synth_speech.py: JSON lines with id, prompt, audio, response, finish, source
 Writes  OUT/last, OUT/best (students), ckpt-STEP-SHA256.pt, log.jsonl, args.json, bad_rows.jsonl
 
 t2t: the student reads the question.  loss = CE(answer) + lambda * tau^2 * KL(teacher || student)
 s2t: the student hears it.            the same, from the same teacher, who reads it
 sound: rows whose prompt is null.     CE(answer) alone, a mean over rows: no text stands for it
+Rows with "source": "student", whose response it sampled itself, get the divergence alone.
 """
 import argparse
 import collections
@@ -45,9 +46,11 @@ import model as m
 EARLY = 8  # answer tokens before the answer itself gives the question away: the gap shows there
 CHANNELS = ("t2t", "s2t", "sound")
 EVAL_ROWS = 16        # measured together
+OVERLAP = 0.5         # own answers are refused below: teacher and student think of other tokens
 KEYS = ("id", "prompt", "audio", "response", "reference", "finish", "instruction", "system",
-        "language")   # of a row; others are not read
-FREE_OPTIONS = ("resume", "device", "workers", "out", "save_every", "cache", "shard")  # of --resume
+        "language", "source")   # of a row; others are not read
+FREE_OPTIONS = ("resume", "device", "workers", "out", "save_every", "cache", "shard",
+                "teach_only")  # of --resume
 TRAINED_ONLY = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
@@ -69,6 +72,9 @@ def get_args(argv=None):
     add("--cache", help="what Whisper heard, kilobytes a clip; default: .cache beside the data")
     add("--teacher-cache", help="folder for the teacher's hidden rows, 2 bytes x width a token: "
                                 "its body runs once a row and leaves memory; default: none")
+    add("--teach-only", action="store_true",
+        help="fill --teacher-cache and end: loads the teacher alone, so that another process or "
+             "machine can do it; a run with its --teacher, --dtype and rows finds all there")
     add = p.add_argument_group("method").add_argument
     add("--channels", nargs="+", choices=["t2t", "s2t"], default=["t2t", "s2t"],
         help="text to text, speech to text")
@@ -76,7 +82,11 @@ def get_args(argv=None):
     add("--sound-weight", type=weight, default=1.0, help="of rows without a teacher")
     add("--loss", choices=list(losses.DIVERGENCES), default="forward_kl", help="the divergence")
     add("--kd-weight", type=weight, default=0.5, help="lambda of the divergence, the paper's")
-    add("--ce-weight", type=weight, default=1.0, help="of cross-entropy; 0 = pure distillation")
+    add("--ce-weight", type=weight, default=1.0,
+        help="of cross-entropy; 0 = pure distillation, as always for rows of source student")
+    add("--early-tokens", type=natural, default=0,
+        help="the divergence of so many first tokens of an answer weighs more: 2 at the first, "
+             "falling linearly to 1 just behind the last of them; 0 = all weigh 1")
     add("--temperature", type=m.number(float, 0.01), default=2.0, help="tau; the loss has tau^2")
     add("--beta", type=m.number(float, 1e-6, 1 - 1e-6), default=0.5, help="of jsd and skew_kl")
     add = p.add_argument_group("what trains").add_argument
@@ -119,6 +129,8 @@ def get_args(argv=None):
             (frozen and args.channels == ["t2t"],
              "--channels t2t trains nothing without --train llm"),
             (args.shard and "RANK" not in os.environ, "--shard needs torchrun"),
+            (args.teach_only and not args.teacher_cache,
+             "--teach-only fills the folder of --teacher-cache; name it"),
             (not args.kd_weight + args.ce_weight,
              "--kd-weight 0 and --ce-weight 0 leave nothing to learn; set one of them"),
             (size % at_once,
@@ -168,6 +180,11 @@ def channels_of(row, args):
     return [c for c in args.channels if c == "t2t" or row.get("audio")]  # no clip: by text alone
 
 
+def is_own(row):
+    """Did the student sample the answer? Then nobody vouches for it: it gets no CE."""
+    return row.get("source") == "student"
+
+
 def read_data(args):
     """-> rows of all manifests, which tell whether they are there to be `measured`; bad rows."""
     rows, seen, bad = [], {}, []
@@ -184,7 +201,11 @@ def choose_rows(args, rows):
     Raises: ValueError if a channel that was asked for has none, or nothing can be measured."""
     used, measured, counts = [], [], collections.Counter()  # {channel: rows}
     for row in rows:
-        channels = channels_of(row, args)
+        channels, taught = channels_of(row, args), args.labels == "response" and args.kd_weight
+        if is_own(row) and not row["measured"] and not (row["prompt"] and taught):
+            raise ValueError(f"row {row['id']!r}: of source student, whose answer is learned from "
+                             "the teacher alone; expected a prompt, --labels response and a "
+                             "--kd-weight above 0; mend these, or leave such rows out")
         if row["measured"] and channels == args.channels:
             measured.append(row)
         elif channels and not row["measured"]:
@@ -218,12 +239,12 @@ def answer_ids(tokenizer, row, labels, max_tokens):
 
 
 def make_item(row, args, student, teacher_tokenizer, heard_of, taught_of=None):
-    """A row -> what a step needs of it, and no model has to make: id, answer (token ids),
-    teacher_ids (its whole prompt; none for a sound), for each channel that the row serves the
-    student's prompt; taught, the teacher's rows (n, H'), if there is a cache of them."""
-    item = {"id": row["id"], "teacher_ids": [],
-            "answer": answer_ids(student.tokenizer, row, args.labels, args.max_answer_tokens)}
-    for channel in channels_of(row, args):
+    """A row -> what a step needs of it, and no model has to make: id, answer (token ids), own (is
+    it the student's), teacher_ids (its whole prompt; none for a sound), for each channel that the
+    row serves the prompt of the student, if there is one; taught, the teacher's rows (n, H'), if there is a cache of them."""
+    item = {"id": row["id"], "own": is_own(row), "teacher_ids": [],
+            "answer": answer_ids(teacher_tokenizer, row, args.labels, args.max_answer_tokens)}
+    for channel in channels_of(row, args) if student is not None else ():
         if channel == "t2t":
             item["t2t"] = student.prompt({**row, "audio": None})  # reads, hears nothing
         else:
@@ -246,7 +267,8 @@ def check_rows(rows, item_of, llms, bad):
         try:
             item = item_of(rows[k])
             prompts = [item[channel] for channel in CHANNELS if channel in item]
-            size = max(len(item["teacher_ids"]), *map(m.positions, prompts)) + len(item["answer"])
+            sizes = [len(item["teacher_ids"]), *map(m.positions, prompts)]
+            size = max(sizes) + len(item["answer"])
             if size > context:
                 raise ValueError(f"{size} tokens of prompt, speech and answer, the models have room"
                                  f" for {context}; shorten it or lower --max-answer-tokens")
@@ -407,19 +429,40 @@ def align_sounds(student, rows, heard_of):
     return len(sounds)
 
 
-def teach_all(args, teacher, items):
+def teach_all(args, teacher, items, say):
     """Let the teacher's body read each row once, and leave memory -> function from item to its
     hidden rows (n, H'), which give the exact divergence; a few of the largest logits would not."""
     def compute(batch):
+        teacher.to(args.device)  # not before something is to be computed
         return zip(batch, ({"x": x} for x in teacher_rows(teacher, batch)))
 
-    teacher.to(args.device)
+    def key_of(item):
+        return str([item["teacher_ids"], item["answer"]])
+
     asked = [{**item, **dict.fromkeys(CHANNELS)} for item in items if item["teacher_ids"]]  # slim
     folder = Path(args.teacher_cache, fingerprint(teacher, teacher.dtype, "scaled"))
-    kept_of = cached(folder, asked, lambda item: str([item["teacher_ids"], item["answer"]]),
-                     compute, "teaching")
+    unique = {key_of(item): item for item in asked}  # a question in several voices is one
+    tokens = sum(len(item["answer"]) for item in unique.values())
+    head = teacher.get_output_embeddings().weight                                 # (V', H')
+    gib = tokens * head.shape[1] * head.element_size() / 2**30
+    say(f"the teacher reads {len(unique)} rows, {tokens} tokens of answers: {gib:.3g} GiB in "
+        f"{folder}, less what is there")
+    kept_of = cached(folder, asked, key_of, compute, "teaching")
     teacher.base_model.to("meta")  # its head stays
+    teacher.get_output_embeddings().to(args.device)
     return lambda item: kept_of(item)["x"]
+
+
+def teach_only(args, rows, bad, say):
+    """--teach-only: the rows that a run with these options asks a teacher about, into its cache."""
+    teacher, tokenizer = m.load_llm(args.teacher, getattr(torch, args.dtype))
+    item_of = functools.partial(make_item, args=args, student=None, heard_of=None,
+                                teacher_tokenizer=tokenizer)
+    rows, _ = check_rows([row for row in rows if row["prompt"]], item_of, [teacher], bad)
+    left_out = m.leave_out(bad, args.max_bad_rows, args.out, not m.ranks()[0])
+    if left_out:
+        say(left_out)
+    teach_all(args, teacher, map(item_of, rows), say)
 
 
 # ---- one pass through teacher and student ----
@@ -455,6 +498,16 @@ def chunk_rows_of(head):
     return 2 ** max(6, int(math.log2(size / len(head))))
 
 
+def token_weights(args, channel, item):
+    """Weights of CE and of the divergence of an answer's tokens, (n, 2): a sound's are 1 in sum."""
+    count = len(item["answer"])
+    if channel == "sound":
+        return torch.full((count, 2), 1 / max(1, count))
+    ce = torch.full((count,), 0.0 if item["own"] else 1.0)
+    kd = 1 + (args.early_tokens - torch.arange(count)).clamp(min=0) / max(1, args.early_tokens)
+    return torch.stack([ce, kd], 1)
+
+
 def channel_loss(args, channel, llms, hidden, items):
     """Sums over a channel's answer tokens -> (loss, ce, kd). llms: student's and teacher's (None if
     it is not asked), whose rows are a part of the items. Rows without a teacher get CE, whatever
@@ -462,11 +515,9 @@ def channel_loss(args, channel, llms, hidden, items):
     (llm, teacher), ce_weight, kd_weight = llms, args.ce_weight, args.kd_weight
     # (n_i, H') each; a row that stands in has an answer of no token
     taught = [item["taught"][:len(item["answer"])] for item in items if "taught" in item]
-    row_weights = None
     if channel == "sound":
         ce_weight, kd_weight = 1.0, 0.0
-        lengths = torch.tensor([len(item["answer"]) for item in items], device=hidden.device)
-        row_weights = (1 / lengths).repeat_interleave(lengths)                    # (N,)
+    weights = torch.cat([token_weights(args, channel, item) for item in items])   # (N, 2)
     if not kd_weight:  # a stand-in, of the right shape
         teacher, taught = llm, [hidden.detach()]
     heads = [x.get_output_embeddings().weight for x in (llm, teacher)]  # (V, H), (V', H')
@@ -474,7 +525,7 @@ def channel_loss(args, channel, llms, hidden, items):
     return losses.fused_ce_kd(  # chunk by chunk: no (N, V) logits ever exist
         student_hidden=hidden, student_weight=heads[0], student_logit_scale=m.logit_scale(llm),
         teacher_hidden=torch.cat(taught).to(hidden.device), teacher_weight=heads[1],
-        targets=torch.tensor(targets, device=hidden.device), row_weights=row_weights,
+        targets=torch.tensor(targets, device=hidden.device), row_weights=weights.to(hidden.device),
         kind=args.loss, beta=args.beta, temperature=args.temperature, ce_weight=ce_weight,
         kd_weight=kd_weight, chunk_rows=chunk_rows_of(heads[0]))
 
@@ -483,49 +534,69 @@ def channel_loss(args, channel, llms, hidden, items):
 
 @torch.no_grad()
 def measure(student, teacher, items, channels, autocast):
-    """Divergence from the teacher, row by row -> {channel: [(kl (n,) nats at tau 1, agree (n,))]}
-    over each answer's tokens."""
+    """Divergence from the teacher, row by row -> {channel: [(kl (n,) nats at tau 1, agree (n,),
+    overlap (n,) of their likeliest tokens)]} over each answer's tokens."""
     answers, results = [item["answer"] for item in items], {}
     lengths = [len(answer) for answer in answers]
     taught = torch.cat(list(teacher_rows(teacher, items))).to(student.llm.device)  # (N, H')
     for channel in channels:
         with autocast():
             hidden = student([item[channel] for item in items], answers)          # (N, H)
-        kl, agree = losses.token_kl(  # (N,) each; always at tau 1
+        found = losses.token_kl(  # three of (N,); always at tau 1
             student_hidden=hidden, student_weight=student.llm.get_output_embeddings().weight,
             teacher_hidden=taught, teacher_weight=teacher.get_output_embeddings().weight,
             student_logit_scale=m.logit_scale(student.llm))
-        results[channel] = list(zip(kl.split(lengths), agree.split(lengths)))
+        results[channel] = list(zip(*[values.split(lengths) for values in found]))
     return results
 
 
-def evaluate(args, student, teacher, rows, item_of, autocast):
+def evaluate(channels, student, teacher, rows, item_of, autocast):
     """Every rank measures its share -> record for the log: KL and agreement, over all answer
-    tokens and over the first EARLY, of each channel; the gap between the channels."""
+    tokens and over the first EARLY, of each channel, and how far the likeliest tokens are the same;
+    the gap between the channels."""
     rank, world = m.ranks()
     student.eval()
-    sums = torch.zeros(len(args.channels), 2, 3, dtype=torch.float64)
+    sums = torch.zeros(len(channels), 2, 4, dtype=torch.float64)
     share = -(-len(rows) // world)  # as many on every rank: sharded models work together
     for start in range(0, share, EVAL_ROWS):
         numbers = [rank + world * k for k in range(start, min(start + EVAL_ROWS, share))]
         items = [item_of(rows[k % len(rows)]) for k in numbers]
         counted = sum(k < len(rows) for k in numbers)  # beyond the last they are read alone
-        found = measure(student, teacher, items, args.channels, autocast)
-        for total, channel in zip(sums, args.channels):
-            for kl, agree in found[channel][:counted]:
-                both = torch.stack([kl, agree, torch.ones_like(kl)]).double()     # (3, n)
+        found = measure(student, teacher, items, channels, autocast)
+        for total, channel in zip(sums, channels):
+            for values in found[channel][:counted]:
+                both = torch.stack([*values, torch.ones_like(values[0])]).double()  # (4, n)
                 total += torch.stack([both.sum(1), both[:, :EARLY].sum(1)])
     sums = sums.to(student.llm.device)
     if world > 1:
         dist.all_reduce(sums)  # of counts and sums, so that the mean is exact
     record = {}
-    for channel, parts in zip(args.channels, sums.tolist()):
-        for suffix, (kl, agree, tokens) in zip(("", "8"), parts):
+    for channel, parts in zip(channels, sums.tolist()):
+        for suffix, (kl, agree, overlap, tokens) in zip(("", "8"), parts):
             record[f"eval_kl{suffix}_{channel}"] = kl / max(1, tokens)  # nats a token
             record[f"eval_agree{suffix}_{channel}"] = agree / max(1, tokens)
-    if len(args.channels) == 2:
+            if not suffix:
+                record[f"eval_overlap_{channel}"] = overlap / max(1, tokens)
+    if len(channels) == 2:
         record["eval_gap8"] = record["eval_kl8_s2t"] - record["eval_kl8_t2t"]  # nats a token
     return record
+
+
+def check_own(student, teacher, rows, item_of, autocast):
+    """Are the answers this student's own, and is the teacher of its kind -> the share of its
+    likeliest tokens that are the teacher's, too, in words. ValueError if that is below OVERLAP."""
+    def heard_or_read(row):
+        item = item_of(row)
+        return {**item, "own": item.get("s2t", item.get("t2t"))}
+
+    record = evaluate(["own"], student, teacher, rows[:EVAL_ROWS], heard_or_read, autocast)
+    share = record["eval_overlap_own"]
+    if not share >= OVERLAP:
+        raise ValueError(f"rows of source student, e.g. {rows[0]['id']!r}: of this student's 64 "
+                         f"likeliest tokens {share:.2f} are the teacher's, expected {OVERLAP} or "
+                         "more: the answers are not this student's, or the teacher is of another "
+                         "kind; let the student answer again")
+    return f"own answers: of the student's 64 likeliest tokens {share:.2f} are the teacher's"
 
 
 # ---- what trains ----
@@ -555,7 +626,7 @@ def load_teacher(args, student, dtype):
     same = all(k in own and torch.equal(own[k].to(v), v) for k, v in teacher.state_dict().items())
     if same and args.lora_rank and not args.teacher_cache and not args.shard:
         teacher = student.llm  # asked with its adapters off: one copy in memory
-    if not args.shard:  # else it moves piece by piece
+    if not args.shard and not args.teacher_cache:  # else piece by piece, or if a row is not there
         teacher.to(args.device)
     return teacher.requires_grad_(False), tokenizer  # it stays as it is: the answers are its own
 
@@ -701,6 +772,14 @@ def log(args, record, *more):
     print(f"step {record['step']}", *cells, *more, sep=" | ", flush=True)
 
 
+def end_processes(code):
+    """They end together, or torchrun kills all when one has ended -> the exit code."""
+    if m.ranks()[1] > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return code
+
+
 # ---- main ----
 
 def main(args):
@@ -717,6 +796,9 @@ def main(args):
     train_rows, eval_rows, counts, line = choose_rows(args, rows)
     say(line)
     out.mkdir(parents=True, exist_ok=True)  # fails now, not after the first steps
+    if args.teach_only:
+        teach_only(args, train_rows + eval_rows, bad, say)
+        return end_processes(0)
 
     # ---- student, teacher ----
     student = m.load_student(args.student)  # in float32, on the CPU
@@ -744,7 +826,7 @@ def main(args):
     if isinstance(student, m.SpeechLLM) and not student.adapter.listens:  # untrained so far
         say("sound layer: begins with", align_sounds(student, train_rows, heard_of), "clips")
     if args.teacher_cache and teacher is not None:
-        taught_of = teach_all(args, teacher, map(item_of, train_rows + eval_rows))
+        taught_of = teach_all(args, teacher, map(item_of, train_rows + eval_rows), say)
         item_of = functools.partial(item_of, taught_of=taught_of)
     plan = plan_steps(train_rows, args)  # all steps, known before the first
 
@@ -783,10 +865,13 @@ def main(args):
     channel_weights = {"t2t": args.t2t_weight, "s2t": 1.0, "sound": args.sound_weight}
     # speech first: it keeps more for backward, and no gradients exist. By text the LLM alone learns
     channels = [c for c in CHANNELS[::-1] if counts[c] and (c != "t2t" or "llm" in args.train)]
+    own_rows = [row for row in train_rows if is_own(row)]
+    if own_rows and not step:
+        say(check_own(student, teacher, own_rows, item_of, autocast))
     begun = time.perf_counter()  # s
     while True:
         if eval_rows and (step == steps or step % (args.eval_every or steps) == 0):
-            record = evaluate(args, student, teacher, eval_rows, item_of, autocast)
+            record = evaluate(args.channels, student, teacher, eval_rows, item_of, autocast)
             score = record.get("eval_kl8_s2t", record.get("eval_kl8_t2t"))
             if best is None or score < best:  # the best early answers by speech
                 best = score
@@ -815,6 +900,7 @@ def main(args):
         for row in [train_rows[k] for k in itertools.chain(*plan[step])]:
             for channel in set(channels_of(row, args)) & set(channels):
                 counted[channel] += 1 if channel == "sound" else row["tokens"]
+                counted[f"own_{channel}"] += row["tokens"] if is_own(row) else 0  # without CE
                 counted["tokens"] += row["tokens"]
         torch.manual_seed(args.seed + 100_003 * step + rank)  # of dropout: also after a restart
         sums = torch.zeros(len(CHANNELS), 3, dtype=torch.float64, device=args.device)
@@ -854,8 +940,10 @@ def main(args):
             record = {"step": step, "loss": total}
             for channel, (_, ce, kd) in zip(CHANNELS, sums.tolist()):
                 count = counted[channel]  # of tokens, or rows
-                if count:
-                    record |= {f"ce_{channel}": ce / count, f"kd_{channel}": kd / count}
+                for name, total, those in (("ce", ce, count - counted[f"own_{channel}"]),
+                                           ("kd", kd, count)):
+                    if those:
+                        record[f"{name}_{channel}"] = total / those
             memory = (torch.cuda.max_memory_allocated() if args.device == "cuda" else
                       1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes
             record |= {**norms, "lr": max(group["lr"] for group in optimizer.param_groups),
@@ -873,10 +961,7 @@ def main(args):
         if step:  # before the first one, saving would count one in the optimizer
             save_checkpoint(args, student, optimizer, step, best, identity)
         say(f"stopped by SIGTERM after step {step}; the same command with --resume goes on")
-    if world > 1:
-        dist.barrier()  # torchrun kills all when one has ended otherwise
-        dist.destroy_process_group()
-    return 0 if step == steps else 143  # 128 + SIGTERM, as a shell has it
+    return end_processes(0 if step == steps else 143)  # 128 + SIGTERM, as a shell has it
 
 
 if __name__ == "__main__":

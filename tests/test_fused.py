@@ -15,7 +15,7 @@ def one_thread():
 
 
 def pair(rows, vocab, width, dtype=torch.float32, apart=1.0, seed=0):
-    """Student and teacher whose hidden rows differ by `apart`; targets; row weights."""
+    """Student and teacher whose hidden rows differ by `apart`; targets; row weights of CE, of KD."""
     g = torch.Generator().manual_seed(seed)
     student = torch.randn(rows, width, generator=g)
     teacher = student + apart * torch.randn(rows, width, generator=g)
@@ -24,7 +24,7 @@ def pair(rows, vocab, width, dtype=torch.float32, apart=1.0, seed=0):
               "teacher_weight": head.clone()}
     inputs = {k: v.to(dtype).requires_grad_(k.startswith("student")) for k, v in inputs.items()}
     inputs["targets"] = torch.randint(vocab, (rows,), generator=g)
-    return inputs, torch.rand(rows, generator=g)
+    return inputs, torch.rand(rows, 2, generator=g)
 
 
 def exact(inputs, kind, temperature, beta, ce_weight, kd_weight, row_weights, scales=(1.0, 1.0)):
@@ -40,7 +40,7 @@ def exact(inputs, kind, temperature, beta, ce_weight, kd_weight, row_weights, sc
     kd = {"forward_kl": q * (q / p).log(), "reverse_kl": p * (p / q).log(), "skew_kl": q * (q / m).log(),
           "jsd": beta * q * (q / m).log() + (1 - beta) * p * (p / m).log()}[kind].sum(-1) * temperature**2
     ce = -logits.log_softmax(-1)[range(len(logits)), inputs["targets"]]
-    loss = (row_weights.double() * (ce_weight * ce + kd_weight * kd)).sum()
+    loss = (row_weights.double() * torch.stack([ce_weight * ce, kd_weight * kd], 1)).sum()
     return loss.detach(), *torch.autograd.grad(loss, (student, head))
 
 
@@ -106,6 +106,18 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     whole = errors(inputs, weights, kind="jsd")
     monkeypatch.setattr(losses, "CPU_BLOCK_ROWS", 5)
     assert max(errors(inputs, weights, kind="jsd")) < 1e-5 and max(whole) < 1e-5
+
+
+def test_overlap_is_the_share_of_the_students_64_likeliest_tokens_that_are_the_teachers():
+    inputs, _ = pair(21, 500, 16, apart=0.3)
+    inputs.pop("targets")
+    overlap = losses.token_kl(**inputs, chunk_rows=8)[2]
+    student, teacher = (inputs[f"{name}_hidden"] @ inputs[f"{name}_weight"].T for name in ("student", "teacher"))
+    for share, ours, theirs in zip(overlap.tolist(), student.topk(64).indices.tolist(), teacher.topk(64).indices.tolist()):
+        assert share == pytest.approx(len(set(ours) & set(theirs)) / 64)
+    assert overlap.dtype == torch.float32 and 0.2 < overlap.mean() < 0.95
+    same = inputs | {"teacher_hidden": inputs["student_hidden"]}
+    assert (losses.token_kl(**same)[2] == 1).all()
 
 
 def test_only_the_loss_carries_a_gradient_and_only_once():

@@ -58,7 +58,7 @@ def test_before_training_lora_is_the_base_and_the_merged_student_measures_as_the
     args, rows = train_kd.get_args(arguments(tiny, data, run)), train_kd.read_manifest(data)
     item_of = functools.partial(train_kd.make_item, args=args, student=student, teacher_tokenizer=tokenizer,
                                 heard_of=train_kd.hear_all(args, student, rows))
-    for key, value in train_kd.evaluate(args, student, teacher, rows, item_of, contextlib.nullcontext).items():
+    for key, value in train_kd.evaluate(args.channels, student, teacher, rows, item_of, contextlib.nullcontext).items():
         assert value == pytest.approx(after[key], abs=2e-4), key
 
 

@@ -171,7 +171,7 @@ def test_the_untrained_student_is_the_cascade_and_a_random_sound_would_spoil_the
     teacher = real_student(by_text, answers)
 
     def kl8(prompts):
-        kl, _ = losses.token_kl(student_hidden=real_student(prompts, answers), student_weight=head, teacher_hidden=teacher, teacher_weight=head)
+        kl, *_ = losses.token_kl(student_hidden=real_student(prompts, answers), student_weight=head, teacher_hidden=teacher, teacher_weight=head)
         return torch.stack([row.mean() for row in kl.split(list(map(len, answers)))]).mean().item()
 
     old = copy.deepcopy(adapter.state_dict())

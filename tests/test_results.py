@@ -284,7 +284,7 @@ def test_nothing_starts_without_a_base_or_without_data(drive, tmp_path, capsys):
 
 
 def test_the_untrained_student_is_teacher_and_cascade(tiny, data, tmp_path):
-    args = measure_result.get_args([tiny.student, "--data", str(data), "--teacher", tiny.llm, "--start", tiny.student, "--noise-curve",
+    args = measure_result.get_args([tiny.student, "--data", str(data), "--teacher", tiny.llm, "--start", tiny.student, "--noise-db", "10", "5", "0",
                                     "--device", "cpu", "--out", str(tmp_path)])
     measure_result.main(args)
     record = json.loads((tmp_path / "measured.json").read_text())

@@ -67,6 +67,11 @@ def runs(tiny, both, tmp_path_factory):
     plan += [[argv("swapped", "--shard"), 2], [argv("swapped", "--resume"), 1], [argv("swapped", "--resume", "--shard"), 0]]
     plan += [[argv(f"mixed-{name}", *SIZES["ddp"], *options, data=mixed), 0] for name, options in MIXED.items()]
     plan += [[argv("cached", *KINDS["full"], "--teacher-cache", str(root / "teacher")), 0]]
+    # the teacher alone, by both; then they train on answers of the student's own, which they judge together
+    own = write_rows(both[0].parent / "own.jsonl", [{**row, "source": "student"} for row in rows])
+    judged = ["--channels", "t2t", "--teacher-cache", str(root / "taught")]
+    plan += [[argv("taught", *judged, "--teach-only", data=own), 0], [argv("own", *SIZES["ddp"], *judged, data=own), 0]]
+    train(*argv("one-own", *SIZES["one"], *judged[:2], data=own))
     for kind, options in KINDS.items():
         train(*argv(f"one-{kind}", *SIZES["one"], *options))
     train(*argv("one-short"))
@@ -105,6 +110,11 @@ def test_two_processes_hear_what_one_hears(runs):
 def test_two_processes_fill_one_cache_of_the_teacher(runs):
     assert_logs_agree(read_log(runs / "one-full"), read_log(runs / "cached"), 3e-5)
     assert len(list((runs / "teacher").rglob("*"))) == 17
+
+
+def test_two_processes_teach_alone_and_judge_own_answers_together(runs):
+    assert_logs_agree(read_log(runs / "one-own"), read_log(runs / "own"), 3e-5)
+    assert len(list((runs / "taught").rglob("*.safetensors"))) == 16 and not list((runs / "taught").glob("*.jsonl"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -114,7 +114,7 @@ def test_the_log_has_the_documented_keys_and_the_losses_fall(reference_run):
     assert all(r["kd_sound"] == 0 for r in steps)
     for r in steps:  # the printed loss is the optimised one
         assert r["loss"] == pytest.approx(sum(r[f"ce_{c}"] + 0.5 * r[f"kd_{c}"] for c in train_kd.CHANNELS), rel=1e-5)
-    for key in ("kl", "kl8", "agree", "agree8"):
+    for key in ("kl", "kl8", "agree", "agree8", "overlap"):
         assert all(f"eval_{key}_{channel}" in r for r in evals for channel in ("t2t", "s2t")), key
     assert all(steps[3][key] < steps[0][key] for key in ("loss", "ce_t2t", "ce_s2t", "ce_sound"))
     assert all(r["eval_gap8"] == pytest.approx(r["eval_kl8_s2t"] - r["eval_kl8_t2t"]) for r in evals)
@@ -298,6 +298,117 @@ def test_rows_without_a_teacher_count_once_each_however_long(tiny, data, tmp_pat
     assert loss.item() == pytest.approx((rows[:7].mean() + rows[7:].mean()).item(), rel=1e-5)
 
 
+# ---- answers of the student's own ----
+
+@pytest.fixture(scope="module")
+def own(data):
+    """The questions, answered by the student itself."""
+    return write_rows(data.parent / "own.jsonl", [{**row, "source": "student"} for row in read_rows(data)])
+
+
+@pytest.fixture(scope="module")
+def stranger(tiny, tmp_path_factory):
+    """Another random LLM with the same tokenizer."""
+    from transformers import AutoModelForCausalLM
+    folder = shutil.copytree(tiny.llm, tmp_path_factory.mktemp("stranger") / "llm")
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(m.load_llm(tiny.llm)[0].config).save_pretrained(folder)
+    return folder
+
+
+def test_own_answers_get_the_divergence_alone_in_both_channels(tiny, data, own, gradient_of, monkeypatch):
+    monkeypatch.setattr(train_kd, "OVERLAP", 0)
+    assert torch.equal(gradient_of(own), gradient_of(data, "--ce-weight", "0"))
+    rows = [{**row, "source": "student" if i % 2 else "sampled"} for i, row in enumerate(read_rows(data))]
+    mixed = write_rows(data.parent / "mixed-own.jsonl", rows)
+    whole = "--batch-size", "16"
+    found, kd = gradient_of(mixed, *whole), gradient_of(data, *whole, "--ce-weight", "0")
+    half = write_rows(data.parent / "half.jsonl", rows[::2])
+    of_half = gradient_of(half, "--batch-size", "8") - gradient_of(half, "--batch-size", "8", "--ce-weight", "0")
+    tokens, tokenizer = [], m.load_llm(tiny.llm)[1]
+    for row in rows:
+        tokens.append(len(train_kd.answer_ids(tokenizer, row, "response", 256)))
+    # CE is a part of the mean over all tokens, as the divergence is
+    assert torch.allclose(found, kd + sum(tokens[::2]) / sum(tokens) * of_half, atol=1e-5)
+
+
+def test_what_is_logged_of_ce_is_the_mean_over_the_tokens_that_have_it(tiny, data, own, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_kd, "OVERLAP", 0)
+    rows = [{**row, "source": "student" if i % 2 else "sampled"} for i, row in enumerate(read_rows(data))]
+    mixed, half = write_rows(data.parent / "mixed-own.jsonl", rows), write_rows(data.parent / "half.jsonl", rows[::2])
+    whole = "--batch-size", "16"
+    train(*arguments(tiny, mixed, tmp_path / "log", *whole, "--max-steps", "1"))
+    train(*arguments(tiny, half, tmp_path / "half", "--batch-size", "8", "--max-steps", "1"))
+    train(*arguments(tiny, own, tmp_path / "own", *whole, "--max-steps", "1"))
+    log, of_half, of_own = (read_log(tmp_path / name)[0] for name in ("log", "half", "own"))
+    for channel in ("t2t", "s2t"):
+        assert log[f"ce_{channel}"] == pytest.approx(of_half[f"ce_{channel}"], rel=1e-5)
+        assert f"ce_{channel}" not in of_own and of_own[f"kd_{channel}"] == log[f"kd_{channel}"]
+    assert of_own["loss"] == pytest.approx(0.5 * (of_own["kd_t2t"] + of_own["kd_s2t"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("changed, options, message", [
+    ({}, ["--labels", "reference"], "expected a prompt, --labels response and a --kd-weight above 0"),
+    ({}, ["--kd-weight", "0"], "learned from the teacher alone"),
+    ({"prompt": None}, [], "row 'manifest.*/train-000': of source student")])
+def test_own_answers_that_no_teacher_can_judge_are_refused(tiny, data, own, tmp_path, changed, options, message):
+    path = write_rows(data.parent / "refused.jsonl", [{**row, "reference": "Yes.", **changed} for row in read_rows(own)])
+    with pytest.raises(ValueError, match=message):
+        train(*arguments(tiny, path, tmp_path / "run", *options))
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_own_answers_of_another_kind_than_the_teachers_are_refused_and_on_resume_not_asked_again(tiny, own, stranger, tmp_path, capsys, monkeypatch):
+    argv = arguments(tiny, own, tmp_path / "run", "--channels", "t2t", "--max-steps", "2")
+    with pytest.raises(ValueError, match=r"rows of source student, e.g. '.*train-000': of .* 64 likeliest tokens 0.[0-4]\d .* expected 0.5 or more: .* answer again"):
+        train(*argv, "--teacher", stranger)
+    asked, check = [], train_kd.check_own
+    monkeypatch.setattr(train_kd, "check_own", lambda *a: asked.append(1) or check(*a))
+    update = train_kd.update
+
+    def terminated(*a):
+        if not list((tmp_path / "run").glob("ckpt*")):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*a)
+    monkeypatch.setattr(train_kd, "update", terminated)
+    assert train(*argv) == 143 and "own answers: of the student's 64 likeliest tokens 1.00 are the teacher's" in capsys.readouterr().out
+    assert train(*argv, "--resume") == 0 and asked == [1]
+
+
+def test_the_first_tokens_of_an_answer_weigh_more(gradient_of, data):
+    args = train_kd.get_args(["--data", "x", "--out", "y", "--early-tokens", "4"])
+    ce, kd = train_kd.token_weights(args, "s2t", {"answer": [7] * 6, "own": False}).T.tolist()
+    assert ce == [1] * 6 and kd == [2, 1.75, 1.5, 1.25, 1, 1]
+    args.early_tokens = 0
+    assert (train_kd.token_weights(args, "t2t", {"answer": [7] * 6, "own": False}) == 1).all()
+    one, more = gradient_of(data), gradient_of(data, "--early-tokens", "4")
+    assert not torch.allclose(one, more, rtol=0.01)
+    assert torch.equal(gradient_of(data, "--kd-weight", "0"), gradient_of(data, "--kd-weight", "0", "--early-tokens", "4"))
+
+
+# ---- the teacher alone ----
+
+def test_a_cache_that_teach_only_filled_leaves_nothing_to_compute(tiny, both, tmp_path, monkeypatch, capsys):
+    options = [*FULL, "--eval-data", both[0], "--teacher-cache"]
+    train(*arguments(tiny, both, tmp_path / "whole", *options, tmp_path / "own"))
+    monkeypatch.setattr(m, "load_student", lambda name: pytest.fail("a student loads"))
+    assert train(*arguments(tiny, both, tmp_path / "taught", *options, tmp_path / "cache", "--teach-only")) == 0
+    monkeypatch.undo()
+    said = capsys.readouterr().out
+    assert re.search(r"the teacher reads 16 rows, \d+ tokens of answers: \S+ GiB in .*cache/\w+, less what is there\n$", said)
+    files = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "cache").glob("*/*")}
+    assert {name: data for name, (_, data) in files.items()} == {path.name: path.read_bytes() for path in (tmp_path / "own").glob("*/*")}
+    moved, to = [], torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *a, **k: moved.append((type(self).__name__, a)) or to(self, *a, **k))
+    monkeypatch.setattr(m, "answer_states", (lambda states: lambda llm, rows, *rest: (
+        states(llm, rows, *rest) if rows[0].is_floating_point() else pytest.fail("the teacher reads")))(m.answer_states))
+    train(*arguments(tiny, both, tmp_path / "run", *options, tmp_path / "cache"))
+    assert files == {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "cache").glob("*/*")}
+    assert not [a for name, a in moved if name == "LlamaForCausalLM"] and ("LlamaModel", ("meta",)) in moved
+    assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
 # ---- what Whisper heard, what the teacher gave ----
 
 def test_what_is_heard_is_kept_under_the_digest_of_the_clip(tiny, tmp_path, monkeypatch):
@@ -354,7 +465,7 @@ def test_another_teacher_or_answer_is_not_taken_from_the_cache(tiny, data, tmp_p
 
     def files():
         items = [train_kd.make_item(row, args, student, tokenizer, lambda row: None) for row in rows]
-        train_kd.teach_all(args, copy.deepcopy(teacher), items)  # its body leaves memory
+        train_kd.teach_all(args, copy.deepcopy(teacher), items, print)  # its body leaves memory
         return len(list(tmp_path.glob("*/*.safetensors")))
     assert files() == files() == 2
     rows[0]["response"] += "!"
@@ -428,7 +539,7 @@ def test_evaluation_is_one_row_at_a_time_whatever_is_measured_together(tiny, dat
     records = []
     for together in (16, 3):
         monkeypatch.setattr(train_kd, "EVAL_ROWS", together)
-        records.append(train_kd.evaluate(args, student, teacher, rows, item_of, torch.no_grad))
+        records.append(train_kd.evaluate(args.channels, student, teacher, rows, item_of, torch.no_grad))
     assert records[0] == pytest.approx(records[1], abs=1e-5)
     found = [train_kd.measure(student, teacher, [item_of(row)], ["s2t"], torch.no_grad)["s2t"][0][0] for row in rows]
     for key, kl in (("kl", found), ("kl8", [row[:8] for row in found])):
@@ -545,7 +656,8 @@ def test_a_bad_manifest_gets_one_line_that_names_the_place(tmp_path, content, me
     (["--lora-rank", "4", "--train", "adapter"], "--lora-rank trains the LLM: add llm to --train"),
     (["--kd-weight", "0", "--ce-weight", "0"], "leave nothing to learn"),
     (["--train", "llm", "llm"], "--train llm llm: one is named twice"),
-    (["--shard"], "--shard needs torchrun")])
+    (["--shard"], "--shard needs torchrun"),
+    (["--teach-only"], "--teach-only fills the folder of --teacher-cache; name it")])
 def test_options_that_contradict_each_other_are_refused_before_anything_is_loaded(monkeypatch, capsys, options, message):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as stop:

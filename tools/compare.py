@@ -115,7 +115,7 @@ def kl8(student, teacher, prompts, questions, known):
     items = list(todo.values())
     for start in range(0, len(items), BATCH):
         found += train_kd.measure(student, teacher, items[start:start + BATCH], ["s2t"], contextlib.nullcontext)["s2t"]
-    for key, (kl, _) in zip(todo, found):
+    for key, (kl, *_) in zip(todo, found):
         known[key] = float(kl.mean())
     return [known[key] for key in keys]
 

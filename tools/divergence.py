@@ -46,7 +46,7 @@ def divergences(teacher, tokenizer, student, rows):
     for prompts in filter(None, (by_text, by_speech)):
         with torch.autocast(teacher.device.type, teacher.dtype, teacher.dtype != torch.float32):
             following = student(prompts, answers)
-        kl, _ = losses.token_kl(
+        kl, *_ = losses.token_kl(
             student_hidden=following, student_weight=student.llm.get_output_embeddings().weight,
             teacher_hidden=hidden, teacher_weight=llm.get_output_embeddings().weight,
             student_logit_scale=m.logit_scale(student.llm), teacher_logit_scale=m.logit_scale(llm))

@@ -41,7 +41,6 @@ NEW_TOKENS = 24         # of an answer
 KL_QUESTIONS = 64       # of the retention set, in each condition
 SOUND_ROWS = 96         # of each set of sounds; both answers as often
 REPEAT_TOKENS = 48      # of a recording that is repeated
-NOISE_DB, NOISE_CURVE_DB = [10], [10, 5, 0]  # voice over white noise
 ANSWER_BATCH = 128      # answers generated together: a CPU reads the weights once a token for all of them
 KL_BATCH = 20           # rows whose hidden states are there together
 EARLY = train_kd.EARLY
@@ -55,7 +54,7 @@ def get_args(argv=None):
     p.add_argument("student", help="a folder that train_kd.py wrote, or WHISPER+LLM, untrained")
     p.add_argument("--data", required=True, help="folder that tools/result_data.sh wrote")
     p.add_argument("--split", choices=["test", "dev"], default="test", help="dev is for choices; only test is reported")
-    p.add_argument("--noise-curve", action="store_true", help="by speech at 5 and 0 dB, too")
+    p.add_argument("--noise-db", nargs="+", type=m.number(int, -20, 60), default=[10], help="by speech in white noise, so far below the voice")
     p.add_argument("--teacher", default=m.DEFAULT_LLM, help="text LLM, folder or hub id")
     p.add_argument("--start", default=m.DEFAULT_STUDENT, help="the untrained student, whose Whisper hears for all")
     p.add_argument("--cache", help="what Whisper heard, as of train_kd.py; default: DATA/.cache")
@@ -78,7 +77,7 @@ def key_of(args):
         if not path.is_file():
             raise ValueError(f"{path}: no such file; expected the folder that `bash tools/result_data.sh` writes")
         digests[str(path.relative_to(data))] = m.digest(path)
-    options = [VERSION, args.split, args.noise_curve, args.limit, args.device, args.seed]
+    options = [VERSION, args.split, args.noise_db, args.limit, args.device, args.seed]
     weights = [vb.weights_of(name) for name in (args.student, args.teacher, args.start)]
     return hashlib.sha256(json.dumps([digests, options, weights]).encode()).hexdigest()
 
@@ -174,7 +173,7 @@ def conditions_of(args, start, tokenizer, known):
     heard_of = train_kd.hear_all(args, start, heard + unheard + human)
     found = {"heard": Asked(args, start, tokenizer, heard, heard_of), "unheard": Asked(args, start, tokenizer, unheard, heard_of)}
     right = [row for row in heard if known[own_id(row)]["right"]]
-    for snr_db in NOISE_CURVE_DB if args.noise_curve else NOISE_DB:
+    for snr_db in args.noise_db:
         found[f"{snr_db} dB"] = Asked(args, start, tokenizer, right, hear_noisy(args, start, right, snr_db))
     return {**found, "human": Asked(args, start, tokenizer, human, heard_of)}
 
@@ -201,7 +200,7 @@ def compared(student_side, teacher_side, questions):
     """(LLM, hidden states (N, H)) of both sides -> what each question's tokens say: {"kl8": means over the first 8, "kl": sums,
     "agreement": sums, "tokens"}, lists in the order of the questions."""
     (llm, hidden), (teacher, taught) = student_side, teacher_side
-    kl, agree = losses.token_kl(
+    kl, agree, _ = losses.token_kl(
         student_hidden=hidden, student_weight=llm.get_output_embeddings().weight, student_logit_scale=m.logit_scale(llm),
         teacher_hidden=taught, teacher_weight=teacher.get_output_embeddings().weight, teacher_logit_scale=m.logit_scale(teacher))
     lengths = [len(q.item["answer"]) for q in questions]

@@ -45,7 +45,7 @@ RUNS = {
     "R8": "--ce-weight 0 --kd-weight 1 --temperature 1 --lora-rank 16",  # R6 with KL alone and LoRA, as in the quickstart
     "R9": "--lora-rank 16", "R10": "--ce-weight 0 --kd-weight 1 --temperature 1"}  # which of the two does it
 ORDER = "start base R6 R1 R4 R3 R2 R5 R8 R7 R9 R10".split()  # a run that is stopped has told the most; start: the untrained student
-NOISE_CURVE = ("start", "base", "R6", "R8")  # by speech at 5 and 0 dB, too
+NOISE_CURVE = ("start", "base", "R6", "R8")  # by speech in noise of more than one strength
 STEP_S = {"base": 13, "R6": 20, "R7": 18, "R8": 20, "R9": 20, "R10": 20}  # seconds of a step on two cores, for the time left; by one channel 13
 MEASURE_S = 560
 LR = {"base": 1e-4, "R8": 1e-3, "R9": 1e-3}  # of the LLM, in R8 and R9 of LoRA; the others 5e-5
@@ -166,7 +166,7 @@ def measure(args, run, results):
     """Measure a student; measure_result.py knows what is measured already."""
     words = [student_of(args, run), "--data", args.data, "--teacher", args.teacher, "--start", args.student, "--out", results]
     words += ["--limit", args.limit] if args.limit else []
-    words += ["--noise-curve"] if run in NOISE_CURVE else []
+    words += ["--noise-db", 20, 10, 5, 0] if run in NOISE_CURVE else []
     words = [str(word) for word in words]
     if measure_result.is_measured(measure_result.get_args(words)):
         return "was measured before"

@@ -1,0 +1,105 @@
+"""
+Table and picture of what goes beyond the paper, from what tools/beyond.sh measured.
+
+  python tools/plot_beyond.py --results results/beyond
+
+Writes  RESULTS/table.md, RESULTS/noise.png: what is still answered right as the noise rises. Intervals: 95%, bootstrap over questions;
+        differences to `more`, which went on by as many steps with the same rows, are paired.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+TOOLS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TOOLS.parent), str(TOOLS)]
+import eval_voicebench as vb
+import model as m
+import plot_results as plots
+
+RUNS = {"start": "cascade", "more": "the same rows again", "own": "half own answers, scored by the teacher", "early": "first 8 tokens weigh more",
+        "augment": "half in rooms, noise, over telephones", "captions": "half with captions of their sound"}
+SHOWN = ("text", "heard", "unheard", "20 dB", "10 dB", "5 dB", "0 dB")
+COLOURS = {"start": "#555555", "more": "#3b6fb6", "own": "#5fa55a", "early": "#b7c9e2", "augment": "#e07b27", "captions": "#b08fc7"}
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--results", default=str(TOOLS.parent / "results/beyond"), help="folder that tools/beyond.sh wrote")
+    return p.parse_args(argv)
+
+
+def read(folder):
+    """{run: its record} of those that are measured."""
+    found = {}
+    for run in RUNS:
+        path = Path(folder, run, "measured.json")
+        if path.exists():
+            [found[run]] = m.json_lines(path, lambda row, _: row)
+    if "more" not in found:
+        raise ValueError(f"{folder}/more/measured.json: no such file; `bash tools/beyond.sh more` measures what the others are compared with")
+    return found
+
+
+def table(found):
+    """-> lines: what each run retains, then what it gained over `more`."""
+    lines, gains = [], []
+    for run, record in found.items():
+        values, changes = [RUNS[run]], [RUNS[run]]
+        for way in SHOWN:
+            rows = {} if (run, way) == ("start", "text") else plots.rows_of(record, "retention", way)
+            values.append(plots.cell(vb.interval(list(rows.values())) if rows else None))
+            changes.append(plots.signed(plots.change(rows, plots.rows_of(found["more"], "retention", way)) if rows else None))
+        for place in plots.KL_PLACES:
+            rows = plots.rows_of(record, *place)
+            known = rows and not (run == "start" and place[1] == "text")
+            values.append(f"{sum(rows.values()) / len(rows):.3f}" if known else "")
+            changes.append(plots.cell(plots.change(rows, plots.rows_of(found["more"], *place)), "{:+.3f} [{:+.3f}, {:+.3f}]") if known else "")
+        lines.append([run, *values])
+        gains += [] if run == "more" else [[run, *changes]]
+    heads = ["", "", *(f"retention, {way}" for way in SHOWN), *(f"KL8, {', '.join(place)}" for place in plots.KL_PLACES)]
+    return [*plots.to_lines(heads, lines), "", "Less `more`:", "", *plots.to_lines(heads, gains)]
+
+
+def draw(found, path):
+    """Retention by the strength of the noise, the clean clips on the left."""
+    figure, axis = plt.subplots(figsize=(7, 4), constrained_layout=True)
+    ways = ["heard", *(way for way in SHOWN if way.endswith("dB"))]
+    for run, record in found.items():
+        means, lows, highs = [], [], []
+        for way in ways:
+            mean, low, high, *_ = vb.interval(list(plots.rows_of(record, "retention", way).values()))
+            means.append(mean)
+            lows.append(low)
+            highs.append(high)
+        axis.plot(ways, means, "o-", color=COLOURS[run], label=RUNS[run])
+        if run in ("start", "more", "augment"):
+            axis.fill_between(ways, lows, highs, color=COLOURS[run], alpha=0.12, lw=0)
+    axis.set_title("what the teacher answers right by text, still right by speech, as noise rises", fontsize=10)
+    axis.set_ylim(0, 1)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main(args):
+    found = read(args.results)
+    text = "\n".join(table(found)) + "\n"
+    captions = Path(args.results, "captions.md")
+    if captions.exists():
+        text += "\n" + captions.read_text()
+    m.write_atomically(Path(args.results, "table.md"), text)
+    draw(found, Path(args.results, "noise.png"))
+    print(f"{args.results}/table.md, noise.png: {', '.join(found)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args())
+    except (ValueError, OSError) as error:
+        print("plot_beyond.py:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)
