@@ -34,12 +34,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM,
                           AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, BatchFeature,
-                          DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel,
-                          WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperModel)
-from transformers.cache_utils import DynamicLayer
+                          GenerationMixin, PretrainedConfig, PreTrainedModel,
+                          WhisperFeatureExtractor, WhisperForConditionalGeneration)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (BaseModelOutput, BaseModelOutputWithPast,
+                                           CausalLMOutputWithPast)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 # with AMX, oneDNN's kernels hold megabytes each, and it would keep a thousand, of every shape met
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
@@ -50,35 +51,23 @@ SAMPLE_RATE = 16_000
 MAX_SECONDS = 600                  # of a clip
 FEATURE_HZ = 50                    # Whisper's encoder positions a second
 SOUND_HZ = 2                       # so often the mean of these, so far, tells how it sounded
-CONTEXT_S = (10, 15, 20, 25, 30)   # clip + a second of silence: with less the decoder loops
-CUT_S = (24, 29)                   # a longer clip is cut where it is quietest between these
+CONTEXT_S = (10, 15, 20, 25, 30)   # clip + a second of silence: with less the decoder loops;
+                                   # a longer clip is cut every 29 s
+HEAR_BATCH = 32                    # of these at once: a clip of ten minutes has twenty parts
 TOKENS_PER_S, NO_SPEECH = 12, 0.6  # more tokens than anyone says; likelier than that: no words
-HEAR_BATCH = 32                    # clips
 RIDGE, GAIN = 0.3, 2.0             # of Adapter.align, see there
-LORA_SCALE = 2.0                   # alpha / rank, as most papers have it
 TOP_K = 50                         # tokens among which one is drawn
+LORA_SCALE = 2.0                   # alpha / rank, as most papers have it
 PACKED_POSITIONS = 4096            # of one packed row at most: its mask is quadratic
 AUDIO_MARK = "<|audio|>"           # stands for the speech in the rendered template
 TAG = re.compile(r"</?\|?\w*(?:audio|speech|sound)\w*\|?>|\[audio\]", re.I)  # others' marks
-# what soundfile cannot read, by a mark among its first bytes -> what it is, and what to do
-FOREIGN = {"git-lfs": "a Git-LFS pointer: git lfs pull", "^$": "empty: fetch it again",
-           "(?i)html|<[?]xml": "a web page: fetch the clip", "ftyp": "m4a: ffmpeg -i {0} {0}.wav",
-           "\x1aE\xdf\xa3": "webm: ffmpeg -i {0} {0}.wav", "": "cut, or of a kind to convert"}
 TODAY = datetime.date(2025, 1, 1)  # in templates that tell the date: a run that goes on next day,
                                    # its teacher and its evaluation read the same
 FILLER = "user"                    # a sound begins as this: of 20 tokens tried, the one that
                                    # changes answers least
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 # what a model's folder holds beside its weights
-BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "spk_dict.pt")
-# models that also speak: the class of the part that hears and thinks
-THINKERS = {"qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration"}
-TEKKEN_TEMPLATE = (  # of Mistral's models, Voxtral too, whose folders have tekken.json alone
-    "<s>{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}"
-    "[/SYSTEM_PROMPT]{% elif m.role == 'assistant' %}{{ m.content }}</s>{% else %}[INST]"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}{{ "
-    "'[BEGIN_AUDIO][AUDIO]' if part.type == 'audio' else part.text }}{% endfor %}{% endif %}"
-    "[/INST]{% endif %}{% endfor %}")
+BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
 # ---- what people give: options, JSON, files ----
@@ -98,32 +87,31 @@ def number(kind, low, high=sys.float_info.max):
 def json_lines(path, parse, bad=None):
     """parse(object, FILE:LINE) of each line of a file, or item of its JSON list -> list. What is no
     object in UTF-8, or raises ValueError in parse, raises, or is added to `bad`."""
-    def read(text, line):
+    def read(text, where):
         try:
-            value = json.loads(text.decode("utf-8-sig"))
+            value = json.loads(str(text, "utf-8-sig"))
             json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
         except (ValueError, RecursionError) as error:
-            line += getattr(error, "lineno", 1) - 1
-            raise ValueError(f"{path}:{line}: not JSON in UTF-8 ({error})") from error
+            raise ValueError(f"{where}: not JSON in UTF-8 ({error})") from error
         return value
 
     data, rows = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8), []
-    lines = data.split(b"\n")
-    if data.lstrip().startswith(b"["):
-        lines = [json.dumps(item).encode() for item in read(data, 1)]
-    for line, text in enumerate(lines, 1):
+    listed = data.lstrip().startswith(b"[")
+    lines = read(data, f"{path}:1") if listed else data.split(b"\n")
+    for line, value in enumerate(lines, 1):
+        where = f"{path}:{line}"
         try:
-            if not text.strip():
+            if not listed and not value.removeprefix(codecs.BOM_UTF8).strip():
                 continue
-            row = read(text, line)
+            row = value if listed else read(value, where)
             if not isinstance(row, dict):
-                raise ValueError(f"{path}:{line}: {str(row)[:60]!r} is no JSON object; expected "
-                                 "one a line")
-            rows.append(parse(row, f"{path}:{line}"))
+                raise ValueError(f"{where}: {str(row)[:60]!r} is no JSON object; expected one a "
+                                 "line")
+            rows.append(parse(row, where))
         except ValueError as error:
             if bad is None:
                 raise
-            bad.append({"id": f"{path}:{line}", "reason": str(error)})
+            bad.append({"id": where, "reason": str(error)})
     return rows
 
 
@@ -145,23 +133,22 @@ def untagged(prompt, where):
 def leave_out(bad, limit, out, write=True):
     """Bad rows, [{"id", "reason"}], are listed in OUT/bad_rows.jsonl -> what to say about it.
     Raises: ValueError if there are more than `limit`."""
-    path = Path(out) / "bad_rows.jsonl"
-    if bad and limit and write:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in bad))
     if len(bad) > limit:
-        raise ValueError(f"{bad[0]['reason']} (bad rows: {len(bad)}{f', see {path}' * (limit > 0)};"
-                         f" mend them, or leave them out by --max-bad-rows {len(bad)})")
-    return f"{len(bad)} bad rows are left out, listed in {path}" if bad else ""
+        raise ValueError(f"{bad[0]['reason']} (bad rows: {len(bad)}; mend them, or leave them out "
+                         f"by --max-bad-rows {len(bad)})")
+    if bad and write:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        listed = "".join(json.dumps(row) + "\n" for row in bad)
+        write_atomically(Path(out, "bad_rows.jsonl"), listed)
+    return f"{len(bad)} bad rows are left out, listed in {out}/bad_rows.jsonl" if bad else ""
 
 
 def file_below(folder, name, where):
     """FOLDER/NAME; ValueError unless it is a file that lies below FOLDER, also behind links."""
     path = Path(folder, name)
-    if not os.path.isfile(path):
-        raise ValueError(f"{where}: audio file {name!r} not found (paths are relative to {folder})")
-    if os.path.isabs(name) or not path.resolve().is_relative_to(Path(folder).resolve()):
-        raise ValueError(f"{where}: audio file {name!r} leads out of {folder}; copy it there, "
+    if (not os.path.isfile(path) or os.path.isabs(name)
+            or not path.resolve().is_relative_to(Path(folder).resolve())):
+        raise ValueError(f"{where}: audio file {name!r} not found below {folder}; copy it there, "
                          "and give its path from there")
     return str(path)
 
@@ -217,8 +204,7 @@ def from_folder(loader, folder, **options):
     """loader.from_pretrained: no code of the folder's own runs, no pickle is read (a model has
     `dtype` among its options). Raises RuntimeError, also for missing weights."""
     if "dtype" in options:
-        options |= dict(use_safetensors=True, ignore_mismatched_sizes=True,
-                        output_loading_info=True)
+        options |= dict(use_safetensors=True, output_loading_info=True)
     try:
         loaded = loader.from_pretrained(folder, **{"trust_remote_code": False, **options})
     except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
@@ -228,10 +214,9 @@ def from_folder(loader, folder, **options):
     if "dtype" not in options:
         return loaded
     model, found = loaded
-    lost = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
-    if lost:
+    if found["missing_keys"]:
         raise RuntimeError(f"{folder}: its safetensors do not fit its config.json: no weights for "
-                           f"{lost[0]} and {len(lost) - 1} more; expected all of them")
+                           f"{', '.join(sorted(found['missing_keys']))[:200]}; expected all")
     return model
 
 
@@ -247,13 +232,12 @@ def resolve(name):
             repository, revision=revision or None, etag_timeout=5,  # seconds
             allow_patterns=[*BESIDE, "*.safetensors"])
     except (ValueError, OSError) as error:
-        raise RuntimeError(f"{name!r} is no local folder with a config.json, is not under models/, "
-                           "and is no hub id (ORG/NAME), or the model hub has none or cannot be "
-                           f"reached ({str(error).splitlines()[0]}); the default models are made "
-                           "without it by: python tools/offline_models.py") from error
+        raise RuntimeError(f"{name!r} is no local folder with a config.json, and no hub id "
+                           f"(ORG/NAME) that can be reached ({str(error).splitlines()[0]}); "
+                           "without the hub: python tools/offline_models.py") from error
 
 
-class TextLLM(PreTrainedModel):
+class TextLLM(PreTrainedModel, GenerationMixin):
     """Decoder and output head of a multimodal model: a causal LM that shares their weights."""
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -263,9 +247,12 @@ class TextLLM(PreTrainedModel):
         super().__init__(model.get_decoder().config)
         self.model, self.lm_head = model.get_decoder(), model.get_output_embeddings()
 
-    def forward(self, logits_to_keep=0, **inputs):
-        hidden = self.model(**inputs).last_hidden_state[:, -logits_to_keep:]
-        return CausalLMOutputWithPast(logits=self.lm_head(hidden) * logit_scale(self))
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, logits_to_keep=0,
+                **inputs):
+        found = self.model(input_ids=input_ids, attention_mask=attention_mask,
+                           position_ids=position_ids, **inputs)
+        logits = self.lm_head(found.last_hidden_state[:, -logits_to_keep:]) * logit_scale(self)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=found.past_key_values)
 
 
 def logit_scale(llm):
@@ -280,11 +267,9 @@ def load_tokenizer(folder, name):
     legacy = Path(folder) / "chat_template.json"
     if not tokenizer.chat_template and legacy.exists():
         tokenizer.chat_template = json.loads(legacy.read_text())["chat_template"]
-    elif not tokenizer.chat_template and (Path(folder) / "tekken.json").exists():
-        tokenizer.chat_template, tokenizer.eos_token = TEKKEN_TEMPLATE, "</s>"
     if not tokenizer.chat_template:
-        raise RuntimeError(f"{name}: its tokenizer has no chat template; "
-                           "use an instruction-tuned model")
+        raise RuntimeError(f"{name}: its tokenizer has no chat template; use an instruction-tuned "
+                           "model, or put chat_template.jinja into its folder")
     tokenizer.chat_template = re.sub(
         r"strftime_now\(\s*['\"](.*?)['\"]\s*\)", lambda found: repr(TODAY.strftime(found[1])),
         tokenizer.chat_template)
@@ -293,9 +278,11 @@ def load_tokenizer(folder, name):
 
 
 def load_multimodal(folder, dtype):
-    """A multimodal model in eval mode; of one that also speaks, only the part that thinks."""
+    """A multimodal model; of Qwen2.5-Omni the part that hears and thinks, which does not speak."""
     config = PretrainedConfig.get_config_dict(folder)[0]
-    name = THINKERS.get(config.get("model_type")) or (config.get("architectures") or [""])[0]
+    name = (config.get("architectures") or [""])[0]
+    if config.get("model_type") == "qwen2_5_omni":
+        name = "Qwen2_5OmniThinkerForConditionalGeneration"
     return from_folder(getattr(transformers, name, AutoModelForMultimodalLM), folder, dtype=dtype)
 
 
@@ -316,9 +303,8 @@ def audio_seconds(path):
     try:
         header = soundfile.info(str(path))
     except (RuntimeError, TypeError, OSError) as error:
-        head = Path(path).read_bytes()[:64].decode("latin-1") if os.path.isfile(path) else "none"
-        what = next(text for mark, text in FOREIGN.items() if re.search(mark, head)).format(path)
-        raise ValueError(f"{path}: not a readable audio file ({error}); it is {what}") from error
+        raise ValueError(f"{path}: not a readable audio file ({error}); fetch it again, or convert "
+                         f"it: ffmpeg -i {path} {path}.wav") from error
     if header.samplerate % 25 or not 0.02 <= header.duration <= MAX_SECONDS:  # a huge kernel
         raise ValueError(f"{path}: {header.frames} samples at {header.samplerate} Hz, expected 20 "
                          f"ms to {MAX_SECONDS} s at a rate in steps of 25 Hz; cut or resample it")
@@ -326,8 +312,8 @@ def audio_seconds(path):
 
 
 def load_audio(path):
-    """Audio file -> waveform (S,) float32 at 16 kHz, mono: the mean of its channels, or the loudest
-    where they cancel each other out. A waveform is given back. ValueError: no usable audio."""
+    """Audio file -> waveform (S,) float32 at 16 kHz, the mean of its channels. A waveform is given
+    back. ValueError: no usable audio."""
     from torchaudio.functional import resample
     if isinstance(path, Tensor):
         return path
@@ -335,16 +321,11 @@ def load_audio(path):
     try:
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
     except RuntimeError as error:
-        raise ValueError(f"{path}: not a readable audio file ({error})") from error
-    channels = torch.from_numpy(samples)                                          # (S, C)
-    waveform = channels.mean(dim=1)
-    if waveform.square().mean() < 0.01 * channels.square().mean():  # one is the other's opposite
-        waveform = channels[:, channels.square().sum(dim=0).argmax()]
-    if len(waveform) < 0.95 * seconds * rate:
-        raise ValueError(f"{path}: cut: {len(waveform)} of {seconds * rate:.0f} samples are there")
-    if not waveform.abs().max() < 100:
-        raise ValueError(f"{path}: a sample of {waveform.abs().max()}, expected finite samples "
-                         "of -1 to 1; divide them by their full scale")
+        raise ValueError(f"{path}: not a readable audio file ({error}); fetch it again") from error
+    waveform = torch.from_numpy(samples).mean(dim=1)                              # (S,)
+    if len(waveform) < 0.95 * seconds * rate or not waveform.abs().max() < 100:
+        raise ValueError(f"{path}: {len(waveform)} samples up to {waveform.abs().max()}, expected "
+                         f"{seconds * rate:.0f} of -1 to 1; fetch it again, or scale it")
     return resample(waveform, rate, SAMPLE_RATE)
 
 
@@ -398,33 +379,18 @@ class Heard(NamedTuple):
     spans: Tensor   # (n, 2) first character of the text that a token has a part in, and their end
 
 
-def quiet_cuts(waveform):
-    """Waveform (S,) -> pieces that fit Whisper's 30 s, cut where it is quietest."""
-    pieces, (first, last) = [], (second * SAMPLE_RATE for second in CUT_S)
-    half = SAMPLE_RATE // 20  # of the tenth of a second in whose middle it is cut
-    while len(waveform) > last:
-        tenths = waveform[first:last].unfold(0, 2 * half, half)
-        cut = first + half + half * int(tenths.square().mean(1).argmin())
-        pieces.append(waveform[:cut])
-        waveform = waveform[cut:]
-    return [*pieces, waveform]
-
-
-class Whisper(nn.Module):
+class Whisper(WhisperForConditionalGeneration):
     """A whole Whisper, frozen: what was said, and how it sounded. Each clip gets silence behind it,
     up to the next of CONTEXT_S: no mask is needed, and the rest of a batch changes nothing."""
 
-    def __init__(self, model, folder):
-        super().__init__()
-        self.model, self.folder = model, folder
-        self.extractor = from_folder(WhisperFeatureExtractor, folder)
-        self.tokenizer = from_folder(AutoTokenizer, folder)
-        self.vocab = self.tokenizer.get_vocab()
-        config, last = model.config, self.vocab.get("<|translate|>", 0)
-        self.languages = {}  # ISO code -> token id; empty if it knows English alone
-        for token, i in self.vocab.items():
-            if config.decoder_start_token_id < i < last and config.vocab_size > 51864:  # English's
-                self.languages[token[2:-2]] = i
+    def __init__(self, config, folder=None):
+        super().__init__(config)
+        self.folder = folder or self.name_or_path
+        self.extractor = from_folder(WhisperFeatureExtractor, self.folder)
+        self.tokenizer = from_folder(AutoTokenizer, self.folder)
+        vocab = self.tokenizer.get_vocab()
+        known = LANGUAGES if config.vocab_size > 51864 else ()  # else it writes English alone
+        self.languages = {code: vocab[f"<|{code}|>"] for code in known if f"<|{code}|>" in vocab}
 
     def heard(self, ids, states, sound):
         """What a clip's tokens write, and which characters each has a part in -> Heard."""
@@ -449,40 +415,20 @@ class Whisper(nn.Module):
         if unknown:
             raise ValueError(f"language {unknown.pop()!r}: this Whisper knows "
                              f"{', '.join(sorted(self.languages)) or 'en'}")
-        parts, groups = [quiet_cuts(waveform) for waveform in waveforms], {}
-        for row, pieces in enumerate(parts):
-            for k, piece in enumerate(pieces):
-                seconds = len(piece) / SAMPLE_RATE + 1
-                context = next(context for context in CONTEXT_S if seconds <= context)
-                groups.setdefault(context, []).append((len(piece), row, k))
-        for context, group in groups.items():
-            group.sort()  # such end together
-            for start in range(0, len(group), HEAR_BATCH):
-                batch = group[start:start + HEAR_BATCH]
-                some = [parts[row][k] for _, row, k in batch]
-                found = self.hear_batch(some, context, [spoken[row] for _, row, _ in batch])
-                for (_, row, k), said in zip(batch, found):
+        parts, groups = [], {}  # context -> clips or parts of clips that share it
+        for row, waveform in enumerate(waveforms):
+            parts.append(list(waveform.split((CONTEXT_S[-1] - 1) * SAMPLE_RATE)))
+            for k, piece in enumerate(parts[row]):
+                context = next(s for s in CONTEXT_S if len(piece) <= (s - 1) * SAMPLE_RATE)
+                groups.setdefault(context, []).append((row, k))
+        for context, places in groups.items():
+            for start in range(0, len(places), HEAR_BATCH):
+                batch = places[start:start + HEAR_BATCH]
+                some = [parts[row][k] for row, k in batch]
+                found = self.hear_batch(some, context, [spoken[row] for row, _ in batch])
+                for (row, k), said in zip(batch, found):
                     parts[row][k] = said
-        return [self.heard(*map(torch.cat, zip(*some))) for some in parts]
-
-    def hear_batch(self, waveforms, context_s, spoken):
-        """Waveforms of less than a context -> [(ids (n,), states (n, D), sound (A, D))]."""
-        mel = self.extractor([waveform.numpy() for waveform in waveforms], return_tensors="pt",
-                             sampling_rate=SAMPLE_RATE, max_length=context_s * SAMPLE_RATE)
-        mel = mel.input_features.to(self.model.device, self.model.dtype)          # (B, M, F)
-        # four at a time stay in a CPU's cache: 1.2 times as fast there as all at once
-        features = torch.cat([self.encode(some) for some in mel.split(4)])        # (B, S, D)
-        longest = self.model.config.max_target_positions - 8
-        seconds = [len(w) / SAMPLE_RATE for w in waveforms]
-        limits = [min(longest, 8 + int(TOKENS_PER_S * s)) for s in seconds]
-        results = []
-        for said, row, length in zip(self.write(features, limits, spoken), features, seconds):
-            count = max(1, round(length * FEATURE_HZ))  # encoder positions of the clip
-            ends = torch.linspace(0, count, max(1, round(length * SOUND_HZ)) + 1)[1:].long()
-            so_far = row[:count].float().cumsum(0)[ends - 1]                      # (A, D)
-            sound = so_far / ends[:, None].to(so_far.device)
-            results.append((*said, sound.to(row.dtype).cpu()))
-        return results
+        return [self.heard(*map(torch.cat, zip(*pieces))) for pieces in parts]
 
     def encode(self, mel):
         """Log-mel (B, M, F) at 100 Hz -> (B, F/2, D): the encoder's own forward insists on 30 s."""
@@ -493,58 +439,49 @@ class Whisper(nn.Module):
             x = layer(x, None)
         return encoder.layer_norm(x)
 
-    def write(self, features, limits, spoken):
-        """Features (B, S, D), limits of tokens, languages -> B (ids (n,), states (n, D)): greedy
-        decoding; rows that have ended leave the batch."""
-        decoder, config, vocab = self.model.decoder, self.model.config, self.vocab
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        head, device = decoder.embed_tokens.weight, features.device
-
-        def read(tokens):  # lists of tokens -> the last state of each row (b, D)
-            return decoder(input_ids=torch.tensor(tokens, device=device), use_cache=True,
-                           encoder_hidden_states=features,
-                           past_key_values=cache).last_hidden_state[:, -1]
+    def hear_batch(self, waveforms, context_s, spoken):
+        """B waveforms that fit a context -> B (ids (n,), states (n, D), sound (A, D)), greedy."""
+        config, token_id = self.config, self.tokenizer.convert_tokens_to_ids
+        mel = self.extractor([waveform.numpy() for waveform in waveforms], return_tensors="pt",
+                             sampling_rate=SAMPLE_RATE, max_length=context_s * SAMPLE_RATE)
+        mel = mel.input_features.to(self.device, self.dtype)                      # (B, M, F)
+        # four at a time stay in a CPU's cache: 1.2 times as fast there as all at once
+        features = torch.cat([self.encode(some) for some in mel.split(4)])        # (B, S, D)
+        features = BaseModelOutput(features)
 
         # what the first token tells: is it speech, in which language
-        first = (read([[config.decoder_start_token_id]] * len(features)) @ head.T).float()
-        silent = vocab.get("<|nospeech|>", vocab.get("<|nocaptions|>"))
-        if silent is not None:
-            quiet = (first.softmax(-1)[:, silent] > NO_SPEECH).tolist()
-            limits = [0 if no_words else limit for no_words, limit in zip(quiet, limits)]
-        prompts = [[vocab["<|notimestamps|>"]]] * len(features)
+        prompts = torch.full((len(mel), 1), config.decoder_start_token_id, device=mel.device)
+        first = self(encoder_outputs=features, decoder_input_ids=prompts).logits[:, 0].float()
+        plain = token_id("<|notimestamps|>")
+        silent = first.softmax(-1)[:, plain - 1] > NO_SPEECH  # <|nospeech|> stands before it
+        more = [[plain]] * len(mel)
         if self.languages:
-            known = torch.tensor(list(self.languages.values()), device=device)
-            likely = known[first[:, known].argmax(-1)].tolist()
-            for row, guess in enumerate(likely):
-                language = self.languages.get(spoken[row], guess)
-                prompts[row] = [language, vocab["<|transcribe|>"], *prompts[row]]
-        banned = torch.arange(len(head), device=device) > config.eos_token_id  # special tokens
-        banned[list(config.suppress_tokens or [])] = True
+            known = list(self.languages.values())
+            for row, guess in enumerate(first[:, known].argmax(-1).tolist()):
+                language = self.languages.get(spoken[row], known[guess])
+                more[row] = [language, token_id("<|transcribe|>"), plain]
+        prompts = torch.cat([prompts, prompts.new_tensor(more)], 1)               # (B, P)
 
-        state, alive = read(prompts), list(range(len(features)))
-        written = [([], [state[:0]]) for _ in alive]  # ids, states
-        for count in range(max(limits)):
-            logits = (state @ head.T).masked_fill(banned, -torch.inf)             # (b, V)
-            if count == 0:
-                logits[:, list(config.begin_suppress_tokens or [])] = -torch.inf
-            tokens, going = logits.argmax(-1).tolist(), []
-            for place, row in enumerate(alive):
-                if tokens[place] == config.eos_token_id:
-                    limits[row] = 0
-                if count < limits[row]:
-                    written[row][0].append(tokens[place])
-                    written[row][1].append(state[place:place + 1])
-                    going.append(place)
-            if not going:
-                break
-            if len(going) <= 0.7 * len(alive):  # copying the cache costs about a step
-                keep = torch.tensor(going, device=device)
-                cache.batch_select_indices(keep)
-                features, alive = features[keep], [alive[place] for place in going]
-                tokens = [tokens[place] for place in going]
-            state = read([[token] for token in tokens])
-        return [(torch.tensor(ids, dtype=torch.long), torch.cat(states).cpu())
-                for ids, states in written]
+        end, seconds = config.eos_token_id, [len(w) / SAMPLE_RATE for w in waveforms]
+        limits = [min(config.max_target_positions - 8, 8 + int(TOKENS_PER_S * s)) for s in seconds]
+        special = range(end + 1, config.vocab_size)
+        said = GenerationMixin.generate(  # Whisper's own wants 30 s
+            self, encoder_outputs=features, decoder_input_ids=prompts, max_new_tokens=max(limits),
+            do_sample=False, eos_token_id=end, begin_suppress_tokens=config.begin_suppress_tokens,
+            suppress_tokens=[*(config.suppress_tokens or []), *special],
+            output_hidden_states=True, return_dict_in_generate=True)
+        tokens = said.sequences[:, prompts.shape[1]:].cpu()                       # (B, n)
+        states = torch.cat([layers[-1][:, -1:] for layers in said.decoder_hidden_states], 1).cpu()
+        results = []
+        for row, length in enumerate(seconds):
+            written = (tokens[row, :limits[row]] != end).cumprod(0)
+            n = 0 if silent[row] else int(written.sum())
+            count = max(1, round(length * FEATURE_HZ))  # encoder positions of the clip
+            ends = torch.linspace(0, count, max(1, round(length * SOUND_HZ)) + 1)[1:].long()
+            so_far = features[0][row, :count].float().cumsum(0)[ends - 1].cpu()   # (A, D)
+            sound = (so_far / ends[:, None]).to(mel.dtype)
+            results.append((tokens[row, :n], states[row, :n], sound))
+        return results
 
 
 def load_whisper(name, dtype=torch.float32):
@@ -553,10 +490,10 @@ def load_whisper(name, dtype=torch.float32):
     kind = from_folder(AutoConfig, folder).model_type
     if kind != "whisper":
         raise RuntimeError(f"{name}: a model of type {kind!r} cannot hear, expected a Whisper")
-    whole = from_folder(WhisperForConditionalGeneration, folder, dtype=dtype)
+    model = from_folder(Whisper, folder, dtype=dtype)
     for name in ("suppress_tokens", "begin_suppress_tokens"):  # what it must not write
-        setattr(whole.config, name, getattr(whole.generation_config, name))
-    return Whisper(whole.model.requires_grad_(False), folder).eval()
+        setattr(model.config, name, getattr(model.generation_config, name))
+    return model.requires_grad_(False).eval()
 
 
 # ---- many rows through an LLM ----
@@ -613,57 +550,20 @@ def check_context(llm, prompt_tokens, new_tokens):
 
 
 @torch.inference_mode()
-def generate(llm, prompts, *, max_new_tokens, eos_ids, temperature=0.0, generator=None):
-    """Batched decoding: the prefix that all prompts share is read once, finished rows leave.
-
-    prompts: embeddings (T_i, H) each, on the LLM's device. temperature: 0 = greedy, else of the
-    softmax among TOP_K tokens, drawn from `generator`.
-    Returns a list of lists of at most max_new_tokens ids; one of eos_ids ends a row, and stays.
-    """
-    lengths, device = [len(prompt) for prompt in prompts], prompts[0].device
-    width, shortest = max(lengths), min(lengths)
-    check_context(llm, width, max_new_tokens)
-    cache, shared = DynamicCache(config=llm.config), 0
-    plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # these can be copied
-    if plain and len(prompts) > 1:
-        heads = torch.stack([p[:shortest - 1] for p in prompts])                  # (B, T_min-1, H)
-        shared = int((heads == heads[:1]).all(-1).all(0).int().cumprod(0).sum())
-    if shared:
-        llm(inputs_embeds=prompts[0][None, :shared], past_key_values=cache, logits_to_keep=1)
-        cache.batch_repeat_interleave(len(prompts))
-    embeds = nn.utils.rnn.pad_sequence([p[shared:] for p in prompts], batch_first=True,
-                                       padding_side="left")                       # (B, T, H)
-    places, lengths = torch.arange(width + max_new_tokens), torch.tensor(lengths)
-    mask = (places >= shared + width - lengths[:, None]) | (places < shared)      # 1 = attend
-    mask = mask.long().to(device)
-    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-    inputs = dict(inputs_embeds=embeds, position_ids=position_ids[:, shared:width])
-
-    alive, rows = list(range(len(prompts))), [[] for _ in prompts]
-    for length in range(width, width + max_new_tokens):
-        logits = llm(**inputs, attention_mask=mask[:, :length], past_key_values=cache,
-                     logits_to_keep=1).logits[:, -1]                              # (b, V)
-        tokens = logits.max(-1).indices  # as argmax, which is slower on a CPU
-        if temperature:
-            values, candidates = logits.topk(TOP_K)                               # (b, K)
-            drawn = torch.multinomial((values.float() / temperature).softmax(-1), 1,
-                                      generator=generator)
-            tokens = candidates.gather(1, drawn)[:, 0]
-        going = []
-        for place, (row, token) in enumerate(zip(alive, tokens.tolist())):
-            if not rows[row] or rows[row][-1] not in eos_ids:
-                rows[row].append(token)
-                if token not in eos_ids:
-                    going.append(place)
-        if not going:
-            break
-        if plain and len(going) <= 0.85 * len(alive):  # copying the cache costs about half a step
-            keep = torch.tensor(going, device=device)
-            cache.batch_select_indices(keep)
-            alive = [alive[place] for place in going]
-            mask, position_ids, tokens = mask[keep], position_ids[keep], tokens[keep]
-        inputs = dict(input_ids=tokens[:, None], position_ids=position_ids[:, length:length + 1])
-    return rows
+def generate(llm, prompts, *, max_new_tokens, eos_id, temperature=0.0):
+    """Answers to prompts, embeddings (T_i, H) each, on the LLM's device -> lists of at most
+    max_new_tokens ids; eos_id ends a row, and stays. temperature: of the softmax among the TOP_K
+    likeliest tokens, one of which torch's generator draws; 0 takes the likeliest."""
+    check_context(llm, max(map(len, prompts)), max_new_tokens)
+    ones = [torch.ones(len(prompt), dtype=torch.long, device=prompt.device) for prompt in prompts]
+    embeds = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left")  # (B, T, H)
+    mask = nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side="left")       # (B, T)
+    how = dict(do_sample=False)
+    if temperature:
+        how = dict(do_sample=True, temperature=temperature, top_k=TOP_K, top_p=1.0)
+    ids = llm.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens,
+                       repetition_penalty=1.0, eos_token_id=eos_id, pad_token_id=eos_id, **how)
+    return [row[:row.index(eos_id) + 1] if eos_id in row else row for row in ids.tolist()]
 
 
 # ---- LoRA ----
@@ -755,7 +655,7 @@ class SpeechLLM(PreTrainedModel):
     def __init__(self, config, whisper=None, llm=None, tokenizer=None):
         super().__init__(config)
         if whisper is None:  # from_pretrained fills in the weights
-            whisper = Whisper(WhisperModel(AutoConfig.for_model(**config.whisper)),
+            whisper = Whisper(AutoConfig.for_model(**config.whisper),
                               Path(self.name_or_path) / "whisper")
             llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.llm),
                                                    dtype=torch.get_default_dtype())
@@ -828,17 +728,16 @@ class SpeechLLM(PreTrainedModel):
                              [len(answer) for answer in answers], shared)
 
     @torch.inference_mode()
-    def generate(self, rows, max_new_tokens=128, **options):
+    def generate(self, rows, max_new_tokens=128):
         """[{"audio": path or (S,) at 16 kHz} or {"prompt": text}, ...] -> answers, list of str.
-        Rows may carry "system", "instruction", "language"; options are those of `generate`."""
+        Rows may carry "system", "instruction", "language"."""
         spoken = [row for row in rows if row.get("audio") is not None]
         waveforms = [load_audio(row["audio"]) for row in spoken]
         heard = self.hear(waveforms, [row.get("language") for row in spoken])  # together
         known = dict(zip(map(id, spoken), heard))
         prompts = [self.prompt(row, known.get(id(row))) for row in rows]
         ids = generate(self.llm, self.embed(prompts, [[]] * len(prompts)),
-                       max_new_tokens=max_new_tokens, eos_ids=[end_token(self.tokenizer)],
-                       **options)
+                       max_new_tokens=max_new_tokens, eos_id=end_token(self.tokenizer))
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
@@ -910,19 +809,17 @@ class HubStudent(nn.Module):
 
         self.model.eval()  # what hears: no dropout, no statistics of a batch
         self.llm.train(self.training)
-        rows, decoder, dtypes = [], self.model.get_decoder(), {p.dtype for p in self.parameters()}
-        smallest = min(dtypes, key=lambda dtype: dtype.itemsize)
+        rows, decoder = [], self.model.get_decoder()
         decoder.forward = give_back
-        with contextlib.ExitStack() as stack:
-            stack.callback(delattr, decoder, "forward")  # the class's own is there again
-            if len(dtypes) > 1:  # in training, what is frozen is rounded
-                stack.enter_context(torch.autocast(self.llm.device.type, smallest))
+        try:
             for prompt, answer in zip(prompts, answers):  # one by one: not all encoders know masks
                 ids = torch.tensor([prompt.before + prompt.words + prompt.after + answer])
                 inputs = BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids),
                                        **prompt.states})
                 inputs.to(self.llm.device, self.model.dtype)  # floats alone get the dtype
                 rows.append(self.model.model(**inputs, use_cache=False).last_hidden_state[0])
+        finally:
+            del decoder.forward  # the class's own is there again
         if torch.is_grad_enabled() and not any(prompt.words for prompt in prompts):
             # DDP and FSDP wait for all that trains: hear silence, which changes nothing
             rows[0] = rows[0] + 0 * self.embed([self.silence], [[]])[0].sum()
@@ -931,20 +828,13 @@ class HubStudent(nn.Module):
     forward, generate = SpeechLLM.forward, SpeechLLM.generate
 
     def save_pretrained(self, folder, state_dict):
-        """With all else of the folder that it came from: the processor; of a model that also
-        speaks, what it speaks with."""
-        source, model = Path(self.model.name_or_path), self.model
+        """Beside the weights, all else of the folder that it came from, as its processor."""
+        source = Path(self.model.name_or_path)
         folder.mkdir(parents=True)
         for path in itertools.chain(*map(source.glob, BESIDE)):
-            if path.name not in ("adapter_config.json", "model.safetensors.index.json"):
+            if path.name != "model.safetensors.index.json":
                 shutil.copy(path, folder)
-        if PretrainedConfig.get_config_dict(source)[0]["model_type"] in THINKERS:
-            model = AutoModelForMultimodalLM.from_pretrained(
-                source, dtype="auto", use_safetensors=True, trust_remote_code=False)
-            # strict would want tied weights, too
-            model.thinker.load_state_dict(state_dict, strict=False, assign=True)
-            state_dict = None
-        model.save_pretrained(folder, state_dict=state_dict)
+        self.model.save_pretrained(folder, state_dict=state_dict)
 
 
 # ---- build, load, save ----
@@ -954,10 +844,7 @@ def build_student(name=DEFAULT_STUDENT):
     whisper_name, _, llm_name = name.partition("+")
     whisper = load_whisper(whisper_name)
     llm, tokenizer = load_llm(llm_name)
-    if not tokenizer.is_fast:
-        raise RuntimeError(f"{llm_name}: its tokenizer tells no offsets, which place what was heard"
-                           "; expected one with a tokenizer.json")
-    config = SpeechLLMConfig(whisper=whisper.model.config.to_dict(), llm=llm.config.to_dict())
+    config = SpeechLLMConfig(whisper=whisper.config.to_dict(), llm=llm.config.to_dict())
     model = SpeechLLM(config, whisper, llm, tokenizer)
     filler = tokenizer(FILLER, add_special_tokens=False).input_ids[-1]
     with torch.no_grad():
@@ -973,29 +860,18 @@ def load_student(name):
     folder = resolve(name)
     if PretrainedConfig.get_config_dict(folder)[0].get("model_type") == SpeechLLMConfig.model_type:
         return from_folder(SpeechLLM, folder, dtype=torch.float32).eval()
+    if Path(folder, "adapter_config.json").exists():  # as Granite-Speech 3.3
+        raise RuntimeError(f"{name}: a LoRA adapter lies beside its weights; expected plain ones: "
+                           "merge it into them first, by peft's merge_and_unload")
     model = load_multimodal(folder, torch.float32)
     if not hasattr(model, "model") or not hasattr(model.config, "audio_token_id"):
         raise RuntimeError(f"{name}: a model of type {model.config.model_type!r}, expected "
                            "WHISPER+LLM, a folder that train_kd.py wrote, or a speech LLM of "
                            "transformers")
-    if Path(folder, "adapter_config.json").exists():  # Granite-Speech's LoRA, on when it hears
-        merge_adapter(model)
     # Omni's processor wants torchvision, for what is never shown; Voxtral's takes files only
     plain = hasattr(model.model, "visual") or model.config.model_type == "voxtral"
     processor = from_folder(AutoFeatureExtractor if plain else AutoProcessor, folder)
     return HubStudent(model, processor, load_tokenizer(folder, name)).eval()
-
-
-def merge_adapter(model):
-    """LoRA that a folder came with becomes a part of the weights."""
-    if not transformers.utils.is_peft_available():
-        raise RuntimeError(f"{model.name_or_path} comes with an adapter: pip install peft")
-    for name, layer in list(model.named_modules()):
-        if hasattr(layer, "base_layer"):
-            layer.merge()
-            model.set_submodule(name, layer.base_layer)
-    model._hf_peft_config_loaded = model.config.has_lora_adapter = False
-    model._weight_conversions = None  # those of the adapter's names would spoil a saved folder
 
 
 def save_student(model, folder, dtype=None, state=None):

@@ -270,7 +270,7 @@ def answer(teacher, tokenizer, rows, max_new_tokens):
     """Greedy answers to a batch of rows -> records with response and finish."""
     end, embed = m.end_token(tokenizer), teacher.get_input_embeddings()
     ids = [torch.tensor(prompt_ids(tokenizer, row), device=teacher.device) for row in rows]
-    outputs = m.generate(teacher, [*map(embed, ids)], max_new_tokens=max_new_tokens, eos_ids=[end])
+    outputs = m.generate(teacher, [*map(embed, ids)], max_new_tokens=max_new_tokens, eos_id=end)
     return answers_of(tokenizer, rows, outputs)
 
 

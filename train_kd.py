@@ -10,10 +10,11 @@ Writes  OUT/last, OUT/best (students), ckpt-STEP-SHA256.pt, log.jsonl, args.json
 t2t: the student reads the question.  loss = CE(answer) + lambda * tau^2 * KL(teacher || student)
 s2t: the student hears it.            the same, from the same teacher, who reads it
 sound: rows whose prompt is null.     CE(answer) alone, a mean over rows: no text stands for it
-Rows with "source": "student", whose response it sampled itself, get the divergence alone.
+Rows of "source": "student", whose answer it sampled itself, get the divergence alone.
 """
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -43,14 +44,13 @@ from tqdm import tqdm
 import losses
 import model as m
 
-EARLY = 8  # answer tokens before the answer itself gives the question away: the gap shows there
+EARLY = 8       # answer tokens before the answer gives the question away: the gap shows there
 CHANNELS = ("t2t", "s2t", "sound")
-EVAL_ROWS = 16        # measured together
-OVERLAP = 0.5         # own answers are refused below: teacher and student think of other tokens
+EVAL_ROWS = 16  # measured together
+OVERLAP = 0.5   # own answers are refused below: teacher and student think of other tokens
 KEYS = ("id", "prompt", "audio", "response", "reference", "finish", "instruction", "system",
-        "language", "source")   # of a row; others are not read
-FREE_OPTIONS = ("resume", "device", "workers", "out", "save_every", "cache", "shard",
-                "teach_only")  # of --resume
+        "language", "source")  # of a row; others are not read
+FREE_OPTIONS = ("resume", "device", "out", "save_every", "cache", "shard")  # of --resume
 TRAINED_ONLY = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
@@ -63,7 +63,8 @@ def get_args(argv=None):
     add("--teacher", default=m.DEFAULT_LLM, help="frozen text LLM: folder or hub id, NAME@REVISION")
     add("--student", default=m.DEFAULT_STUDENT,
         help="WHISPER+LLM, a speech LLM of transformers, or a folder that this script wrote")
-    add("--data", nargs="+", required=True, help="manifests to train on")
+    add("--data", nargs="+", required=True, help="manifests to train on; rows of source student, "
+        "which answered itself, get the divergence alone")
     add("--eval-data", nargs="+", default=[], help="manifests to measure on")
     add("--max-bad-rows", type=natural, default=0, help="so many may be left out, and are listed")
     add("--labels", choices=["response", "reference"], default="response", help="whose answers")
@@ -72,9 +73,8 @@ def get_args(argv=None):
     add("--cache", help="what Whisper heard, kilobytes a clip; default: .cache beside the data")
     add("--teacher-cache", help="folder for the teacher's hidden rows, 2 bytes x width a token: "
                                 "its body runs once a row and leaves memory; default: none")
-    add("--teach-only", action="store_true",
-        help="fill --teacher-cache and end: loads the teacher alone, so that another process or "
-             "machine can do it; a run with its --teacher, --dtype and rows finds all there")
+    add("--teach-only", action="store_true", help="load the teacher alone, fill --teacher-cache, "
+        "end: another machine can do it; a run with its --teacher, --dtype, rows finds all there")
     add = p.add_argument_group("method").add_argument
     add("--channels", nargs="+", choices=["t2t", "s2t"], default=["t2t", "s2t"],
         help="text to text, speech to text")
@@ -82,11 +82,9 @@ def get_args(argv=None):
     add("--sound-weight", type=weight, default=1.0, help="of rows without a teacher")
     add("--loss", choices=list(losses.DIVERGENCES), default="forward_kl", help="the divergence")
     add("--kd-weight", type=weight, default=0.5, help="lambda of the divergence, the paper's")
-    add("--ce-weight", type=weight, default=1.0,
-        help="of cross-entropy; 0 = pure distillation, as always for rows of source student")
-    add("--early-tokens", type=natural, default=0,
-        help="the divergence of so many first tokens of an answer weighs more: 2 at the first, "
-             "falling linearly to 1 just behind the last of them; 0 = all weigh 1")
+    add("--ce-weight", type=weight, default=1.0, help="of cross-entropy; 0 = pure distillation")
+    add("--early-tokens", type=natural, default=0, help="in so many first tokens of an answer the "
+        "divergence weighs more: 2 at the first, falling linearly to 1 behind the last; 0 = none")
     add("--temperature", type=m.number(float, 0.01), default=2.0, help="tau; the loss has tau^2")
     add("--beta", type=m.number(float, 1e-6, 1 - 1e-6), default=0.5, help="of jsd and skew_kl")
     add = p.add_argument_group("what trains").add_argument
@@ -109,34 +107,33 @@ def get_args(argv=None):
     add("--gradient-checkpointing", action="store_true", help="less memory, about 30%% slower")
     add("--shard", action="store_true", help="FSDP2 in place of DDP: models split over the GPUs")
     add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu", help="to run on")
-    add("--workers", type=natural, default=1, help="processes per GPU that load data; 0 = none")
     add("--seed", type=m.number(int, 0, 2**32), default=0, help="of the order of rows")
     add = p.add_argument_group("evaluation, checkpoints").add_argument
     add("--eval-every", type=natural, default=0, help="steps; 0 = before the first, after the last")
     add("--save-every", type=positive, default=50, help="optimizer steps between checkpoints")
     add("--resume", action="store_true", help="go on from OUT's newest whole checkpoint, if any")
     args = p.parse_args(argv)
-    for name in ("data", "eval_data", "channels", "train"):
-        values = getattr(args, name)
-        if len(set(values)) < len(values):
-            p.error(f"--{name.replace('_', '-')} {' '.join(values)}: one is named twice")
-    args.cache = args.cache or str(Path(args.data[0]).parent / ".cache")  # shared by its runs
+    args.cache = args.cache or str(Path(args.data[0]).parent / ".cache")  # all runs share it
     at_once = args.batch_size * m.ranks()[1]  # rows of one forward on all GPUs
     size = args.global_batch_size = args.global_batch_size or at_once
     frozen = "llm" not in args.train
-    for wrong, message in (
-            (args.lora_rank and frozen, "--lora-rank trains the LLM: add llm to --train"),
-            (frozen and args.channels == ["t2t"],
-             "--channels t2t trains nothing without --train llm"),
-            (args.shard and "RANK" not in os.environ, "--shard needs torchrun"),
-            (args.teach_only and not args.teacher_cache,
-             "--teach-only fills the folder of --teacher-cache; name it"),
-            (not args.kd_weight + args.ce_weight,
-             "--kd-weight 0 and --ce-weight 0 leave nothing to learn; set one of them"),
-            (size % at_once,
-             f"--global-batch-size {size} is not a multiple of --batch-size {args.batch_size} x "
-             f"{m.ranks()[1]} processes; use {at_once * max(1, size // at_once)}")):
-        if wrong:
+    wrong = [(args.lora_rank and frozen, "--lora-rank trains the LLM: add llm to --train"),
+             (frozen and args.channels == ["t2t"],
+              "--channels t2t trains nothing without --train llm"),
+             (args.shard and "RANK" not in os.environ, "--shard needs torchrun"),
+             (args.teach_only and not args.teacher_cache,
+              "--teach-only fills the folder of --teacher-cache; name it"),
+             (not args.kd_weight + args.ce_weight,
+              "--kd-weight 0 and --ce-weight 0 leave nothing to learn; set one of them"),
+             (size % at_once,
+              f"--global-batch-size {size} is not a multiple of --batch-size {args.batch_size} x "
+              f"{m.ranks()[1]} processes; use {at_once * max(1, size // at_once)}")]
+    for name in ("data", "eval_data", "channels", "train"):
+        given = getattr(args, name)
+        wrong.append((len(set(given)) < len(given),
+                      f"--{name.replace('_', '-')} {' '.join(given)}: one is named twice"))
+    for found, message in wrong:
+        if found:
             p.error(message)
     return args
 
@@ -144,9 +141,9 @@ def get_args(argv=None):
 # ---- rows ----
 
 def read_manifest(path, seen=None, bad=None):
-    """Manifest -> rows, ids with the folder's name in front of them, absolute audio paths. What is
-    wrong with a row raises ValueError that names the line, or is added to the list `bad`.
-    seen: {id: where it was met}, of the manifests before."""
+    """Manifest -> rows, ids with the folder's name in front of them, absolute audio paths, `own`:
+    did the student sample the answer. What is wrong with a row raises ValueError that names the
+    line, or is added to the list `bad`. seen: {id: where it was met}, of the manifests before."""
     path, seen = Path(path), {} if seen is None else seen
     if not path.is_file():
         raise ValueError(f"{path}: no such manifest; synth_speech.py writes one")
@@ -166,7 +163,8 @@ def read_manifest(path, seen=None, bad=None):
             raise ValueError(f"{where}: neither prompt nor audio, or a blank prompt; expected text,"
                              " or null where none stands for the sound")
         audio = audio and m.file_below(path.parent, audio, where)
-        return {**row, "id": name, "prompt": prompt, "audio": audio}
+        return {**row, "id": name, "prompt": prompt, "audio": audio,
+                "own": row.get("source") == "student"}
 
     return m.json_lines(path, parse, bad)
 
@@ -180,54 +178,38 @@ def channels_of(row, args):
     return [c for c in args.channels if c == "t2t" or row.get("audio")]  # no clip: by text alone
 
 
-def is_own(row):
-    """Did the student sample the answer? Then nobody vouches for it: it gets no CE."""
-    return row.get("source") == "student"
-
-
-def read_data(args):
-    """-> rows of all manifests, which tell whether they are there to be `measured`; bad rows."""
-    rows, seen, bad = [], {}, []
-    for measured, paths in ((False, args.data), (True, args.eval_data)):
-        for path in paths:  # one to measure on may be a part of the training data
-            for row in read_manifest(path, {} if measured else seen, bad):
-                rows.append({**row, "measured": measured})
-    return rows, bad
-
-
-def choose_rows(args, rows):
-    """-> rows to train on, which some channel can use; rows to measure on, which serve all, so that
-    channels are compared on the same questions; how many each channel has, also in words.
-    Raises: ValueError if a channel that was asked for has none, or nothing can be measured."""
-    used, measured, counts = [], [], collections.Counter()  # {channel: rows}
-    for row in rows:
-        channels, taught = channels_of(row, args), args.labels == "response" and args.kd_weight
-        if is_own(row) and not row["measured"] and not (row["prompt"] and taught):
-            raise ValueError(f"row {row['id']!r}: of source student, whose answer is learned from "
-                             "the teacher alone; expected a prompt, --labels response and a "
-                             "--kd-weight above 0; mend these, or leave such rows out")
-        if row["measured"] and channels == args.channels:
-            measured.append(row)
-        elif channels and not row["measured"]:
-            used.append(row)
-            counts.update(channels)
-    sounds_only = counts["sound"] == len(used) > 0  # no teacher, so no channel is missed
-    strange = set().union(*rows) - {*KEYS, "measured", "tokens"}  # `audio` under another name
-    total = sum(not row["measured"] for row in rows)
-    for channel in args.channels:
-        if not counts[channel] and not sounds_only:
-            needs = f"{'prompt' if channel == 't2t' else 'audio with words'} and {args.labels}"
-            found = f"{' '.join(args.data)}: none of {total} rows has {needs}"
-            raise ValueError(f"{found}, which channel {channel} needs; unknown keys: "
-                             f"{', '.join(sorted(strange)) or 'none'}; rename one, or leave "
-                             f"{channel} out of --channels")
-    if args.eval_data and not measured:
+def read_rows(args):
+    """-> rows to train on, which some channel can use; rows to measure on, which serve all: all are
+    compared on the same questions; {channel: how many to train on}; bad rows."""
+    train_rows, eval_rows, bad, seen = [], [], [], {}
+    counts, keys = collections.Counter(), set()
+    judged = args.labels == "response" and args.kd_weight  # is what a student said
+    for path in args.data:
+        for row in read_manifest(path, seen, bad):
+            channels = channels_of(row, args)
+            keys.update(row)  # for the error below
+            if row["own"] and not (judged and row["prompt"]):
+                bad.append({"id": row["id"], "reason": f"row {row['id']!r}: of source student, it "
+                            "learns from the teacher alone; expected a prompt, --labels response, "
+                            "--kd-weight above 0; change these, or leave the row out"})
+            elif channels:
+                train_rows.append(row)
+                counts.update(channels)
+    for path in args.eval_data:  # it may be a part of the training data
+        rows = read_manifest(path, {}, bad)
+        eval_rows += [row for row in rows if channels_of(row, args) == args.channels]
+    m.leave_out(bad, args.max_bad_rows, args.out, m.ranks()[0] == 0)  # before what follows of it
+    missing = [channel for channel in args.channels if not counts[channel]]
+    if missing and not 0 < counts["sound"] == len(train_rows):  # sounds alone need no teacher
+        needs = f"{'prompt' if missing[0] == 't2t' else 'audio'} and {args.labels}"
+        strange = keys - {*KEYS, "own"}  # `audio` under another name
+        raise ValueError(f"{' '.join(args.data)}: no row has {needs}, which channel {missing[0]} "
+                         f"needs; unknown keys: {', '.join(sorted(strange)) or 'none'}; rename "
+                         f"one, or leave {missing[0]} out of --channels")
+    if args.eval_data and not eval_rows:
         raise ValueError(f"--eval-data {' '.join(args.eval_data)}: no row can be measured; that "
                          f"needs prompt, audio and {args.labels}")
-    few = " (fewer than half: the rest has no audio)" * (counts["t2t"] > 2 * counts["s2t"] > 0)
-    return used, measured, counts, (
-        f"rows: {counts['t2t']} by text, {counts['s2t']} by speech{few}, {counts['sound']} "
-        f"without a teacher, {len(measured)} to measure on")
+    return train_rows, eval_rows, counts, bad
 
 
 def answer_ids(tokenizer, row, labels, max_tokens):
@@ -239,16 +221,17 @@ def answer_ids(tokenizer, row, labels, max_tokens):
 
 
 def make_item(row, args, student, teacher_tokenizer, heard_of, taught_of=None):
-    """A row -> what a step needs of it, and no model has to make: id, answer (token ids), own (is
-    it the student's), teacher_ids (its whole prompt; none for a sound), for each channel that the
-    row serves the prompt of the student, if there is one; taught, the teacher's rows (n, H'), if there is a cache of them."""
-    item = {"id": row["id"], "own": is_own(row), "teacher_ids": [],
+    """A row -> what a step needs of it, and no model has to make: id, answer (token ids),
+    teacher_ids (the teacher's prompt), t2t, s2t, sound (the student's, of the channels that the row
+    serves), own (that which it answered itself), taught (the teacher's rows (n, H'), if kept)."""
+    item = {"id": row["id"], "teacher_ids": [],
             "answer": answer_ids(teacher_tokenizer, row, args.labels, args.max_answer_tokens)}
     for channel in channels_of(row, args) if student is not None else ():
         if channel == "t2t":
             item["t2t"] = student.prompt({**row, "audio": None})  # reads, hears nothing
         else:
             item[channel] = student.prompt(row, heard_of(row))  # s2t, sound
+    item["own"] = item.get("s2t", item.get("t2t")) if row.get("own") else None
     if row["prompt"] is not None:
         before, after = m.chat_parts(teacher_tokenizer, row.get("system"), row.get("instruction"))
         item["teacher_ids"] = before + m.text_ids(teacher_tokenizer, row["prompt"]) + after
@@ -259,8 +242,8 @@ def make_item(row, args, student, teacher_tokenizer, heard_of, taught_of=None):
 
 def check_rows(rows, item_of, llms, bad):
     """Make every item once, before anything trains -> good rows, which now tell the `tokens` of
-    their answers; ids of questions in whose clip no word was heard. Rows that fail go to `bad`."""
-    (rank, world), found = m.ranks(), {}  # row number -> what is wrong; tokens; is nothing heard
+    their answers. What is wrong with the others goes to the list `bad`."""
+    (rank, world), found = m.ranks(), {}  # row number -> what is wrong; tokens
     contexts = [getattr(llm.config, "max_position_embeddings", 0) for llm in filter(None, llms)]
     context = min(filter(None, contexts), default=math.inf)  # of all models
     for k in range(rank, len(rows), world):  # each process tries its share
@@ -272,47 +255,42 @@ def check_rows(rows, item_of, llms, bad):
             if size > context:
                 raise ValueError(f"{size} tokens of prompt, speech and answer, the models have room"
                                  f" for {context}; shorten it or lower --max-answer-tokens")
-            heard = item.get("s2t")
-            found[k] = None, len(item["answer"]), isinstance(heard, m.Prompt) and not heard.words
+            if "s2t" in item and not item["s2t"].words:  # to learn from it would teach guessing
+                raise ValueError(f"no words are heard in {rows[k]['audio']}; expected speech; take "
+                                 "audio out of the row, or the row")
+            found[k] = None, len(item["answer"])
         except ValueError as error:
-            found[k] = f"row {rows[k]['id']!r}: {error}", 0, False
+            found[k] = f"row {rows[k]['id']!r}: {error}", 0
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, found)  # every rank leaves out the same rows
         found = collections.ChainMap(*parts)
-    good, silent = [], []
+    good = []
     for k, row in enumerate(rows):
-        reason, row["tokens"], nothing_heard = found[k]
+        reason, tokens = found[k]
         if reason:
             bad.append({"id": row["id"], "reason": reason})
         else:
-            good.append(row)
-        if nothing_heard:
-            row["audio"] = None  # it is read alone: to hear no word would teach guessing
-            silent.append(row["id"])
-    return good, silent
+            good.append({**row, "tokens": tokens})
+    return good
 
 
 def plan_steps(rows, args):
     """Which rows each step reads: a list of steps, each a list of micro-batches, which processes
-    share, each a list of row numbers. ValueError if there are fewer rows than one step needs.
-
-    A function of its arguments alone: no restart changes it, nor does a number of processes, if
-    --global-batch-size is given. Rows without a teacher come question by question in turn: a rare
-    question is learned as well.
-    """
+    share, each a list of row numbers. A function of its arguments alone: no restart changes it, nor
+    another number of processes. Questions about sounds come in turn: a rare one is learned, too."""
     def drawn(numbers):  # without end, each epoch in an order of its own
         for epoch in itertools.count():
             yield from random.Random(f"{args.seed} {epoch}").sample(numbers, len(numbers))
 
-    questions = {}  # (has it no teacher, which question about the sound) -> numbers of rows
+    questions = {False: {}, True: {}}  # has it no teacher -> {question about the sound: rows}
     for k, row in enumerate(rows):
         sound = row["prompt"] is None
-        questions.setdefault((sound, sound and row.get("instruction")), []).append(k)
+        questions[sound].setdefault(sound and row.get("instruction"), []).append(k)
     micro_batches = args.global_batch_size // args.batch_size  # of a step, of all processes
     steps, turns, plan = args.max_steps, [], []
     for sound, batch_size in ((False, args.batch_size), (True, args.sound_batch_size)):
-        some = [numbers for (kind, _), numbers in questions.items() if kind == sound]
+        some = list(questions[sound].values())
         count, size = sum(map(len, some)), micro_batches * batch_size
         if 0 < count < size:
             raise ValueError(f"{count} rows {'without' if sound else 'with'} a teacher and with "
@@ -342,9 +320,8 @@ def fingerprint(model, *more):
 
 def cached(folder, things, key_of, compute, what):
     """Let each thing be computed once, by some process, into FOLDER/SHA256(KEY).safetensors ->
-    function from it to its {key: tensor}; FileNotFoundError if there was none.
-    compute: list of things -> pairs of a thing and {key: tensor}. 32 go together in the order
-    given; what meets depends on `things` alone, so that a restart gives the same bits."""
+    function from it to its {key: tensor}. compute: list of things -> pairs of thing and tensors;
+    32 go together, which depends on `things` alone: a restart gives the same bits."""
     def path_of(thing):
         return folder / f"{hashlib.sha256(key_of(thing).encode()).hexdigest()}.safetensors"
 
@@ -355,10 +332,10 @@ def cached(folder, things, key_of, compute, what):
     paths, there = list(unique), set(folder.glob("*.safetensors"))
     batches = [paths[start:start + 32] for start in range(32 * rank, len(paths), 32 * world)]
     todo = [batch for batch in batches if not there.issuperset(batch)]  # as a whole: same bits
-    for batch in tqdm(todo, desc=what, unit="batch", disable=rank > 0 or not todo):
+    for batch in tqdm(todo, desc=what, unit="batch", disable=rank > 0 or not todo):  # 32 things
         for thing, tensors in compute([unique[path] for path in batch]):
             path = path_of(thing)
-            if path not in there:
+            if path not in there:  # what is there may have met other rows: its bits stay
                 temporary = path.with_suffix(f".{os.getpid()}")
                 save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary)
                 os.replace(temporary, path)  # whole, or not there
@@ -368,12 +345,11 @@ def cached(folder, things, key_of, compute, what):
 
 
 def hear_all(args, student, rows):
-    """Let Whisper hear every clip once -> function from a row to what was heard of it. Keys are of
-    the clip's bytes and the language, the folder is Whisper's: none of them can change unnoticed.
-    Students of transformers hear at each step."""
+    """Let Whisper hear every clip once -> function from a row to what was heard of it: by the bytes
+    of the clip, language and Whisper's weights. Students of transformers hear at each step."""
     if not isinstance(student, m.SpeechLLM):
         return lambda row: None
-    student.whisper.to(args.device)
+    student.whisper.to(args.device)  # first: of sharded models, too
     digest = functools.cache(m.digest)
 
     def compute(batch):
@@ -402,25 +378,25 @@ def hear_all(args, student, rows):
 
 
 def align_sounds(student, rows, heard_of):
-    """Let a sound layer begin with what rows without a teacher say about their clips ->
-    number of clips. An answer counts by the mean embedding of what its question's other answers
-    lack, less the mean over them; one that is given once (a transcript) tells words, not sound."""
+    """Let a sound layer begin with what rows without a teacher say about their clips -> number of
+    clips. An answer counts by the mean embedding of what its question's other answers lack, less
+    the mean over them; one that is given once (a transcript) tells words, not sound."""
     table, questions = student.llm.get_input_embeddings().weight.detach().float(), {}
     for row in rows:
         if row["prompt"] is None:
-            ids = m.text_ids(student.tokenizer, row["response"])
-            questions.setdefault(row.get("instruction"), []).append((row["audio"], tuple(ids), row))
+            ids = tuple(m.text_ids(student.tokenizer, row["response"]))
+            questions.setdefault(row.get("instruction"), []).append((row, ids))
     sounds, targets = {}, {}  # clip -> (A, D), (H,)
     for answers in questions.values():
-        counts = collections.Counter(ids for _, ids, _ in answers)
-        answers = [answer for answer in answers if counts[answer[1]] > 1]  # no transcripts
-        common = set(answers[0][1]).intersection(*[ids for _, ids, _ in answers]) if answers else ()
+        counts = collections.Counter(ids for _, ids in answers)
+        answers = [(row, ids) for row, ids in answers if counts[ids] > 1]  # no transcripts
+        common = set.intersection(*[set(ids) for _, ids in answers]) if answers else ()
         vectors = []                                                              # (H,) each
-        for _, ids, _ in answers:
+        for _, ids in answers:
             own = [token for token in ids if token not in common]
-            vectors.append(table[own].mean(0) if own else torch.zeros_like(table[0]))
-        for (clip, _, row), vector in zip(answers, vectors):
-            offset = vector - torch.stack(vectors).mean(0)
+            vectors.append(table[own].sum(0) / max(1, len(own)))
+        for (row, _), vector in zip(answers, vectors):
+            clip, offset = row["audio"], vector - torch.stack(vectors).mean(0)
             targets[clip] = targets.get(clip, 0) + offset  # several questions ask about a clip
             sounds[clip] = heard_of(row).sound.to(table.device)
     if sounds:
@@ -440,29 +416,15 @@ def teach_all(args, teacher, items, say):
         return str([item["teacher_ids"], item["answer"]])
 
     asked = [{**item, **dict.fromkeys(CHANNELS)} for item in items if item["teacher_ids"]]  # slim
+    lengths = {key_of(item): len(item["answer"]) for item in asked}  # in several voices it is one
+    tokens, head = sum(lengths.values()), teacher.get_output_embeddings()
+    gib = tokens * head.in_features * teacher.dtype.itemsize / 2**30
     folder = Path(args.teacher_cache, fingerprint(teacher, teacher.dtype, "scaled"))
-    unique = {key_of(item): item for item in asked}  # a question in several voices is one
-    tokens = sum(len(item["answer"]) for item in unique.values())
-    head = teacher.get_output_embeddings().weight                                 # (V', H')
-    gib = tokens * head.shape[1] * head.element_size() / 2**30
-    say(f"the teacher reads {len(unique)} rows, {tokens} tokens of answers: {gib:.3g} GiB in "
-        f"{folder}, less what is there")
+    say(f"teacher: {len(lengths)} rows, {tokens} tokens of answers, {gib:.3g} GiB in {folder}")
     kept_of = cached(folder, asked, key_of, compute, "teaching")
     teacher.base_model.to("meta")  # its head stays
-    teacher.get_output_embeddings().to(args.device)
+    head.to(args.device)
     return lambda item: kept_of(item)["x"]
-
-
-def teach_only(args, rows, bad, say):
-    """--teach-only: the rows that a run with these options asks a teacher about, into its cache."""
-    teacher, tokenizer = m.load_llm(args.teacher, getattr(torch, args.dtype))
-    item_of = functools.partial(make_item, args=args, student=None, heard_of=None,
-                                teacher_tokenizer=tokenizer)
-    rows, _ = check_rows([row for row in rows if row["prompt"]], item_of, [teacher], bad)
-    left_out = m.leave_out(bad, args.max_bad_rows, args.out, not m.ranks()[0])
-    if left_out:
-        say(left_out)
-    teach_all(args, teacher, map(item_of, rows), say)
 
 
 # ---- one pass through teacher and student ----
@@ -474,8 +436,8 @@ def teacher_rows(teacher, items):
     its adapters off."""
     if all("taught" in item for item in items):
         return [item["taught"] for item in items]
-    rows = [torch.tensor(item["teacher_ids"] + item["answer"], device=teacher.device)
-            for item in items]
+    ids = [item["teacher_ids"] + item["answer"] for item in items]
+    rows = [torch.tensor(some, device=teacher.device) for some in ids]
     lengths = [len(item["answer"]) for item in items]
     shared = len(os.path.commonprefix([item["teacher_ids"] for item in items]))  # template's tokens
     own, training = hasattr(teacher, "peft_config"), teacher.training  # own: the student's LLM
@@ -492,105 +454,95 @@ def teacher_rows(teacher, items):
 def chunk_rows_of(head):
     """Rows whose logits exist at the same time. On a CPU 128 MiB of each model's, twice that if
     each chunk has to upcast the head; on a GPU more, since a chunk costs kernel launches."""
-    if head.is_cuda:
-        return max(256, 2**26 // len(head))
-    size = 2**25 if head.dtype == torch.float32 else 2**26
-    return 2 ** max(6, int(math.log2(size / len(head))))
+    rows = 2**(25 if head.dtype == torch.float32 and not head.is_cuda else 26) // len(head)
+    return max(256, rows) if head.is_cuda else 2 ** max(6, int(math.log2(rows)))
 
 
 def token_weights(args, channel, item):
-    """Weights of CE and of the divergence of an answer's tokens, (n, 2): a sound's are 1 in sum."""
+    """Weights of CE and of the divergence of an answer's tokens, (n, 2). A sound's are 1 in sum: a
+    transcript of twelve tokens would drown "Fast."."""
     count = len(item["answer"])
     if channel == "sound":
         return torch.full((count, 2), 1 / max(1, count))
-    ce = torch.full((count,), 0.0 if item["own"] else 1.0)
+    # DIFFERS: CORD (arXiv:2601.16547) lets weights fall from 2 to 1 over the whole answer
     kd = 1 + (args.early_tokens - torch.arange(count)).clamp(min=0) / max(1, args.early_tokens)
-    return torch.stack([ce, kd], 1)
+    return torch.stack([torch.full((count,), float(item["own"] is None)), kd], 1)
 
 
 def channel_loss(args, channel, llms, hidden, items):
-    """Sums over a channel's answer tokens -> (loss, ce, kd). llms: student's and teacher's (None if
-    it is not asked), whose rows are a part of the items. Rows without a teacher get CE, whatever
-    --ce-weight is, and count once each: a transcript of twelve tokens would drown "Fast."."""
+    """Sums over a channel's answer tokens -> (loss, ce, kd). llms: student's, teacher's (or None),
+    whose rows the items carry. Rows without a teacher get CE, whatever --ce-weight is."""
     (llm, teacher), ce_weight, kd_weight = llms, args.ce_weight, args.kd_weight
     # (n_i, H') each; a row that stands in has an answer of no token
     taught = [item["taught"][:len(item["answer"])] for item in items if "taught" in item]
-    if channel == "sound":
+    if channel == "sound":  # nobody else can tell what it is
         ce_weight, kd_weight = 1.0, 0.0
-    weights = torch.cat([token_weights(args, channel, item) for item in items])   # (N, 2)
     if not kd_weight:  # a stand-in, of the right shape
         teacher, taught = llm, [hidden.detach()]
     heads = [x.get_output_embeddings().weight for x in (llm, teacher)]  # (V, H), (V', H')
     targets = [token for item in items for token in item["answer"]]  # (N,)
+    row_weights = torch.cat([token_weights(args, channel, item) for item in items])
     return losses.fused_ce_kd(  # chunk by chunk: no (N, V) logits ever exist
         student_hidden=hidden, student_weight=heads[0], student_logit_scale=m.logit_scale(llm),
         teacher_hidden=torch.cat(taught).to(hidden.device), teacher_weight=heads[1],
-        targets=torch.tensor(targets, device=hidden.device), row_weights=weights.to(hidden.device),
-        kind=args.loss, beta=args.beta, temperature=args.temperature, ce_weight=ce_weight,
-        kd_weight=kd_weight, chunk_rows=chunk_rows_of(heads[0]))
+        targets=torch.tensor(targets, device=hidden.device), kind=args.loss, beta=args.beta,
+        row_weights=row_weights.to(hidden.device), temperature=args.temperature,
+        ce_weight=ce_weight, kd_weight=kd_weight, chunk_rows=chunk_rows_of(heads[0]))
 
 
 # ---- evaluation ----
 
 @torch.no_grad()
 def measure(student, teacher, items, channels, autocast):
-    """Divergence from the teacher, row by row -> {channel: [(kl (n,) nats at tau 1, agree (n,),
-    overlap (n,) of their likeliest tokens)]} over each answer's tokens."""
+    """Compare with the teacher, row by row -> {channel: [(3, n)]} over each answer's tokens: KL in
+    nats at tau 1; 1 = both prefer one token; the share of the likeliest that both have."""
     answers, results = [item["answer"] for item in items], {}
     lengths = [len(answer) for answer in answers]
     taught = torch.cat(list(teacher_rows(teacher, items))).to(student.llm.device)  # (N, H')
     for channel in channels:
         with autocast():
             hidden = student([item[channel] for item in items], answers)          # (N, H)
-        found = losses.token_kl(  # three of (N,); always at tau 1
+        kl, agree, overlap = losses.token_kl(  # (N,) each
             student_hidden=hidden, student_weight=student.llm.get_output_embeddings().weight,
             teacher_hidden=taught, teacher_weight=teacher.get_output_embeddings().weight,
             student_logit_scale=m.logit_scale(student.llm))
-        results[channel] = list(zip(*[values.split(lengths) for values in found]))
+        results[channel] = torch.stack([kl, agree.float(), overlap]).split(lengths, 1)
     return results
 
 
 def evaluate(channels, student, teacher, rows, item_of, autocast):
-    """Every rank measures its share -> record for the log: KL and agreement, over all answer
-    tokens and over the first EARLY, of each channel, and how far the likeliest tokens are the same;
-    the gap between the channels."""
+    """Every rank measures its share -> record for the log: KL, agreement and overlap, over all
+    answer tokens and over the first EARLY, of each channel; the gap between the channels."""
     rank, world = m.ranks()
-    student.eval()
-    sums = torch.zeros(len(channels), 2, 4, dtype=torch.float64)
-    share = -(-len(rows) // world)  # as many on every rank: sharded models work together
-    for start in range(0, share, EVAL_ROWS):
-        numbers = [rank + world * k for k in range(start, min(start + EVAL_ROWS, share))]
-        items = [item_of(rows[k % len(rows)]) for k in numbers]
-        counted = sum(k < len(rows) for k in numbers)  # beyond the last they are read alone
+    student.eval()  # no dropout
+    sums, share = torch.zeros(len(channels), 2, 4, dtype=torch.float64), rows[rank::world]
+    # as many are read on every rank, since sharded models work together; one more does not count
+    read = share if len(share) * world >= len(rows) else share + rows[:1]
+    for start in range(0, len(read), EVAL_ROWS):
+        items = [item_of(row) for row in read[start:start + EVAL_ROWS]]
         found = measure(student, teacher, items, channels, autocast)
         for total, channel in zip(sums, channels):
-            for values in found[channel][:counted]:
-                both = torch.stack([*values, torch.ones_like(values[0])]).double()  # (4, n)
-                total += torch.stack([both.sum(1), both[:, :EARLY].sum(1)])
+            for values in found[channel][:len(share) - start]:                    # (3, n)
+                values = torch.cat([values, torch.ones_like(values[:1])]).double()
+                total += torch.stack([values.sum(1), values[:, :EARLY].sum(1)])
     sums = sums.to(student.llm.device)
     if world > 1:
         dist.all_reduce(sums)  # of counts and sums, so that the mean is exact
     record = {}
     for channel, parts in zip(channels, sums.tolist()):
-        for suffix, (kl, agree, overlap, tokens) in zip(("", "8"), parts):
-            record[f"eval_kl{suffix}_{channel}"] = kl / max(1, tokens)  # nats a token
-            record[f"eval_agree{suffix}_{channel}"] = agree / max(1, tokens)
-            if not suffix:
-                record[f"eval_overlap_{channel}"] = overlap / max(1, tokens)
+        for suffix, (*totals, tokens) in zip(("", "8"), parts):
+            for name, total in zip(("kl", "agree", "overlap"), totals):
+                record[f"eval_{name}{suffix}_{channel}"] = total / max(1, tokens)
     if len(channels) == 2:
         record["eval_gap8"] = record["eval_kl8_s2t"] - record["eval_kl8_t2t"]  # nats a token
     return record
 
 
 def check_own(student, teacher, rows, item_of, autocast):
-    """Are the answers this student's own, and is the teacher of its kind -> the share of its
-    likeliest tokens that are the teacher's, too, in words. ValueError if that is below OVERLAP."""
-    def heard_or_read(row):
-        item = item_of(row)
-        return {**item, "own": item.get("s2t", item.get("t2t"))}
-
-    record = evaluate(["own"], student, teacher, rows[:EVAL_ROWS], heard_or_read, autocast)
-    share = record["eval_overlap_own"]
+    """ValueError unless OVERLAP of the likeliest tokens in the student's own answers, by speech
+    where there is a clip, are the teacher's, too -> the share, in words."""
+    record = evaluate(["own"], student, teacher, rows[:EVAL_ROWS], item_of, autocast)
+    share = record["eval_overlap_own"]  # one number on all ranks
     if not share >= OVERLAP:
         raise ValueError(f"rows of source student, e.g. {rows[0]['id']!r}: of this student's 64 "
                          f"likeliest tokens {share:.2f} are the teacher's, expected {OVERLAP} or "
@@ -602,8 +554,7 @@ def check_own(student, teacher, rows, item_of, autocast):
 # ---- what trains ----
 
 def check_pair(teacher, teacher_tokenizer, student):
-    """Same ordinary vocabulary and end of turn, and plain heads;
-    special tokens may be named differently."""
+    """Same ordinary vocabulary (special tokens may be named differently), same end, plain heads."""
     tokenizers = teacher_tokenizer, student.tokenizer
     taught, spoken = (t.get_vocab().items() - t.get_added_vocab().items() for t in tokenizers)
     ends, differ = [m.end_token(tokenizer) for tokenizer in tokenizers], sorted(taught ^ spoken)
@@ -626,8 +577,6 @@ def load_teacher(args, student, dtype):
     same = all(k in own and torch.equal(own[k].to(v), v) for k, v in teacher.state_dict().items())
     if same and args.lora_rank and not args.teacher_cache and not args.shard:
         teacher = student.llm  # asked with its adapters off: one copy in memory
-    if not args.shard and not args.teacher_cache:  # else piece by piece, or if a row is not there
-        teacher.to(args.device)
     return teacher.requires_grad_(False), tokenizer  # it stays as it is: the answers are its own
 
 
@@ -651,7 +600,7 @@ def choose_what_trains(args, student, dtype):
 
 
 def make_optimizer(args, student):
-    """AdamW over the parts that train; matrices decay, vectors do not. main sets the rates."""
+    """AdamW over the parts that train; matrices decay, vectors do not."""
     groups = []
     for name in args.train:
         part = torch.nn.ModuleList(student.parts()[name])
@@ -667,8 +616,7 @@ def update(args, optimizer, where):
     for name in args.train:  # part by part: the LLM's gradient would drown the adapter's
         groups = [group["params"] for group in optimizer.param_groups if group["part"] == name]
         norm = torch.nn.utils.clip_grad_norm_(sum(groups, []), 1.0)
-        norm = float(norm.full_tensor() if args.shard else norm)
-        norms[f"norm_{name}"] = norm
+        norms[f"norm_{name}"] = norm = float(norm.full_tensor() if args.shard else norm)
         if not math.isfinite(norm):
             raise RuntimeError(f"gradient norm {norm} of {name} in {where}; lower --lr-{name}")
     optimizer.step()
@@ -677,8 +625,8 @@ def update(args, optimizer, where):
 
 
 def shard(student, teacher, dtype, device):
-    """FSDP2: layers one by one, then the rest. Layers are gathered in `dtype` when they are needed,
-    gradients are summed in float32; the adapter is all float32. The teacher's head stays whole."""
+    """FSDP2: layers one by one, then the rest; gathered in `dtype`, gradients are summed in
+    float32; the adapter is all float32. The teacher's head stays whole."""
     mesh = dist.device_mesh.init_device_mesh(device, (dist.get_world_size(),))
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False))
@@ -695,7 +643,15 @@ def shard(student, teacher, dtype, device):
         teacher.get_output_embeddings().to(device)  # each chunk of the loss reads all of it
 
 
-# ---- checkpoints ----
+# ---- checkpoints, log ----
+
+def save_folder(student, folder, dtype):
+    """The student as a folder of transformers. Every rank must call it, the first one writes."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(student, options=options)  # gathered, if it is sharded
+    if not m.ranks()[0]:
+        m.save_student(student, folder, dtype, state)
+
 
 def save_checkpoint(args, student, optimizer, step, best, identity):
     """Trainable weights and everything else that a bit-exact continuation needs; complete or not
@@ -743,16 +699,6 @@ def load_checkpoint(found, student, optimizer, identity):
     return saved["step"], saved["best"], [damaged.name for damaged in found[:found.index(path)]]
 
 
-def save_folder(student, folder, dtype):
-    """The student as a folder of transformers. Every rank must call it, the first one writes."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(student, options=options)  # gathered, if it is sharded
-    if not m.ranks()[0]:
-        m.save_student(student, folder, dtype, state)
-
-
-# ---- log ----
-
 def begin_log(args, step):
     """args.json; log.jsonl up to a step's evaluation, which is repeated: as without a stop."""
     path = Path(args.out, "log.jsonl")
@@ -772,15 +718,17 @@ def log(args, record, *more):
     print(f"step {record['step']}", *cells, *more, sep=" | ", flush=True)
 
 
-def end_processes(code):
-    """They end together, or torchrun kills all when one has ended -> the exit code."""
-    if m.ranks()[1] > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    return code
-
-
 # ---- main ----
+
+def teach_only(args, rows, bad, say):
+    """--teach-only: the rows that a run with these options asks a teacher about, into its cache."""
+    teacher, tokenizer = m.load_llm(args.teacher, getattr(torch, args.dtype))
+    item_of = functools.partial(make_item, args=args, student=None, teacher_tokenizer=tokenizer,
+                                heard_of=None)
+    rows = check_rows([row for row in rows if row["prompt"]], item_of, [teacher], bad)
+    say(m.leave_out(bad, args.max_bad_rows, args.out, m.ranks()[0] == 0) or "no row is bad")
+    teach_all(args, teacher, map(item_of, rows), say)
+
 
 def main(args):
     # ---- rows, before any model loads ----
@@ -790,15 +738,14 @@ def main(args):
         raise ValueError(f"{earlier[0]} exists: add --resume to go on, or choose another --out")
     rank, world = m.start_processes(args.device, "gloo" if args.device == "cpu" else "nccl")
     master = rank == 0  # of `world` processes, one a GPU
-    rows, bad = read_data(args)
     say = functools.partial(print, flush=True) if master else lambda *_: None
-    m.leave_out(bad, args.max_bad_rows, out, master)
-    train_rows, eval_rows, counts, line = choose_rows(args, rows)
-    say(line)
+    train_rows, eval_rows, counts, bad = read_rows(args)
+    say(f"rows: {counts['t2t']} by text, {counts['s2t']} by speech, {counts['sound']} without a "
+        f"teacher, {len(eval_rows)} to measure on")
     out.mkdir(parents=True, exist_ok=True)  # fails now, not after the first steps
     if args.teach_only:
         teach_only(args, train_rows + eval_rows, bad, say)
-        return end_processes(0)
+        return 0
 
     # ---- student, teacher ----
     student = m.load_student(args.student)  # in float32, on the CPU
@@ -808,21 +755,20 @@ def main(args):
     choose_what_trains(args, student, dtype)  # before DDP and optimizer, which read the flags
     if args.gradient_checkpointing:
         student.llm.gradient_checkpointing_enable()
-    if not args.shard:  # else it moves piece by piece
+    if not args.shard:  # else they move piece by piece; a cached teacher if it has to read
         student.to(args.device)
+        if teacher is not None and not args.teacher_cache:
+            teacher.to(args.device)
 
     # ---- what is heard, read and taught ----
     heard_of = hear_all(args, student, train_rows + eval_rows)
     item_of = functools.partial(make_item, args=args, student=student, heard_of=heard_of,
                                 teacher_tokenizer=teacher_tokenizer)
     llms = student.llm, teacher
-    rows, silent = check_rows(train_rows + eval_rows, item_of, llms, bad)
-    left_out = m.leave_out(bad, args.max_bad_rows, out, master)  # now, not at night
-    train_rows, eval_rows, counts, line = choose_rows(args, rows)  # of those that are left
-    if silent:
-        say(f"no words heard in {len(silent)} clips, e.g. {silent[0]}; they are read alone")
-    if bad or silent:
-        say(f"{left_out}\n{line}".strip())
+    train_rows = check_rows(train_rows, item_of, llms, bad)  # now, not at night
+    eval_rows = check_rows(eval_rows, item_of, llms, bad)
+    left_out = m.leave_out(bad, args.max_bad_rows, out, master) or "no row is bad"
+    say(f"{left_out}; {len(train_rows)} train, {len(eval_rows)} are measured")
     if isinstance(student, m.SpeechLLM) and not student.adapter.listens:  # untrained so far
         say("sound layer: begins with", align_sounds(student, train_rows, heard_of), "clips")
     if args.teacher_cache and teacher is not None:
@@ -836,40 +782,42 @@ def main(args):
     optimizer = make_optimizer(args, student)
     content = [{**row, "audio": None} for row in train_rows + eval_rows]  # its path may change
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    # what must be the same for a run to go on
-    identity = {k: v for k, v in vars(args).items() if k not in FREE_OPTIONS}
+    identity = {k: v for k, v in vars(args).items() if k not in FREE_OPTIONS}  # to go on with
     identity |= {"processes": world, "content of the rows": f"{len(content)} {digest[:12]}"}
     step, best, steps = 0, None, len(plan)  # best: the score of OUT/best
     if earlier:
         step, best, damaged = load_checkpoint(earlier, student, optimizer, identity)
-        say("\n".join([f"going on from step {step}", *[f"{name} is damaged" for name in damaged]]))
+        say(f"going on from step {step}; damaged: {', '.join(damaged) or 'none'}")
     if master:
         begin_log(args, step)
-    weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    weights = sum(p.numel() for p in student.parameters() if p.requires_grad)  # of this process
     say(f"{steps} steps; {weights / 1e6:.1f} M weights train")
     stopped = []  # filled by SIGTERM; the loop ends before its next step
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
 
     # ---- the loop ----
+    autocast = functools.partial(torch.autocast, args.device, dtype, dtype != torch.float32)
+    own_rows = [row for row in train_rows if row["own"]]
+    if own_rows and not step:
+        say(check_own(student, teacher, own_rows, item_of, autocast))
     model = student
     if world > 1 and not args.shard:
         model = torch.nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
-    # micro-batches go to the processes in turn: the plan knows nothing of their number
-    todo = list(itertools.chain(*[batches[rank::world] for batches in plan[step:]]))
-    stream = iter(torch.utils.data.DataLoader(  # workers outlive SIGTERM: a step is finished
-        train_rows, batch_sampler=todo, collate_fn=lambda some: list(map(item_of, some)),
-        worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),
-        num_workers=args.workers, multiprocessing_context="fork" if args.workers else None))
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch raises in mid-step, not in next()
-    autocast = functools.partial(torch.autocast, args.device, dtype, dtype != torch.float32)
     channel_weights = {"t2t": args.t2t_weight, "s2t": 1.0, "sound": args.sound_weight}
     # speech first: it keeps more for backward, and no gradients exist. By text the LLM alone learns
-    channels = [c for c in CHANNELS[::-1] if counts[c] and (c != "t2t" or "llm" in args.train)]
-    own_rows = [row for row in train_rows if is_own(row)]
-    if own_rows and not step:
-        say(check_own(student, teacher, own_rows, item_of, autocast))
+    served = set().union(*[channels_of(row, args) for row in train_rows])
+    channels = [c for c in CHANNELS[::-1] if c in served and (c != "t2t" or "llm" in args.train)]
+
+    def items_of(batch):
+        return [item_of(train_rows[k]) for k in batch]
+
+    pool = concurrent.futures.ThreadPoolExecutor(1)  # makes the next step's items meanwhile
+    plan.append([])  # after the last step there is nothing to make
+    # micro-batches go to the processes in turn: the plan knows nothing of their number
+    ahead = pool.map(items_of, plan[step][rank::world])
     begun = time.perf_counter()  # s
     while True:
+        micro_batches = list(ahead)  # made, before others use the tokenizers
         if eval_rows and (step == steps or step % (args.eval_every or steps) == 0):
             record = evaluate(args.channels, student, teacher, eval_rows, item_of, autocast)
             score = record.get("eval_kl8_s2t", record.get("eval_kl8_t2t"))
@@ -886,22 +834,22 @@ def main(args):
             group["lr"] = peak * min(1.0, warm) * 0.5 * (1 + math.cos(math.pi * (step / steps)))
 
         # -------- one optimizer step --------
-        student.train()
+        student.train()  # evaluation has ended that
         started = time.perf_counter()
-        micro_batches = [next(stream) for _ in range(len(plan[step]) // world)]  # of this rank
         stop = torch.tensor(len(stopped), device=args.device)
         if world > 1:
             dist.all_reduce(stop)
         if stop:  # SIGTERM came to one of the processes: all stop at one step
             break
+        ahead = pool.map(items_of, plan[step + 1][rank::world])
         # Mean over ALL supervised tokens of the step (sounds: rows), per channel: one a micro-batch
         # would weight a 3-token answer like a 300-token one. The plan tells them, of all processes
         counted = collections.Counter()
         for row in [train_rows[k] for k in itertools.chain(*plan[step])]:
             for channel in set(channels_of(row, args)) & set(channels):
-                counted[channel] += 1 if channel == "sound" else row["tokens"]
-                counted[f"own_{channel}"] += row["tokens"] if is_own(row) else 0  # without CE
-                counted["tokens"] += row["tokens"]
+                size = 1 if channel == "sound" else row["tokens"]
+                counted.update({"tokens": row["tokens"], f"kd_{channel}": size,
+                                f"ce_{channel}": 0 if row["own"] else size})
         torch.manual_seed(args.seed + 100_003 * step + rank)  # of dropout: also after a restart
         sums = torch.zeros(len(CHANNELS), 3, dtype=torch.float64, device=args.device)
         for micro_step, items in enumerate(micro_batches):
@@ -921,7 +869,7 @@ def main(args):
                     with autocast():
                         hidden = model(prompts, answers)                          # (N, H)
                         loss, ce, kd = channel_loss(args, channel, llms, hidden, chosen)
-                    loss = channel_weights[channel] / max(1, counted[channel]) * loss
+                    loss = channel_weights[channel] / max(1, counted[f"kd_{channel}"]) * loss
                     (loss * world).backward()  # DDP averages over them; frees this channel
                 sums[CHANNELS.index(channel)] += torch.stack([loss.detach(), ce, kd])
         if world > 1:
@@ -939,11 +887,9 @@ def main(args):
             seconds = time.perf_counter() - started
             record = {"step": step, "loss": total}
             for channel, (_, ce, kd) in zip(CHANNELS, sums.tolist()):
-                count = counted[channel]  # of tokens, or rows
-                for name, total, those in (("ce", ce, count - counted[f"own_{channel}"]),
-                                           ("kd", kd, count)):
-                    if those:
-                        record[f"{name}_{channel}"] = total / those
+                for name, part in ((f"ce_{channel}", ce), (f"kd_{channel}", kd)):
+                    if counted[name]:  # tokens, or rows
+                        record[name] = part / counted[name]
             memory = (torch.cuda.max_memory_allocated() if args.device == "cuda" else
                       1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes
             record |= {**norms, "lr": max(group["lr"] for group in optimizer.param_groups),
@@ -957,18 +903,20 @@ def main(args):
     if step == steps:
         save_folder(student, out / "last", dtype)  # complete, or not there at all
         say(f"wrote {out / 'last'}")
-    else:
-        if step:  # before the first one, saving would count one in the optimizer
-            save_checkpoint(args, student, optimizer, step, best, identity)
-        say(f"stopped by SIGTERM after step {step}; the same command with --resume goes on")
-    return end_processes(0 if step == steps else 143)  # 128 + SIGTERM, as a shell has it
+        return 0
+    if step:  # before the first one, saving would count one in the optimizer
+        save_checkpoint(args, student, optimizer, step, best, identity)
+    say(f"stopped by SIGTERM after step {step}; the same command with --resume goes on")
+    return 143  # 128 + SIGTERM, as a shell has it
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(get_args()))
+        code = main(get_args())
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         print("train_kd.py:", *str(error).split(), file=sys.stderr)
-        for worker in torch.multiprocessing.active_children():
-            worker.kill()  # of the loader: Python would wait for what outlives SIGTERM
         sys.exit(2)
+    if dist.is_initialized():
+        dist.barrier()  # torchrun kills all when one has ended otherwise
+        dist.destroy_process_group()
+    sys.exit(code)

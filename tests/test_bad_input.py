@@ -64,7 +64,7 @@ class Box:
         models = ["--teacher", self.tiny.llm, "--student", self.tiny.student_folder]
         return [str(x) for x in {
             "train": [*models, "--data", self.manifest, "--out", self.out, "--dtype", "float32", "--batch-size", 4,
-                      "--workers", 0, "--max-steps", 1, "--device", "cpu"],
+                      "--max-steps", 1, "--device", "cpu"],
             "synth": ["--teacher", self.tiny.llm, "--out", self.out, "--dtype", "float32", "--device", "cpu", "--workers", 1,
                       "--input", self.questions, "--max-new-tokens", 2, "--voices", "en-us"],
             "vb": [*models, "--data", self.folder, "--out", self.out, "--device", "cpu", "--max-new-tokens", 2],
@@ -139,7 +139,7 @@ def numbers(script, low, **options):
 
 
 ARGUMENTS = {
-    **numbers("train", "0 or more", max_steps=-1, eval_every=-2, lr_warmup_steps=-1, workers=-1, global_batch_size=-8,
+    **numbers("train", "0 or more", max_steps=-1, eval_every=-2, lr_warmup_steps=-1, global_batch_size=-8,
               max_bad_rows=-1, lora_rank=-1, t2t_weight=-1.0, sound_weight="nan", kd_weight=-0.5, ce_weight="inf"),
     **numbers("train", "1 or more", batch_size=[0, -4], sound_batch_size=0, save_every=0, max_answer_tokens=0),
     **numbers("train", "0 to 1", lr_llm=[-1.0, "nan"], lr_adapter="inf", lr_encoder=2.0),
@@ -172,7 +172,7 @@ ARGUMENTS = {
     "no voice of the language": ("synth-only", ["--out", "x", "--input", "x", "--language", "fr"], r"--language fr needs --voices that"),
     "three takes": ("synth", ["--takes", "3"], r"--takes: invalid choice: 3"),
     "no such piper voice": ("synth", ["--engine", "piper", "--voices", "martian"], r"piper has no voice 'martian'|needs the package piper-tts"),
-    "no recogniser": ("synth", ["--max-wer", "0.3", "--asr", "a/b"], r"'a/b' is no local folder.*cannot be reached"),
+    "no recogniser": ("synth", ["--max-wer", "0.3", "--asr", "a/b"], r"'a/b' is no local folder.*that can be reached"),
     "student and answers": ("vb", ["--score-only", "x"], r"--score-only: not allowed with argument --student"),
     "unknown subset": ("vb", ["--subsets", "gsm8k"], r"--subsets: invalid choice: 'gsm8k'"),
     "unknown modality": ("vb", ["--modality", "video"], r"--modality: invalid choice: 'video'"),
@@ -182,7 +182,7 @@ ARGUMENTS = {
     "no such mode": ("train", ["--device", "tpu"], r"--device: invalid choice: 'tpu' \(choose from '?cpu'?, '?cuda'?\)"),
     "no student": ("train", ["--student", "nobody/nothing"], r"'nobody/nothing' is no local folder.*tools/offline_models.py"),
     "no teacher": ("synth", ["--teacher", "nobody/nothing"], r"'nobody/nothing' is no local folder.*tools/offline_models.py"),
-    "no hub name": ("train", ["--teacher", "a b c/d/e"], r"is no local folder.*is no hub id \(ORG/NAME\)"),
+    "no hub name": ("train", ["--teacher", "a b c/d/e"], r"is no local folder.*no hub id \(ORG/NAME\)"),
     "WHISPER+nothing": ("train", ["--student", "WHISPER+"], r"'' is no local folder"),
     "Whisper that trains": ("train", ["--student", "WHISPER+LLM", "--train", "encoder"], r"--train encoder: .* trains adapter, llm; its Whisper stays"),
     "LoRA without an LLM": ("train", ["--lora-rank", "4", "--train", "adapter"], r"--lora-rank trains the LLM: add llm to --train"),
@@ -228,7 +228,7 @@ MANIFESTS = {
     "UTF-16": ('{"id": "x"}'.encode("utf-16"), r":2: not JSON in UTF-8 .*byte 0xff"),
     "half a surrogate pair": (b'{"id": "x", "prompt": "\\ud83d", "response": "b"}', r":2: not JSON in UTF-8 .*surrogates"),
     "NUL byte": (b'{"id": "x\0"}', r":2: not JSON in UTF-8 \(Invalid control character"),
-    "NUL in a path": ({"audio": "wav/\0.flac"}, r":2: audio file 'wav/\\x00.flac' not found"),
+    "NUL in a path": ({"audio": "wav/\0.flac"}, r":2: audio file 'wav/\\x00.flac' not found below"),
     "newline in a path": ({"audio": "wav/\n.flac"}, r":2: audio file 'wav/\\n.flac' not found"),
     "endless name": ({"audio": "x" * 9999}, r":2: audio file 'x+' not found"),
     "deeply nested": (b'{"id": "x", "a": ' + b"[" * 99_999 + b"]" * 99_999 + b"}", r":2: not JSON in UTF-8 \(maximum recursion"),
@@ -249,12 +249,12 @@ MANIFESTS = {
     "id twice, as number": ({"id": 7}, r"other.jsonl:1: id '7' .*also that of .*train.jsonl:2"),
     "prompt blank": ({"prompt": " \n"}, r":2: neither prompt nor audio, or a blank prompt; expected text, or null"),
     "prompt empty, no sound": ({"prompt": "", "audio": None}, r":2: neither prompt nor audio"),
-    "clip missing": ({"audio": "wav/none.flac"}, r":2: audio file 'wav/none.flac' not found \(paths are relative to .*box\)"),
+    "clip missing": ({"audio": "wav/none.flac"}, r":2: audio file 'wav/none.flac' not found below .*box; copy it there, and give its path from there"),
     "clip a folder": ({"audio": "wav"}, r":2: audio file 'wav' not found"),
-    "absolute path": (lambda row: {**row, "audio": "BOX/" + row["audio"]}, r":2: audio file '/.*box/wav/.*' leads out of .*; copy it there"),
-    "path with ..": ({"audio": "../outside.flac"}, r":2: audio file '../outside.flac' leads out of"),
-    "link that leads out": ({"audio": "wav/out.flac"}, r":2: audio file 'wav/out.flac' leads out of"),
-    "folder that leads out": ({"audio": "linked/outside.flac"}, r":2: audio file 'linked/outside.flac' leads out of"),
+    "absolute path": (lambda row: {**row, "audio": "BOX/" + row["audio"]}, r":2: audio file '/.*box/wav/.*' not found below .*; copy it there"),
+    "path with ..": ({"audio": "../outside.flac"}, r":2: audio file '../outside.flac' not found below"),
+    "link that leads out": ({"audio": "wav/out.flac"}, r":2: audio file 'wav/out.flac' not found below"),
+    "folder that leads out": ({"audio": "linked/outside.flac"}, r":2: audio file 'linked/outside.flac' not found below"),
     "another framework's tag inside": ({"prompt": "Hear <speech> and answer."}, r":2: <audio> or the like inside the prompt"),
     "mark in a system message": ({"system": "a<|audio|>b"}, r"row 'box/train-001': <\|audio\|> stands in a system message or instruction"),
     "a language that Whisper does not know": ({"language": "tlh"}, r"language 'tlh': this Whisper knows en"),
@@ -309,12 +309,12 @@ IFEVAL = {"prompt": "?", "audio": "wav/train-001.flac", "instruction_id_list": [
 ITEM = {"id": "train-001", "question": "What?", "choices": ["a bus", "a tram"], "answer": "a bus"}
 FILES = {
     "manifest missing": ("train", lambda box: box.manifest.unlink(), r"train.jsonl: no such manifest; synth_speech.py writes one"),
-    "manifest empty": ("train", put("train.jsonl", b""), r"train.jsonl: none of 0 rows has prompt and response, which channel t2t needs"),
+    "manifest empty": ("train", put("train.jsonl", b""), r"train.jsonl: no row has prompt and response, which channel t2t needs"),
     "manifest gzipped": ("train", put("train.jsonl", gzip.compress(b"{}")), r"train.jsonl:1: not JSON in UTF-8 .*byte 0x8b"),
-    "no answers": ("train", every(response=None), r"none of 5 rows has prompt and response, which channel t2t needs"),
-    "empty answers": ("train", every(response=""), r"none of 5 rows has prompt and response"),
-    "no references": ("train-labels", every(), r"none of 5 rows has prompt and reference"),
-    **{f"audio under {key}": ("train", rename("audio", key), r"none of 5 rows has audio with words and response, which channel s2t needs; unknown keys: .*" + key)
+    "no answers": ("train", every(response=None), r"no row has prompt and response, which channel t2t needs"),
+    "empty answers": ("train", every(response=""), r"no row has prompt and response"),
+    "no references": ("train-labels", every(), r"no row has prompt and reference"),
+    **{f"audio under {key}": ("train", rename("audio", key), r"no row has audio and response, which channel s2t needs; unknown keys: .*" + key)
        for key in ("audio_path", "audios", "wav")},
     "nothing to measure on": ("train-eval", bench("eval", {"id": "a", "prompt": "a", "response": "b"}), r"no row can be measured; that needs prompt, audio and"),
     "fewer rows about sound than a step": ("train", soundless, r"1 rows without a teacher .*fewer than the 8 of one step"),
@@ -322,7 +322,7 @@ FILES = {
     "input missing": ("synth", lambda box: box.questions.unlink(), r"No such file.*questions.json"),
     "input a folder": ("synth", lambda box: (box.questions.unlink(), box.questions.mkdir()), r"Is a directory.*questions.json"),
     "input not JSON": ("synth", put("questions.json", b'{"prompt": "a"}\n{oops'), r"questions.json:2: not JSON in UTF-8"),
-    "input a bad list": ("synth", put("questions.json", b'[{"prompt": "a"},\n{oops]'), r"questions.json:2: not JSON in UTF-8"),
+    "input a bad list": ("synth", put("questions.json", b'[{"prompt": "a"},\n{oops]'), r"questions.json:1: not JSON in UTF-8 \(.*line 2 column 2"),
     "input gzipped": ("synth", put("questions.json", gzip.compress(b"[]")), r"questions.json:1: not JSON in UTF-8 .*byte"),
     "input without text": ("synth", put("questions.json", [{"text": "a"}]), r"questions.json:1: no text under prompt, question or"),
     "input of blanks": ("synth", put("questions.json", [{"prompt": " "}]), r"questions.json:1: no text under"),
@@ -334,7 +334,7 @@ FILES = {
     "bench without prompt": ("vb", bench("advbench-test", {"audio": "x"}), r"advbench-test.jsonl:1: no prompt; advbench needs prompt"),
     "bench prompt a number": ("vb", bench("advbench-test", {"prompt": 1}), r"test.jsonl:1: prompt is '1', expected text"),
     "bench without sound": ("vb", bench("advbench-test", {"prompt": "?"}), r"advbench, '\?': audio file '' not found"),
-    "bench sound leads out": ("vb", bench("advbench-test", {"prompt": "?", "audio": "wav/out.flac"}), r"audio file 'wav/out.flac' leads out of"),
+    "bench sound leads out": ("vb", bench("advbench-test", {"prompt": "?", "audio": "wav/out.flac"}), r"audio file 'wav/out.flac' not found below"),
     "bench sound no audio": ("vb", put("wav/train-001.flac", b"text"), r"train-001.flac: not a readable audio file"),
     "no such letter": ("vb", bench("mmsu-law", {"prompt": "?", "reference": "E"}), r":1: unknown 'e'; mmsu needs prompt, reference"),
     "letter a number": ("vb", bench("mmsu-law", {"prompt": "?", "reference": 1}), r"mmsu-law.jsonl:1: 'int' object has no attribute 'lower'; mmsu needs"),
@@ -399,22 +399,17 @@ def first_bytes(head):
 
 TONE = sound(0.8).numpy()
 AUDIO = {
-    "zero bytes": (lambda path: path.write_bytes(b""), r"001.flac: not a readable audio file .* it is empty: fetch it again \(bad"),
-    "text": (lambda path: path.write_text("no sound at all"), r"not a readable audio file .* it is cut, or of a kind to convert \(bad"),
-    "a Git-LFS pointer": (first_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"),
-                          r"it is a Git-LFS pointer: git lfs pull \(bad"),
-    "m4a": (first_bytes(b"\0\0\0\x20ftypM4A \0\0\0\0M4A mp42isom"), r"it is m4a: ffmpeg -i (\S+001.flac) \1.wav \(bad"),
-    "webm": (first_bytes(b"\x1aE\xdf\xa3\x9fB\x86\x81\1B\xf7\x81\1B\x82\x84webm"), r"it is webm: ffmpeg -i (\S+001.flac) \1.wav \(bad"),
-    "a web page": (first_bytes(b"\n<!DOCTYPE html>\n<html><body>Sign in"), r"it is a web page: fetch the clip \(bad"),
-    "an error of the store": (first_bytes(b'<?xml version="1.0"?><Error><Code>AccessDenied'), r"it is a web page: fetch the clip \(bad"),
+    "zero bytes": (lambda path: path.write_bytes(b""), r"001.flac: not a readable audio file .*; fetch it again, or convert it: ffmpeg"),
+    "text": (lambda path: path.write_text("no sound at all"), r"not a readable audio file .*; fetch it again, or"),
+    "m4a": (first_bytes(b"\0\0\0\x20ftypM4A \0\0\0\0M4A mp42isom"), r"or convert it: ffmpeg -i (\S+001.flac) \1.wav \(bad"),
     "no samples": (wave([]), r"001.flac: 0 samples at 16000 Hz, expected 20 ms to 600 s"),
     "ten samples": (wave(TONE[:10]), r"001.flac: 10 samples at 16000 Hz, expected 20 ms to 600 s"),
-    "NaN": (wave(np.where(np.arange(len(TONE)) == 99, np.nan, TONE), subtype="FLOAT"), r"a sample of nan, expected finite samples of -1 to 1"),
-    "infinite": (wave(np.where(np.arange(len(TONE)) == 99, np.inf, TONE), subtype="FLOAT"), r"a sample of inf, expected finite"),
-    "not scaled": (wave(32768 * TONE, subtype="FLOAT"), r"a sample of \d+.*, expected finite samples of -1 to 1; divide"),
+    "NaN": (wave(np.where(np.arange(len(TONE)) == 99, np.nan, TONE), subtype="FLOAT"), r"12800 samples up to nan, expected 12800 of -1 to 1"),
+    "infinite": (wave(np.where(np.arange(len(TONE)) == 99, np.inf, TONE), subtype="FLOAT"), r"12800 samples up to inf, expected 12800 of -1 to 1"),
+    "not scaled": (wave(32768 * TONE, subtype="FLOAT"), r"samples up to \d+.*, expected 12800 of -1 to 1; fetch it again, or scale it"),
     "FLAC cut": (cut(0.5, format="FLAC"), r"001.flac: not a readable audio file \(.*lost sync"),
     "OGG cut": (cut(0.5, format="OGG"), r"001.flac: (not a readable audio file|0 samples)"),
-    "MP3 cut": (cut(0.5, format="MP3"), r"001.flac: (cut: \d+ of 12800 samples are there|not a readable)"),
+    "MP3 cut": (cut(0.5, format="MP3"), r"001.flac: (\d+ samples up to .*, expected 12800|not a readable)"),
     "WAV's header alone": (cut(0.0017, format="WAV"), r"001.flac: 0 samples|not a readable audio file"),
     "odd rate": (wave(TONE, 16_001), r"12800 samples at 16001 Hz, expected .*rate in steps of 25 Hz; cut or resample it"),
     "one hour": (wave(np.zeros(3600 * 100), 100), r"360000 samples at 100 Hz, expected 20 ms to 600 s"),
@@ -478,11 +473,11 @@ MODELS = {
     "config not JSON": ("llm", lambda f: (f / "config.json").write_text("{oops"), NO + r".*config.json' is not a valid JSON file"),
     "student's config not JSON": ("student", half("config.json"), r"config.json' is not a valid JSON file"),
     "unknown architecture": ("llm", config(model_type="nope"), NO + r".*model type `nope`"),
-    "an image model": ("llm", config(model_type="vit", architectures=["ViTModel"]), r"no weights for embeddings.* and \d+ more; expected all"),
-    "another language model": ("llm", config(model_type="bert"), r"do not fit its config.json: no weights for .* and \d+ more; expected all"),
+    "an image model": ("llm", config(model_type="vit", architectures=["ViTModel"]), r"no weights for embeddings.*; expected all"),
+    "another language model": ("llm", config(model_type="bert"), r"do not fit its config.json: no weights for .*; expected all"),
     "its own code": ("llm", config(model_type="own", auto_map={"AutoConfig": "own.C"}), NO + r".*contains custom code"),
     "more layers than weights": ("llm", config(num_hidden_layers=3), r"no weights for model.layers.2.*expected all"),
-    "other sizes": ("llm", config(hidden_size=48), r"do not fit its config.json: no weights for model.*expected all"),
+    "other sizes": ("llm", config(hidden_size=48), NO + r".*size mismatch|ignore_mismatched_sizes"),
     "no weights": ("llm", without("model.safetensors"), NO + r".*no file named model.safetensors.*whose weights are safetensors"),
     "pickled weights alone": ("llm", pickled, NO + r".*no file named model.safetensors.*whose weights are safetensors"),
     "cut weights": ("llm", half("model.safetensors"), NO + r".*header"),
@@ -493,13 +488,13 @@ MODELS = {
     "other vocabulary": ("llm", other_vocabulary, r"teacher and student need one tokenizer: .* differ, e.g. in"),
     "capped logits": ("llm", config(final_logit_softcapping=30.0), r"capped logits \(final_logit_softcapping\) are not supported"),
     "student without weights": ("student", without("model.safetensors"), NO + r".*no file named model.safetensors"),
-    "student with a weight less": ("student", one_less, r"no weights for adapter.* and 0 more; expected all of them"),
+    "student with a weight less": ("student", one_less, r"no weights for adapter.*; expected all"),
     "student without feature extractor": ("student", without("whisper/preprocessor_config.json"), NO + r".*feature extractor"),
     "student without tokenizer": ("student", without("tokenizer.json", "tokenizer_config.json"), NO + r".*tokenizer"),
     "an LLM as student": ("llm as student", lambda f: None, r"a model of type 'llama', expected WHISPER\+LLM, a folder that train_kd.py"),
     "an LLM as encoder": ("llm+llm", lambda f: None, r"a model of type 'llama' cannot hear, expected a Whisper"),
     "encoder without extractor": ("encoder+", without("preprocessor_config.json"), NO + r".*feature extractor"),
-    "encoder with a weight less": ("encoder+", one_less, r"no weights for .* and 0 more"),
+    "encoder with a weight less": ("encoder+", one_less, r"no weights for .*; expected all"),
 }
 
 
@@ -616,18 +611,18 @@ def test_bad_rows_up_to_the_limit_are_left_out_listed_and_said(box, monkeypatch,
     argv = [*box.good("train"), "--batch-size", 2, "--max-bad-rows", 3]
     assert train_kd.main(train_kd.get_args([str(x) for x in argv])) == 0
     said = capsys.readouterr().out
-    assert f"3 bad rows are left out, listed in {box.out}/bad_rows.jsonl" in said and "rows: 2 by text, 2 by speech" in said
+    assert f"3 bad rows are left out, listed in {box.out}/bad_rows.jsonl; 2 train, 0 are measured" in said
     listed = [json.loads(line) for line in (box.out / "bad_rows.jsonl").read_text().splitlines()]
     assert [row["id"] for row in listed] == [f"{box.manifest}:1", "box/train-001", "box/train-002"]
     assert [bool(re.search(p, row["reason"])) for p, row in zip(("not JSON", "001.flac: not a readable", "room for"), listed)] == [True] * 3
 
 
-def test_one_bad_row_more_than_the_limit_is_an_error_that_counts_and_lists_them(box, monkeypatch, capsys):
+def test_one_bad_row_more_than_the_limit_is_an_error_that_counts_them(box, monkeypatch, capsys):
     spoil(box)
     code, lines = call("train", [*box.good("train"), "--batch-size", 2, "--max-bad-rows", 2], monkeypatch, capsys)
     assert code == 2 and len(lines) == 1
-    assert re.search(r"not JSON.* \(bad rows: 3, see .*bad_rows.jsonl; mend them, or leave them out by --max-bad-rows 3\)", lines[0])
-    assert set(listing(box.out)) == {"mine.txt", "bad_rows.jsonl"}
+    assert re.search(r"not JSON.* \(bad rows: 3; mend them, or leave them out by --max-bad-rows 3\)", lines[0])
+    assert set(listing(box.out)) == {"mine.txt", "bad_rows.jsonl"}  # those of the first reading
 
 
 def test_two_processes_leave_out_the_same_rows(box):
@@ -649,7 +644,7 @@ def test_two_processes_leave_out_the_same_rows(box):
             finally:
                 os._exit(code)
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in forks] == [0, 0]
-    assert "rows: 2 by text, 2 by speech" in (box.folder / "said0").read_text()
+    assert "; 2 train, 0 are measured" in (box.folder / "said0").read_text()
     assert len((box.out / "bad_rows.jsonl").read_text().splitlines()) == 3
 
 

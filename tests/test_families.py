@@ -3,7 +3,6 @@ Speech LLMs of transformers as students: tiny random checkpoints made by their r
 
   python -m pytest -q tests/test_families.py                  <- CPU, no download, a minute on one core
 """
-import base64
 import contextlib
 import copy
 import functools
@@ -201,7 +200,7 @@ def whole(prompt):
 def arguments(tiny, student, data, out, *more):
     return train_kd.get_args([str(x) for x in (
         "--teacher", tiny.llm, "--student", student, "--data", data, "--out", out, "--dtype", "float32", "--batch-size", 2,
-        "--workers", 0, "--device", "cpu", "--max-steps", 2, "--lr-warmup-steps", 1, *more)])
+        "--device", "cpu", "--max-steps", 2, "--lr-warmup-steps", 1, *more)])
 
 
 @pytest.fixture(scope="module")
@@ -272,19 +271,19 @@ def test_training_by_both_channels_ends_in_a_folder_of_plain_transformers(tiny, 
     for name, statistic in model.named_buffers():  # of a batch norm
         assert torch.equal(statistic, student.model.get_buffer(name)), name
     assert_logits_are_those_of(model, trained, ROWS[1:2], ANSWERS[1:2])
-    assert {p.name for p in family.iterdir()} <= {p.name for p in (out / "last").iterdir()}
+    assert {p.name for p in family.iterdir()} <= {"spk_dict.pt", *(p.name for p in (out / "last").iterdir())}
 
 
 # ---- one family at a time ----
 
-def test_a_trained_omni_still_speaks(tiny, checkpoint, data, tmp_path):
+def test_a_trained_omni_is_saved_as_its_thinker(tiny, checkpoint, data, tmp_path):
     folder, out = checkpoint(omni), tmp_path / "run"
     train_kd.main(arguments(tiny, folder, data, out, "--dtype", "bfloat16", "--gradient-checkpointing", "--eval-data", data))
-    old, new = load_file(folder / "model.safetensors"), load_file(out / "last/model.safetensors")
-    changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name].to(old[name].dtype))}
-    assert old.keys() == new.keys() and changed == {"thinker"}
-    model = t.Qwen2_5OmniForConditionalGeneration.from_pretrained(out / "last")
-    assert model.has_talker and "Chelsie" in model.speaker_map
+    old = {name: value for name, value in load_file(folder / "model.safetensors").items() if name.startswith("thinker.")}
+    new = load_file(out / "last/model.safetensors")
+    assert old.keys() == new.keys() and not all(torch.equal(old[name], new[name].to(old[name].dtype)) for name in old)
+    model = t.Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(out / "last")
+    assert_logits_are_those_of(model.float().eval(), m.load_student(str(out / "last")), ROWS[1:2], ANSWERS[1:2])
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.513, 1.3])
@@ -302,47 +301,16 @@ def test_omni_hears_what_its_processor_would_make_of_the_clip(checkpoint, second
     assert len(heard) == count and torch.allclose(heard, ours, **CLOSE)
 
 
-def test_granites_adapter_becomes_a_part_of_its_weights(checkpoint, tmp_path, monkeypatch):
-    peft = pytest.importorskip("peft")
-    folder, apart = tmp_path / "granite", tmp_path / "apart"
-    shutil.copytree(checkpoint(granite_speech), folder)
-    model = t.GraniteSpeechForConditionalGeneration.from_pretrained(folder)
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=".*language_model.*(q_proj|v_proj)", init_lora_weights=False))
-    model.save_pretrained(str(apart))
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(apart / name, folder)
-    adapted = t.GraniteSpeechForConditionalGeneration.from_pretrained(folder).eval()
-    student = m.load_student(str(folder))
-    m.save_student(student, tmp_path / "saved")
-    inputs = plain_inputs(student, ROWS[1])
-    with torch.inference_mode():
-        expected, found = adapted(**inputs).logits, plain(tmp_path / "saved")(**inputs).logits
-        adapted.disable_adapters()
-        assert_close(found, expected, **CLOSE)
-        assert not torch.allclose(found, adapted(**inputs).logits, **CLOSE)
-    monkeypatch.setattr(t.utils, "is_peft_available", lambda: False)
-    with pytest.raises(RuntimeError, match="comes with an adapter: pip install peft"):
+def test_weights_with_an_adapter_beside_them_are_refused(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint(granite_speech), tmp_path / "granite")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(RuntimeError, match="granite: a LoRA adapter lies beside its weights; expected plain ones: merge it"):
         m.load_student(str(folder))
 
 
-def test_a_folder_with_mistrals_tekken_alone_has_a_chat_template(checkpoint, tmp_path):
-    folder = tmp_path / "voxtral"
-    folder.mkdir()
-    named = {0: "<unk>", 1: "<s>", 2: "</s>", 3: "[INST]", 4: "[/INST]", 11: "<pad>", 17: "[SYSTEM_PROMPT]", 18: "[/SYSTEM_PROMPT]",
-             24: "[AUDIO]", 25: "[BEGIN_AUDIO]"}
-    special = [{"rank": i, "token_str": named.get(i, f"<SPECIAL_{i}>"), "is_control": True} for i in range(30)]
-    vocab = [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": None} for i in range(256)]
-    (folder / "tekken.json").write_text(json.dumps({"vocab": vocab, "special_tokens": special, "config": {
-        "pattern": r"\p{L}+|[^\p{L}]", "num_vocab_tokens": 256, "default_vocab_size": 286, "default_num_special_tokens": 30, "version": "v11"}}))
-    model = t.VoxtralForConditionalGeneration.from_pretrained(checkpoint(voxtral))
-    model.config.audio_token_id = 24
-    model.save_pretrained(folder)
-    shutil.copy(checkpoint(voxtral) / "preprocessor_config.json", folder)
-    student = m.load_student(str(folder))
-    text = [30 + byte for byte in b"Hi"]
-    assert m.chat_parts(student.tokenizer, "Hi") == [[1, 17, *text, 18, 3], [4]] and m.end_token(student.tokenizer) == 2
-    assert whole(student.prompt({"audio": sound(1.0), "instruction": "Hi"})) == [1, 3, 25, *[24] * 375, *text, 4]
-    assert student.prompt({"audio": sound(31.0)}).words == [24] * 750
+def test_voxtrals_windows_of_30_seconds_have_375_embeddings_each(checkpoint):
+    student = m.load_student(str(checkpoint(voxtral)))
+    assert len(student.prompt({"audio": sound(1.0)}).words) == 375 and len(student.prompt({"audio": sound(31.0)}).words) == 750
 
 
 @pytest.mark.parametrize("make", [omni, voxtral])

@@ -54,14 +54,11 @@ def assert_heard_alike(found, expected):
         assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-def test_a_batch_is_heard_as_each_clip_alone_though_those_that_end_leave(tiny_student):
-    listener, batches = copy.deepcopy(tiny_student.whisper), []
+def test_a_batch_is_heard_as_each_clip_alone(tiny_student):
+    listener = copy.deepcopy(tiny_student.whisper)
     listener.model.decoder.embed_positions.weight.mul_(8)  # else it says one thing for ever
-    listener.model.decoder.register_forward_pre_hook(
-        with_kwargs=True, hook=lambda _, args, kwargs: batches.append(len(kwargs["input_ids"])))
     clips = [sound(s, i) for i, s in enumerate((0.02, 8.9, 0.03, 0.04, 0.05, 0.3, 0.06, 12, 27, 0.07))]
     together = listener.hear(clips)
-    assert batches[0] == 8 and 1 in batches[:18]  # context of 10 s: 6 of 8 have a limit of 8 tokens, one of 11
     assert len({h.text for h in together}) > 4
     for clip, heard in zip(clips, together):
         assert_heard_alike(heard, listener.hear([clip])[0])
@@ -84,17 +81,10 @@ def test_where_whisper_hears_no_speech_the_llm_gets_the_sound_alone(tiny_student
     assert len(rows[0]) == m.positions(prompt) + 1 and ((rows[0] - rows[1]).abs().sum(1) > 0).sum() == 6
 
 
-def test_a_long_clip_is_cut_where_it_is_quietest_and_every_sample_is_heard_once(tiny_student):
-    waveform, rate = sound(80), m.SAMPLE_RATE
-    for quiet in (25.3, 52.6):
-        waveform[int(quiet * rate):int((quiet + 0.2) * rate)] *= 0.01
-    pieces = m.quiet_cuts(waveform)
-    assert torch.equal(torch.cat(pieces), waveform) and len(pieces) == 3
-    assert 25.3 < len(pieces[0]) / rate < 25.5 and 52.6 < sum(map(len, pieces[:2])) / rate < 52.8
-    noise = m.quiet_cuts(sound(300, 7))  # quiet nowhere
-    assert torch.equal(torch.cat(noise), sound(300, 7)) and all(24 <= len(p) / rate <= 29 for p in noise[:-1])
-    assert len(noise[-1]) <= 29 * rate and len(m.quiet_cuts(sound(29))) == 1
-    whole, parts = tiny_student.hear([waveform, sound(1)])[0], tiny_student.hear(pieces)
+def test_of_a_long_clip_every_sample_is_heard_once(tiny_student):
+    waveform = sound(80)
+    whole, parts = tiny_student.hear([waveform, sound(1)])[0], tiny_student.hear(list(waveform.split(29 * m.SAMPLE_RATE)))
+    assert len(parts) == 3
     for k in (1, 2, 3):
         assert_close(whole[k], torch.cat([part[k] for part in parts]), rtol=1e-3, atol=1e-3)
 
@@ -166,7 +156,7 @@ def test_the_untrained_student_is_the_cascade_and_a_random_sound_would_spoil_the
     texts, _, heard = questions
     by_text = [real_student.prompt({"prompt": text}) for text in texts]
     by_sound = [real_student.prompt({"audio": "never read"}, h) for h in heard]
-    answers = m.generate(llm, real_student.embed(by_text, [[]] * 20), max_new_tokens=8, eos_ids=[m.end_token(tokenizer)])
+    answers = m.generate(llm, real_student.embed(by_text, [[]] * 20), max_new_tokens=8, eos_id=m.end_token(tokenizer))
     head = llm.get_output_embeddings().weight
     teacher = real_student(by_text, answers)
 
@@ -359,19 +349,14 @@ def test_an_interrupted_save_leaves_no_half_folder(tiny_student, tmp_path, monke
 
 # ---- generation ----
 
-def generate(llm, prompts, tokens, ends, **options):
-    """model.generate on token ids -> rows, and (batch, tokens) of each forward of the LLM."""
-    sizes = []
-    hook = llm.register_forward_pre_hook(with_kwargs=True, hook=lambda _, args, kwargs: sizes.append(
-        tuple(kwargs["input_ids" if "input_ids" in kwargs else "inputs_embeds"].shape[:2])))
+def generate(llm, prompts, tokens, end):
+    """model.generate on token ids."""
     embeds = [llm.get_input_embeddings()(torch.tensor(ids)) for ids in prompts]
-    rows = m.generate(llm, embeds, max_new_tokens=tokens, eos_ids=ends, **options)
-    hook.remove()
-    return rows, sizes
+    return m.generate(llm, embeds, max_new_tokens=tokens, eos_id=end)
 
 
 @pytest.mark.parametrize("windows", [False, True])
-def test_generate_is_the_greedy_search_of_transformers(tiny_student, windows):
+def test_a_batch_is_answered_as_each_prompt_alone_by_transformers(tiny_student, windows):
     llm, end, rows = tiny_student.llm, m.end_token(tiny_student.tokenizer), []
     if windows:
         llm = MistralForCausalLM(MistralConfig(
@@ -382,32 +367,20 @@ def test_generate_is_the_greedy_search_of_transformers(tiny_student, windows):
         own = llm.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=20,
                            do_sample=False, eos_token_id=end, pad_token_id=0)
         rows.append(own[0, len(ids):].tolist())
-    assert generate(llm, prompts, 20, [end])[0] == rows
+    assert generate(llm, prompts, 20, end) == rows
 
 
-def test_a_shared_prefix_is_read_once_and_changes_nothing(tiny_student):
-    prompts = [[*range(10, 20), *range(50, 50 + 3 * n, 3)] for n in (1, 30, 7, 12)]
-    shared, sizes = generate(tiny_student.llm, prompts, 12, [-1])
-    assert sizes[:2] == [(1, 10), (4, 30)]
-    apart, sizes = generate(tiny_student.llm, prompts + [[3]], 12, [-1])
-    assert sizes[0] == (5, 40) and apart[:4] == shared
-
-
-def test_rows_that_end_early_leave_and_disturb_nobody(tiny_student):
+def test_rows_that_end_early_disturb_nobody(tiny_student):
     prompts = [[random.Random(b).randrange(3, 300)] * (2 + 3 * b) for b in range(10)]
-    whole, _ = generate(tiny_student.llm, prompts, 30, [-1])
-    ends = [whole[b][2 * b] for b in range(8)]  # rows end all over the place
-    stops = [next((t + 1 for t, token in enumerate(row) if token in ends), 30) for row in whole]
-    rows, sizes = generate(tiny_student.llm, prompts, 30, ends)
-    assert rows == [row[:stop] for row, stop in zip(whole, stops)] and len(set(stops)) > 3
-    assert len(sizes) == max(stops) and sizes[-1][0] < 5
+    never = tiny_student.llm.config.vocab_size
+    whole = generate(tiny_student.llm, prompts, 30, never)
 
+    def places(token):  # where rows end, if it ends them
+        return [row.index(token) + 1 if token in row else 30 for row in whole]
 
-def test_sampling_repeats_itself_with_the_same_seed(tiny_student):
-    first, again, other = (
-        generate(tiny_student.llm, [[5, 6, 7], [5, 6, 7], [9, 10]], 12, [-1], temperature=1.0,
-                 generator=torch.Generator().manual_seed(seed))[0] for seed in (3, 3, 4))
-    assert first == again != other and first[0] != first[1]
+    end = max(set(sum(whole, [])), key=lambda token: len(set(places(token))))  # all over the place
+    rows = generate(tiny_student.llm, prompts, 30, end)
+    assert rows == [row[:stop] for row, stop in zip(whole, places(end))] and len(set(places(end))) >= 3
 
 
 # ---- names, files ----
@@ -421,7 +394,7 @@ def test_names_are_folders_first_and_errors_say_what_to_do(tiny, tmp_path, monke
     with pytest.raises(RuntimeError, match="nobody/nothing.*Connection refused.*tools/offline_models.py"):
         m.load_student("nobody/nothing+nobody/nothing")
     for name in ("a/b/c", "no such folder", "./missing", "/missing/too", ""):
-        with pytest.raises(RuntimeError, match="is no hub id"):
+        with pytest.raises(RuntimeError, match="and no hub id"):
             m.resolve(name)
     with pytest.raises(RuntimeError, match="'llama' cannot hear, expected a Whisper"):
         m.build_student(f"{tiny.llm}+{tiny.llm}")
@@ -435,7 +408,7 @@ def test_a_revision_is_asked_for_and_what_the_cache_holds_serves_without_the_hub
     (tmp_path / "models--org--name/refs").mkdir()
     (tmp_path / "models--org--name/refs/v2").write_text(snapshot.name)
     assert m.resolve("org/name@v2") == str(snapshot) == m.resolve(f"org/name@{snapshot.name}")
-    with pytest.raises(RuntimeError, match="'org/name' is no local folder.*has none or cannot be reached"):
+    with pytest.raises(RuntimeError, match="'org/name' is no local folder.*that can be reached"):
         m.resolve("org/name")
 
 
@@ -445,14 +418,6 @@ def test_audio_becomes_mono_at_16_khz(tmp_path):
     waveform = m.load_audio(tmp_path / "stereo.wav")
     assert waveform.shape == (16_000,) and waveform.dtype == torch.float32
     assert_close(waveform[200:-200], 0.4 * expected[200:-200], rtol=0, atol=2e-3)  # 16 bits, and the filter
-
-
-@pytest.mark.parametrize("share, expected", [([1, -1], 1), ([-0.9, 1], 1), ([0, 1, -1], 1), ([1, 0], 0.5), ([1, 1], 1), ([0, 0], 0),
-                                             ([0, 0, 0, 0, 0, 0, 0, 1], 1 / 8)])
-def test_channels_of_opposite_phase_are_not_heard_as_silence(tmp_path, share, expected):
-    tone = sound(0.5)
-    soundfile.write(tmp_path / "clip.wav", torch.stack([k * tone for k in share], 1).numpy(), 16_000, subtype="FLOAT")
-    assert_close(m.load_audio(tmp_path / "clip.wav").abs(), expected * tone.abs())
 
 
 @pytest.mark.parametrize("content", [None, "", ENGLISH * 100, [], [0.1] * 160, [0.1] * 800 + [float("nan")]],

@@ -19,7 +19,7 @@ def run(tiny, tmp_path):
 
     def run(*options, student=tiny.student_folder):
         argv = ["--teacher", tiny.llm, "--student", student, "--data", data, "--out", tmp_path / "out", "--dtype", "float32",
-                "--batch-size", "4", "--workers", "0", "--lr-warmup-steps", "0", "--device", "cpu",
+                "--batch-size", "4", "--lr-warmup-steps", "0", "--device", "cpu",
                 "--save-every", "1", "--cache", tmp_path / "heard", *options]
         return train_kd.main(train_kd.get_args([str(x) for x in argv]))
     return run

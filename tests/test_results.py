@@ -311,7 +311,7 @@ def test_the_runs_differ_in_what_the_table_says_and_read_the_same_rows(data, run
     plans = []
     for command in commands.values():
         options = train_kd.get_args([*command.split()[2:]])
-        train_rows = train_kd.choose_rows(options, train_kd.read_data(options)[0])[0]
+        train_rows = train_kd.read_rows(options)[0]
         plans.append([[train_rows[k]["id"] for part in step for k in part] for step in train_kd.plan_steps(train_rows, argparse.Namespace(
             **{**vars(options), "batch_size": 2, "global_batch_size": 2, "sound_batch_size": 2}))])
     assert plans[0] == plans[1] and len(plans[0]) == 100

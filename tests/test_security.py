@@ -67,7 +67,7 @@ def test_a_checkpoint_that_would_run_code_does_not(tiny, tmp_path, write):
     write(Evil(tmp_path / "ran"), path)
     path.rename(path.with_name(f"ckpt-000001-{m.digest(path)[:16]}.pt"))  # its sum is right
     argv = ["--teacher", tiny.llm, "--student", tiny.student_folder, "--data", data, "--out", tmp_path / "out", "--resume",
-            "--batch-size", 4, "--workers", 0, "--device", "cpu", "--max-steps", 1]
+            "--batch-size", 4, "--device", "cpu", "--max-steps", 1]
     with pytest.raises(ValueError, match="ckpt-000001-.*: no checkpoint can be read from it"):
         train_kd.main(train_kd.get_args([str(x) for x in argv]))
     assert not (tmp_path / "ran").exists()
@@ -96,7 +96,7 @@ def test_the_hub_is_asked_for_no_pickled_weights(tiny, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.append((name, options)) or tiny.llm)
     assert m.resolve("some/model@v2") == tiny.llm and asked[0][0] == "some/model" and asked[0][1]["revision"] == "v2"
     pickles = [x for x in asked[0][1]["allow_patterns"] if x.endswith(("bin", "pt", "pth", "pkl", "h5", "ckpt", "*"))]
-    assert pickles == ["spk_dict.pt"]  # the voices of a model that speaks: copied; transformers reads them by weights_only
+    assert not pickles
 
 
 def test_no_script_runs_what_it_reads():
@@ -149,10 +149,10 @@ def test_a_path_cannot_leave_the_folder_of_its_file(tmp_path, name):
     row = {"id": "x", "prompt": "a", "response": "b", "audio": name.replace("ABSOLUTE", str(tmp_path / "secret.wav"))}
     (folder / "train.jsonl").write_text(json.dumps(row))
     (folder / "advbench-test.jsonl").write_text(json.dumps(row))
-    with pytest.raises(ValueError, match="leads out of"):
+    with pytest.raises(ValueError, match="not found below"):
         train_kd.read_manifest(folder / "train.jsonl")
     args = SimpleNamespace(data=folder, subsets=["advbench"], limit=0, modality=["speech"], system=None)
-    with pytest.raises(ValueError, match="leads out of"):
+    with pytest.raises(ValueError, match="not found below"):
         vb.read_data(args)
 
 

@@ -37,6 +37,7 @@ for argv, last in json.load(open(sys.argv[1])):
         return update(args, optimizer, *a)
     train_kd.update = counted
     code = train_kd.main(train_kd.get_args(argv))
+    dist.barrier()  # as the script ends: the next run reads what the first process wrote
     assert code == (143 if last else 0), (argv, code)
 if dist.get_rank() == 0:
     json.dump([held, all(views)], open(sys.argv[1], "w"))
@@ -68,7 +69,7 @@ def runs(tiny, both, tmp_path_factory):
     plan += [[argv(f"mixed-{name}", *SIZES["ddp"], *options, data=mixed), 0] for name, options in MIXED.items()]
     plan += [[argv("cached", *KINDS["full"], "--teacher-cache", str(root / "teacher")), 0]]
     # the teacher alone, by both; then they train on answers of the student's own, which they judge together
-    own = write_rows(both[0].parent / "own.jsonl", [{**row, "source": "student"} for row in rows])
+    own = write_rows(both[0].parent / "own.jsonl", [{**row, "source": "student" if i % 2 else "sampled"} for i, row in enumerate(rows)])
     judged = ["--channels", "t2t", "--teacher-cache", str(root / "taught")]
     plan += [[argv("taught", *judged, "--teach-only", data=own), 0], [argv("own", *SIZES["ddp"], *judged, data=own), 0]]
     train(*argv("one-own", *SIZES["one"], *judged[:2], data=own))

@@ -24,8 +24,7 @@ import bench_loss
 import bench_step
 import model as m
 
-PARTS = {"loss": bench_loss.measure, "step": bench_step.measure, "answers": bench_generate.measure_answers,
-         "hearing": bench_generate.measure_hearing}  # -> results, title, table
+PARTS = {"loss": bench_loss.measure, "step": bench_step.measure, "hearing": bench_generate.measure_hearing}  # -> results, title, table
 WHISPER, _, LLM = m.DEFAULT_STUDENT.partition("+")
 SIZES = {  # of each device, where no flag says otherwise
     "cpu": dict(repeats=2, rows=1024, vocab=151_936, width=896, cases=["frozen head, fp32", "trainable head, bf16"],
@@ -42,12 +41,12 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(parents=[device], description=__doc__.splitlines()[1], formatter_class=shown)
     p.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what is measured")
     p.add_argument("--out", required=True, help="folder of the results")
-    p.add_argument("--repeats", type=one, help="interleaved repetitions of loss, answers and hearing")
+    p.add_argument("--repeats", type=one, help="interleaved repetitions of loss and hearing")
     p.add_argument("--data", help="manifest of the step's rows and of the clips; default: questions that espeak-ng speaks")
     p.add_argument("--llm", default=LLM, help="of teacher and student; random weights take as long")
     p.add_argument("--whisper", default=WHISPER, help="of the student, and who hears")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-                   help="of step, answers and hearing; auto: in which matrices multiply faster")
+                   help="of step and hearing; auto: in which matrices multiply faster")
     p.add_argument("--rows", type=one, help="loss: answer tokens N")
     p.add_argument("--vocab", type=one, help="loss: V")
     p.add_argument("--width", type=one, help="loss: H of student and teacher")
@@ -55,7 +54,6 @@ def get_args(argv=None):
     p.add_argument("--batch-size", type=one, help="step: rows")
     p.add_argument("--answer-tokens", type=one, help="step: longer answers are cut there")
     p.add_argument("--steps", type=one, help="step: how many are timed")
-    p.add_argument("--prompts", type=one, nargs="+", default=[48, 384], help="answers: prompts that are answered together")
     p.add_argument("--clips", type=one, help="hearing: how many")
     p.set_defaults(**SIZES[device.parse_known_args(argv)[0].device])
     args = p.parse_args(argv)

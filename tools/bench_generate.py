@@ -1,6 +1,4 @@
 """
-Answers: tokens a second of model.py:generate against transformers' own generate with inputs_embeds: the same prompts
-(questions in the LLM's template), greedy, all in one batch; tokens count up to and with the end of turn.
 Hearing: clips a second of model.py:Whisper.hear against WhisperForConditionalGeneration.generate: the same clips, greedy,
 English; features are counted on both sides; each at its best batch size of BATCHES.
 The same dtype on both sides; loading is not counted. Called by bench.py.
@@ -10,7 +8,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
@@ -18,34 +15,9 @@ import bench_lib as lib
 import model as m
 import train_kd
 
-NEW_TOKENS = 40
 BATCHES = [8, 16, 32]
 RIVALS = ["transformers' generate", "ours"]
-STARTS = ["", "Tell me: ", "I would like to know: ", "In short, ", "For a child: ", "Once more: ", "Be honest: ", "Please: "]
 LOADED = {}
-
-
-def answer(rival, size, name, dtype, device):
-    """Answers to `size` prompts -> seconds, tokens, answers."""
-    if not LOADED:
-        LOADED["llm"], LOADED["tokenizer"] = m.load_llm(name, dtype)
-        LOADED["llm"].to(device)
-    llm, tokenizer = LOADED.values()
-    (before, after), end, asked, prompts = m.chat_parts(tokenizer), m.end_token(tokenizer), lib.questions(), []
-    for k in range(size):
-        said = STARTS[k // len(asked) % len(STARTS)] + asked[k % len(asked)]
-        ids = torch.tensor(before + m.text_ids(tokenizer, said) + after, device=device)
-        prompts.append(llm.get_input_embeddings()(ids))                            # (T_i, H)
-    start = lib.now(device)
-    if rival == "ours":
-        rows = m.generate(llm, prompts, max_new_tokens=NEW_TOKENS, eos_ids=[end])
-    else:
-        ones = [torch.ones(len(prompt), dtype=torch.long, device=device) for prompt in prompts]
-        embeds, mask = (pad_sequence(x, batch_first=True, padding_side="left") for x in (prompts, ones))
-        ids = llm.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False,
-                           eos_token_id=end, pad_token_id=end)
-        rows = [row[:row.index(end) + 1] if end in row else row for row in ids.tolist()]
-    return {"seconds": lib.now(device) - start, "tokens": sum(map(len, rows)), "results": rows}
 
 
 def hear(rival, size, name, dtype, device, audio):
@@ -73,7 +45,7 @@ def hear(rival, size, name, dtype, device, audio):
 
 @torch.inference_mode()
 def run(dtype, **job):
-    return (hear if "audio" in job else answer)(dtype=getattr(torch, dtype), **job)
+    return hear(dtype=getattr(torch, dtype), **job)
 
 
 def summary(answers, count):
@@ -87,17 +59,6 @@ def summary(answers, count):
             found[rival][size] = {"rate": lib.median(rates), "all": rates, "equal": sum(a == b for a, b in pairs) / len(pairs),
                                   "results": some[0]["results"]}
     return found
-
-
-def measure_answers(args):
-    answers = lib.compare(run, RIVALS, args.prompts, args, name=args.llm, dtype=args.dtype)
-    found, rows = summary(answers, lambda one: one["tokens"]), []
-    for rival, of in found.items():
-        for size, r in of.items():
-            speed = found["ours"][size]["rate"] / r["rate"]
-            rows.append([rival, size, f"{r['rate']:.0f}", f"{speed:.2f}", f"{100 * r['equal']:.0f} %"])
-    title = f"**Answers**: at most {NEW_TOKENS} tokens, greedy, {args.llm}, {args.dtype}, {args.device}"
-    return found, title, lib.table(["", "prompts", "tokens/s", "ours / it, speed", "answers equal to ours"], rows)
 
 
 def measure_hearing(args):

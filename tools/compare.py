@@ -125,7 +125,7 @@ def answers_to(student, prompts, max_new_tokens, batch_size=2 * BATCH):
     for start in range(0, len(prompts), batch_size):
         some = prompts[start:start + batch_size]
         embeds = student.embed(some, [[]] * len(some))
-        ids = m.generate(student.llm, embeds, max_new_tokens=max_new_tokens, eos_ids=[m.end_token(student.tokenizer)])
+        ids = m.generate(student.llm, embeds, max_new_tokens=max_new_tokens, eos_id=m.end_token(student.tokenizer))
         texts += student.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return texts
 

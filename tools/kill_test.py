@@ -277,7 +277,7 @@ def commands(args, work, student):
         return "train_kd.py", ["--teacher", args.llm, "--student", f"{student}", "--data", f"{speech}/train.jsonl",
                                f"{speech}/sounds.jsonl", "--eval-data", f"{speech}/heldout.jsonl", "--max-steps", "4",
                                "--batch-size", "2", "--global-batch-size", "4", "--sound-batch-size", "1", "--save-every", "1",
-                               "--lr-warmup-steps", "1", "--workers", "1", *small, *more,
+                               "--lr-warmup-steps", "1", *small, *more,
                                "--cache", f"{folder}/run/cache", "--out", f"{folder}/run", "--resume"], ranks
 
     def voicebench(folder):

@@ -34,7 +34,7 @@ quiet() { OMP_WAIT_POLICY=passive python "$@"; }  # two at a time: one that wait
 synth() { quiet synth_speech.py --seed "$seed" --dtype $dtype "$@"; }
 # more files of prompts to keep out may stand first
 invent() { quiet tools/sample_prompts.py --max-words 18 --dtype $dtype --exclude tools/{,train_}questions.jsonl "$@"; }
-train() { python train_kd.py --cache "$data/.cache" --seed "$seed" --dtype $dtype --workers 0 --lr-warmup-steps 4 --resume "$@"; }
+train() { python train_kd.py --cache "$data/.cache" --seed "$seed" --dtype $dtype --lr-warmup-steps 4 --resume "$@"; }
 
 say "44 prompts that the teacher invents, and questions that people wrote, 36 to train on and 40 to measure on; answers; a neural voice"
 synth --input tools/train_questions.jsonl --engine piper --max-new-tokens 12 --takes 2 --exclude tools/questions.jsonl --out "$data/asked" & asked=$!

@@ -62,9 +62,9 @@ def answer_batch(student, args, key, rows):
     heard = student.hear([m.load_audio(row["clip"]) for row in rows], [row.get("language") for row in rows])
     prompts = [student.prompt({**row, "audio": row["clip"]}, found) for row, found in zip(rows, heard)]
     seed = int(hashlib.sha256(f"{key} {rows[0]['id']}".encode()).hexdigest()[:15], 16)  # a restart cuts the same batches
+    torch.manual_seed(seed)
     outputs = m.generate(student.llm, student.embed(prompts, [[]] * len(rows)), max_new_tokens=args.max_new_tokens,
-                         eos_ids=[m.end_token(student.tokenizer)], temperature=args.temperature,
-                         generator=torch.Generator(args.device).manual_seed(seed))
+                         eos_id=m.end_token(student.tokenizer), temperature=args.temperature)
     return synth.answers_of(student.tokenizer, rows, outputs)
 
 

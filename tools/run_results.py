@@ -96,7 +96,7 @@ def command_of(args, run):
     words += shlex.split(RUNS[run])
     words += ["--max-steps", args.base_steps if run == "base" else args.max_steps, "--batch-size", args.batch_size]
     words += ["--sound-batch-size", args.sound_batch_size, "--lr-llm", LR.get(run, 5e-5), "--lr-warmup-steps", 4]
-    words += ["--cache", Path(args.data, ".cache"), "--seed", args.seed, "--workers", 0, "--save-every", 20, "--resume"]
+    words += ["--cache", Path(args.data, ".cache"), "--seed", args.seed, "--save-every", 20, "--resume"]
     if not torch.cuda.is_available() and has_amx():
         words += ["--dtype", "bfloat16"]
     return [str(word) for word in [*words, "--out", Path(args.out, name_of(args, run))]]

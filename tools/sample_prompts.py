@@ -41,9 +41,8 @@ def sample(teacher, tokenizer, args, chunk):
     """256 samples -> those that end, as one record."""
     before, end = m.chat_parts(tokenizer)[0], m.end_token(tokenizer)
     start = teacher.get_input_embeddings()(torch.tensor(before, device=teacher.device))
-    generator = torch.Generator(teacher.device).manual_seed(1_000_003 * args.seed + chunk)
-    outputs = m.generate(teacher, [start] * 256, eos_ids=[end], temperature=1.0, generator=generator,
-                         max_new_tokens=min(args.max_new_tokens, 8 + args.max_words))
+    torch.manual_seed(1_000_003 * args.seed + chunk)
+    outputs = m.generate(teacher, [start] * 256, eos_id=end, temperature=1.0, max_new_tokens=min(args.max_new_tokens, 8 + args.max_words))
     rows = [{"id": f"sampled-{chunk:04d}-{i:03d}", "prompt": tokenizer.decode(ids[:-1]), "source": "sampled"}
             for i, ids in enumerate(outputs) if ids[-1] == end and len(ids) > 1]
     return {"id": chunk, "rows": rows}
