@@ -7,7 +7,7 @@
 # more: the same rows again (what the others are compared with).  own: half of the rows are R6's own answers to what it hears, scored by the teacher.
 # early: the divergence of an answer's first 8 tokens weighs up to twice.  augment: half of the clips are in rooms, noise, over telephones.
 # captions: half of the rows have a caption of their sound in front of what the teacher reads.
-# Stopped anywhere, the same command goes on.
+# Clips in which no word is heard any more are left out, and listed. Stopped anywhere, the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs=${*:-more own early augment captions}
@@ -41,7 +41,7 @@ for run in $runs; do
     esac
     say "$run: ${STEPS:-50} steps"
     python train_kd.py --student $start --data $plain $more $data/{piper,espeak}/sounds.jsonl $options --max-steps "${STEPS:-50}" --batch-size 16 \
-        --sound-batch-size 8 --lr-llm 5e-5 --lr-warmup-steps 4 --cache $data/.cache --dtype $dtype --workers 0 --save-every 20 --resume --out $out/$run
+        --sound-batch-size 8 --lr-llm 5e-5 --lr-warmup-steps 4 --cache $data/.cache --dtype $dtype --max-bad-rows 200 --save-every 20 --resume --out $out/$run
     mkdir -p $results/$run && cp $out/$run/{args.json,log.jsonl} $results/$run/
     rm -f $out/$run/ckpt-*.pt
 done
