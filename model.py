@@ -464,12 +464,12 @@ class Whisper(WhisperForConditionalGeneration):
 
         end, seconds = config.eos_token_id, [len(w) / SAMPLE_RATE for w in waveforms]
         limits = [min(config.max_target_positions - 8, 8 + int(TOKENS_PER_S * s)) for s in seconds]
-        special = range(end + 1, config.vocab_size)
+        banned = [*(config.suppress_tokens or []), *range(end + 1, config.vocab_size)]  # special
         said = GenerationMixin.generate(  # Whisper's own wants 30 s
-            self, encoder_outputs=features, decoder_input_ids=prompts, max_new_tokens=max(limits),
-            do_sample=False, eos_token_id=end, begin_suppress_tokens=config.begin_suppress_tokens,
-            suppress_tokens=[*(config.suppress_tokens or []), *special],
-            output_hidden_states=True, return_dict_in_generate=True)
+            self, encoder_outputs=features, attention_mask=torch.ones_like(mel[:, 0, ::2]),
+            decoder_input_ids=prompts, max_new_tokens=max(limits), max_length=None, do_sample=False,
+            begin_suppress_tokens=config.begin_suppress_tokens, suppress_tokens=banned,
+            eos_token_id=end, output_hidden_states=True, return_dict_in_generate=True)
         tokens = said.sequences[:, prompts.shape[1]:].cpu()                       # (B, n)
         states = torch.cat([layers[-1][:, -1:] for layers in said.decoder_hidden_states], 1).cpu()
         results = []
