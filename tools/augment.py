@@ -24,7 +24,6 @@ from pathlib import Path
 import soundfile
 import torch
 from torchaudio import functional as A
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as m
