@@ -1,33 +1,41 @@
 #!/usr/bin/env bash
 # What goes beyond the paper, on top of R6 of tools/run_results.py: each run goes on from it by the same number of steps, and differs in one thing.
 #
-#   bash tools/beyond.sh                    an hour on two cores with AMX, three without
+#   bash tools/beyond.sh                    two hours on two cores with AMX, five without
 #   bash tools/beyond.sh more own           these runs alone, then the table of what is there
+#   SEED=1 bash tools/beyond.sh more own    from R6-seed1; DATA: a copy of the data, since R6-seed1 gives other answers
 #
-# more: the same rows again (what the others are compared with).  own: half of the rows are R6's own answers to what it hears, scored by the teacher.
+# more: the same rows again (what the others are compared with).  kl: their divergence alone.
+# own: half of the rows are R6's own answers to what it hears, scored by the teacher.  own-kl: these, and the divergence alone on the others, too.
 # early: the divergence of an answer's first 8 tokens weighs up to twice.  augment: half of the clips are in rooms, noise, over telephones.
 # captions: half of the rows have a caption of their sound in front of what the teacher reads.
 # Clips in which no word is heard any more are left out, and listed. Stopped anywhere, the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-runs=${*:-more own early augment captions}
-data=${DATA:-data/result} start=${START:-out/result/R6/last} out=${OUT:-out/beyond} results=results/beyond
+runs=${*:-more kl own own-kl early augment captions}
+seed=${SEED:-0} suffix=""
+[ "$seed" = 0 ] || suffix=-seed$seed
+data=${DATA:-data/result} start=${START:-out/result/R6$suffix/last} out=${OUT:-out/beyond} results=${RESULTS:-results/beyond}
 dtype=float32
 if grep -q amx_bf16 /proc/cpuinfo 2>/dev/null; then dtype=bfloat16; fi
+if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then dtype=bfloat16; fi
 say() { printf '\n== %4d s  %s\n' $SECONDS "$*"; }
 
 for engine in piper espeak; do
     [ -f $data/$engine/both-train.jsonl ] || { echo "$data/$engine/both-train.jsonl: no such file; tools/result_data.sh and tools/run_results.py --only base R6 come first" >&2; exit 2; }
 done
 plain="$data/piper/both-train.jsonl $data/espeak/both-train.jsonl"
+measure() { python tools/measure_result.py "$1" --data $data --noise-db 20 10 5 0 --out $results/"$2"; }
 for run in $runs; do
     more="" options=""
     case $run in
     more) ;;
+    kl) options="--ce-weight 0" ;;
     early) options="--early-tokens 8" ;;
-    own)
+    own | own-kl)
         say "what R6 answers itself"
-        python tools/rollouts.py $start --data $plain --max-new-tokens 24 --dtype $dtype
+        python tools/rollouts.py $start --data $plain --max-new-tokens 24 --dtype $dtype --seed $seed
+        if [ $run = own-kl ]; then options="--ce-weight 0"; fi
         more="$data/piper/both-train-rollouts.jsonl $data/espeak/both-train-rollouts.jsonl" ;;
     augment)
         say "clips in rooms, in noise, over telephones"
@@ -37,20 +45,18 @@ for run in $runs; do
         say "what the teacher answers if it reads how a question sounds"
         python tools/captions.py make $data/{piper,espeak}/train.jsonl $data/{piper,espeak}/heldout.jsonl $data/unheard-sounds/train.jsonl
         more="$data/piper/train-captioned.jsonl $data/espeak/train-captioned.jsonl" ;;
-    *) echo "$run: no such run; expected more, own, early, augment or captions" >&2; exit 2 ;;
+    *) echo "$run: no such run; expected more, kl, own, own-kl, early, augment or captions" >&2; exit 2 ;;
     esac
     say "$run: ${STEPS:-50} steps"
     python train_kd.py --student $start --data $plain $more $data/{piper,espeak}/sounds.jsonl $options --max-steps "${STEPS:-50}" --batch-size 16 \
-        --sound-batch-size 8 --lr-llm 5e-5 --lr-warmup-steps 4 --cache $data/.cache --dtype $dtype --max-bad-rows 200 --save-every 20 --resume --out $out/$run
-    mkdir -p $results/$run && cp $out/$run/{args.json,log.jsonl} $results/$run/
-    rm -f $out/$run/ckpt-*.pt
-done
-for run in $runs; do
+        --sound-batch-size 8 --lr-llm 5e-5 --lr-warmup-steps 4 --seed $seed --cache $data/.cache --dtype $dtype --max-bad-rows 200 --save-every 20 --resume --out $out/$run$suffix
+    mkdir -p $results/$run$suffix && cp $out/$run$suffix/{args.json,log.jsonl} $results/$run$suffix/
+    rm -f $out/$run$suffix/ckpt-*.pt
     say "$run: measured"
-    python tools/measure_result.py $out/$run/last --data $data --noise-db 20 10 5 0 --out $results/$run
+    measure $out/$run$suffix/last $run$suffix
 done
 say "teacher and cascade"
-python tools/measure_result.py openai/whisper-base+HuggingFaceTB/SmolLM2-135M-Instruct --data $data --noise-db 20 10 5 0 --out $results/start
+measure openai/whisper-base+HuggingFaceTB/SmolLM2-135M-Instruct start
 if [ -d $out/captions/last ]; then
     say "does a student answer by the voice?"
     python tools/captions.py measure $start $out/more/last $out/captions/last --cache $data/.cache --out $results \

@@ -21,10 +21,10 @@ import eval_voicebench as vb
 import model as m
 import plot_results as plots
 
-RUNS = {"start": "cascade", "more": "the same rows again", "own": "half own answers, scored by the teacher", "early": "first 8 tokens weigh more",
-        "augment": "half in rooms, noise, over telephones", "captions": "half with captions of their sound"}
+RUNS = {"start": "cascade", "more": "the same rows again", "kl": "their divergence alone", "own": "half own answers, scored by the teacher",
+        "own-kl": "the same, divergence alone", "early": "first 8 tokens weigh more", "augment": "half in rooms, noise, over telephones", "captions": "half with captions of their sound"}
 SHOWN = ("text", "heard", "unheard", "20 dB", "10 dB", "5 dB", "0 dB")
-COLOURS = {"start": "#555555", "more": "#3b6fb6", "own": "#5fa55a", "early": "#b7c9e2", "augment": "#e07b27", "captions": "#b08fc7"}
+COLOURS = {"start": "#555555", "more": "#3b6fb6", "kl": "#7d3c98", "own": "#5fa55a", "own-kl": "#1f6e43", "early": "#b7c9e2", "augment": "#e07b27", "captions": "#b08fc7"}
 
 
 def get_args(argv=None):
@@ -33,14 +33,14 @@ def get_args(argv=None):
     return p.parse_args(argv)
 
 
-def read(folder):
+def read(folder, seed=0):
     """{run: its record} of those that are measured."""
     found = {}
     for run in RUNS:
-        path = Path(folder, run, "measured.json")
+        path = Path(folder, run if seed == 0 else f"{run}-seed{seed}", "measured.json")
         if path.exists():
             [found[run]] = m.json_lines(path, lambda row, _: row)
-    if "more" not in found:
+    if not seed and "more" not in found:
         raise ValueError(f"{folder}/more/measured.json: no such file; `bash tools/beyond.sh more` measures what the others are compared with")
     return found
 

@@ -4,6 +4,7 @@ Every run of the result, one after the other: train, measure, keep what is small
   python tools/run_results.py --data data/result --out out/result             # about 6 hours on two cores
   python tools/run_results.py --data data/result --out out/result --only base R4 R1
   python tools/run_results.py --data data/result --out out/result --seed 1 --only base R1 R3 R4 R6
+  python tools/run_results.py --data data/result --out out/result --only lambda0 lambda25 lambda75 lambda100 steps25 steps50 steps200
 
 Reads   what tools/result_data.sh made
 Writes  OUT/RUN/ (students, run.log), RESULTS/RUN/: command.txt, args.json, log.jsonl, measured.json, answers.jsonl; failed.txt
@@ -45,8 +46,13 @@ RUNS = {
     "R8": "--ce-weight 0 --kd-weight 1 --temperature 1 --lora-rank 16",  # R6 with KL alone and LoRA, as in the quickstart
     "R9": "--lora-rank 16", "R10": "--ce-weight 0 --kd-weight 1 --temperature 1"}  # which of the two does it
 ORDER = "start base R6 R1 R4 R3 R2 R5 R8 R7 R9 R10".split()  # a run that is stopped has told the most; start: the untrained student
+# curves through R6, where lambda is 0.5 and every row is seen once in 100 steps; only if they are named
+LAMBDAS = {f"lambda{percent}": f"--kd-weight {percent / 100:g} --ce-weight {1 - percent / 100:g}" for percent in (0, 25, 75, 100)}
+STEPS = {f"steps{steps}": steps for steps in (25, 50, 200)}
+RUNS |= LAMBDAS | dict.fromkeys(STEPS, "")
 NOISE_CURVE = ("start", "base", "R6", "R8")  # by speech in noise of more than one strength
-STEP_S = {"base": 13, "R6": 20, "R7": 18, "R8": 20, "R9": 20, "R10": 20}  # seconds of a step on two cores, for the time left; by one channel 13
+ONE_CHANNEL = ("base", "R1", "R2", "R3", "R4", "R5")
+STEP_S = {True: 13, False: 20}  # seconds of a step by one channel, by both, on two cores, for the time left
 MEASURE_S = 560
 LR = {"base": 1e-4, "R8": 1e-3, "R9": 1e-3}  # of the LLM, in R8 and R9 of LoRA; the others 5e-5
 
@@ -56,7 +62,7 @@ def get_args(argv=None):
     p.add_argument("--data", required=True, help="folder that tools/result_data.sh wrote")
     p.add_argument("--out", required=True, help="folder of students, 1 GB each")
     p.add_argument("--results", default=str(TOOLS.parent / "results/result"), help="folder of what is small")
-    p.add_argument("--only", nargs="+", choices=ORDER, help="these, in the order given; default: all")
+    p.add_argument("--only", nargs="+", choices=[*ORDER, *LAMBDAS, *STEPS], help="these, in the order given; default: all but the curves")
     p.add_argument("--seed", type=m.number(int, 0, 2**32), default=0, help="of the order of rows")
     p.add_argument("--teacher", default=m.DEFAULT_LLM, help="text LLM, folder or hub id")
     p.add_argument("--student", default=m.DEFAULT_STUDENT, help="the untrained student, WHISPER+LLM")
@@ -64,6 +70,7 @@ def get_args(argv=None):
     p.add_argument("--max-steps", type=m.number(int, 1), default=100, help="optimizer steps of the others")
     p.add_argument("--batch-size", type=m.number(int, 1), default=16, help="rows with a teacher in a step")
     p.add_argument("--sound-batch-size", type=m.number(int, 1), default=8, help="rows about sounds in a step")
+    p.add_argument("--save-every", type=m.number(int, 1), default=20, help="steps between checkpoints, 1.6 GB each")
     p.add_argument("--limit", type=m.number(int, 0), default=0, help="measure on so many rows of each set; 0: as measure_result.py does")
     return p.parse_args(argv)
 
@@ -89,14 +96,18 @@ def manifests_of(args, run):
     return paths
 
 
+def steps_of(args, run):
+    return {"start": 0, "base": args.base_steps}.get(run, STEPS.get(run, args.max_steps))
+
+
 def command_of(args, run):
     """The command of a training run, as a list of words."""
     start = args.student if run == "base" else student_of(args, "base")
     words = ["python", "train_kd.py", "--teacher", args.teacher, "--student", start, "--data", *map(str, manifests_of(args, run))]
     words += shlex.split(RUNS[run])
-    words += ["--max-steps", args.base_steps if run == "base" else args.max_steps, "--batch-size", args.batch_size]
+    words += ["--max-steps", steps_of(args, run), "--batch-size", args.batch_size]
     words += ["--sound-batch-size", args.sound_batch_size, "--lr-llm", LR.get(run, 5e-5), "--lr-warmup-steps", 4]
-    words += ["--cache", Path(args.data, ".cache"), "--seed", args.seed, "--save-every", 20, "--resume"]
+    words += ["--cache", Path(args.data, ".cache"), "--seed", args.seed, "--save-every", args.save_every, "--resume"]
     if not torch.cuda.is_available() and has_amx():
         words += ["--dtype", "bfloat16"]
     return [str(word) for word in [*words, "--out", Path(args.out, name_of(args, run))]]
@@ -111,6 +122,7 @@ def has_amx():
 def key_of(args, run):
     """Changes with the options, the content of the rows, and the weights that the run starts from; not with a folder's name, nor with
     the computer's dtype."""
+    args = argparse.Namespace(**{**vars(args), "save_every": 20})  # nor with the number of checkpoints
     start = args.student if run == "base" else student_of(args, "base")
     paths, words = {start, str(Path(args.data, ".cache")), str(Path(args.out, name_of(args, run))), *map(str, manifests_of(args, run))}, []
     for word in command_of(args, run):
@@ -179,8 +191,7 @@ def measure(args, run, results):
 # ---- all runs ----
 
 def seconds_of(args, run):
-    steps = {"start": 0, "base": args.base_steps}.get(run, args.max_steps)
-    return steps * STEP_S.get(run, 13) + MEASURE_S
+    return steps_of(args, run) * STEP_S[run in ONE_CHANNEL] + MEASURE_S
 
 
 def clock(seconds):
