@@ -351,6 +351,32 @@ def test_another_teacher_answers_what_is_spoken_already(tiny, data, tmp_path, mo
     assert "of 6 spoken questions the teacher answers 2 right" in capsys.readouterr().out
 
 
+def test_runs_go_side_by_side_and_wait_for_the_base_of_their_seed(tmp_path, monkeypatch, capsys):
+    """Each is a process of this script; a stand-in writes when it began, base before it has been measured."""
+    stand_in = tmp_path / "stand_in.py"
+    stand_in.write_text(
+        "import sys, time; from pathlib import Path\n"
+        "seed, run = (sys.argv[len(sys.argv) - sys.argv[::-1].index(f'--{name}')] for name in ('seeds', 'only'))\n"
+        "out = Path(sys.argv[sys.argv.index('--out') + 1], run + ('' if seed == '0' else f'-seed{seed}'))\n"
+        "assert sys.argv[len(sys.argv) - sys.argv[::-1].index('--jobs')] == '1'\n"
+        "base = out.parent / out.name.replace(run, 'base') / 'last/config.json'\n"
+        "assert run in ('start', 'base') or base.exists(), 'begun before its base'\n"
+        "(out / 'last').mkdir(parents=True)\n"
+        "(out / 'last/config.json').touch()\n"
+        "for _ in range(600):  # base is measured until R6 has ended\n"
+        "    time.sleep(0.1 * (run == 'base' and not (out.parent / out.name.replace('base', 'R6') / 'ended').exists()))\n"
+        "(out / 'ended').touch()\n"
+        "assert run != 'base' or (out.parent / out.name.replace('base', 'R6') / 'ended').exists(), 'R6 waited for what is measured'\n"
+        "sys.exit(run == 'R1')\n")
+    words = ["--data", "d", "--out", str(tmp_path / "out"), "--jobs", "3", "--seeds", "0", "1", "--only", "R6", "R1", "base", "start"]
+    monkeypatch.setattr(run_results, "__file__", str(stand_in))
+    monkeypatch.setattr(sys, "argv", ["run_results.py", *words])
+    monkeypatch.setattr(run_results.signal, "signal", lambda *_: None)
+    assert run_results.main(run_results.get_args(words)) == 1
+    assert "5 of 7 runs are there; failed: [(0, 'R1'), (1, 'R1')]" in capsys.readouterr().out
+    assert sorted(path.parent.name for path in tmp_path.glob("out/*/ended")) == ["R1", "R1-seed1", "R6", "R6-seed1", "base", "base-seed1", "start"]
+
+
 # ---- what fails is told ----
 
 @pytest.mark.parametrize("code, told", [("print('first'); print('the reason'); raise SystemExit(2)", "exit code 2: the reason"),

@@ -3,12 +3,13 @@ Every run of the result, one after the other: train, measure, keep what is small
 
   python tools/run_results.py --data data/result --out out/result             # about 6 hours on two cores
   python tools/run_results.py --data data/result --out out/result --only base R4 R1
-  python tools/run_results.py --data data/result --out out/result --seed 1 --only base R1 R3 R4 R6
+  python tools/run_results.py --data data/result --out out/result --seeds 1 2 --only base R1 R3 R4 R6
+  python tools/run_results.py --data data/result --out out/result --jobs 18 --seeds 0 1 2 --only start base R1 R3 R4 R6 R8     # on a GPU
   python tools/run_results.py --data data/result --out out/result --only lambda0 lambda25 lambda75 lambda100 steps25 steps50 steps200
 
 Reads   what tools/result_data.sh made
 Writes  OUT/RUN/ (students, run.log), RESULTS/RUN/: command.txt, args.json, log.jsonl, measured.json, answers.jsonl; failed.txt
-        in place of these if a run fails; the others go on. --seed 1 writes RUN-seed1.
+        in place of these if a run fails; the others go on. --seeds 1 writes RUN-seed1.
 tools/plot_results.py makes the tables and pictures. What is done is done once: a run is made again only if its command, the
 content of its rows, or the weights that it starts from have changed.
 """
@@ -63,7 +64,8 @@ def get_args(argv=None):
     p.add_argument("--out", required=True, help="folder of students, 1 GB each")
     p.add_argument("--results", default=str(TOOLS.parent / "results/result"), help="folder of what is small")
     p.add_argument("--only", nargs="+", choices=[*ORDER, *LAMBDAS, *STEPS], help="these, in the order given; default: all but the curves")
-    p.add_argument("--seed", type=m.number(int, 0, 2**32), default=0, help="of the order of rows")
+    p.add_argument("--seeds", nargs="+", type=m.number(int, 0, 2**32), default=[0], help="of the order of rows; all runs with each")
+    p.add_argument("--jobs", type=m.number(int, 1), default=1, help="runs side by side: a GPU has room for a core's worth each")
     p.add_argument("--teacher", default=m.DEFAULT_LLM, help="text LLM, folder or hub id")
     p.add_argument("--student", default=m.DEFAULT_STUDENT, help="the untrained student, WHISPER+LLM")
     p.add_argument("--base-steps", type=m.number(int, 1), default=40, help="optimizer steps of base")
@@ -72,7 +74,9 @@ def get_args(argv=None):
     p.add_argument("--sound-batch-size", type=m.number(int, 1), default=8, help="rows about sounds in a step")
     p.add_argument("--save-every", type=m.number(int, 1), default=20, help="steps between checkpoints, 1.6 GB each")
     p.add_argument("--limit", type=m.number(int, 0), default=0, help="measure on so many rows of each set; 0: as measure_result.py does")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.seed = args.seeds[0]  # of a run
+    return args
 
 
 # ---- one run ----
@@ -198,8 +202,7 @@ def clock(seconds):
     return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min"
 
 
-def main(args):
-    signal.signal(signal.SIGTERM, m.stop_now)
+def one_by_one(args):
     runs, begun, failed = args.only or ORDER, time.monotonic(), {}
     for run in runs:
         if run != "start":
@@ -225,6 +228,52 @@ def main(args):
     print(f"{len(runs) - len(failed)} of {len(runs)} runs are there; python tools/plot_results.py --results "
           f"{os.path.relpath(args.results)}")
     return 1 if failed else 0
+
+
+def side_by_side(args):
+    """Each run of each seed in a process of its own, --jobs of them at a time; it waits for the base of its seed."""
+    tasks, running, begun, failed = [], {}, {}, []
+    for run in args.only or ORDER:
+        tasks += [(seed, run) for seed in args.seeds[:1 if run == "start" else None]]
+    waiting = list(tasks)
+
+    def is_ready(seed, run):
+        base = seed, "base"
+        if run in ("start", "base") or base not in tasks or base in begun and base not in running:
+            return True
+        trained = Path(args.out, name_of(argparse.Namespace(seed=seed), "base"), "last/config.json")
+        return base in begun and trained.exists() and trained.stat().st_mtime > begun[base]  # it is being measured
+
+    threads = {"OMP_NUM_THREADS": str(max(1, m.cores() // args.jobs)), "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        while waiting or running:
+            for task in [task for task, process in running.items() if process.poll() is not None]:
+                if running.pop(task).returncode:
+                    failed.append(task)
+            for task in [task for task in waiting if is_ready(*task)][:args.jobs - len(running)]:
+                seed, run = task
+                words = [*sys.argv[1:], "--jobs", "1", "--seeds", str(seed), "--only", run]
+                begun[task] = time.time()
+                running[task] = subprocess.Popen([sys.executable, __file__, *words], env=os.environ | threads)
+                waiting.remove(task)
+            time.sleep(0.2)
+    finally:
+        for process in running.values():  # each stops its own, which keeps what it has
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    print(f"{len(tasks) - len(failed)} of {len(tasks)} runs are there; failed: {failed or 'none'}")
+    return 1 if failed else 0
+
+
+def main(args):
+    signal.signal(signal.SIGTERM, m.stop_now)
+    if args.jobs > 1:
+        return side_by_side(args)
+    codes = []
+    for seed in args.seeds:
+        codes.append(one_by_one(argparse.Namespace(**{**vars(args), "seed": seed})))
+    return max(codes)
 
 
 if __name__ == "__main__":
