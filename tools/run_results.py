@@ -262,7 +262,7 @@ def side_by_side(args):
             process.terminate()
         for process in running.values():
             process.wait()
-    print(f"{len(tasks) - len(failed)} of {len(tasks)} runs are there; failed: {failed or 'none'}")
+    print(f"{len(tasks) - len(failed)} of {len(tasks)} runs are there; failed: {sorted(failed) or 'none'}")
     return 1 if failed else 0
 
 
