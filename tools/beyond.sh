@@ -7,12 +7,11 @@
 #
 # more: the same rows again (what the others are compared with).  kl: their divergence alone.
 # own: half of the rows are R6's own answers to what it hears, scored by the teacher.  own-kl: these, and the divergence alone on the others, too.
-# early: the divergence of an answer's first 8 tokens weighs up to twice.  augment: half of the clips are in rooms, noise, over telephones.
-# captions: half of the rows have a caption of their sound in front of what the teacher reads.
-# Clips in which no word is heard any more are left out, and listed. Stopped anywhere, the same command goes on.
+# early: the divergence of an answer's first 8 tokens weighs up to twice.
+# Stopped anywhere, the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-runs=${*:-more kl own own-kl early augment captions}
+runs=${*:-more kl own own-kl early}
 seed=${SEED:-0} suffix=""
 [ "$seed" = 0 ] || suffix=-seed$seed
 data=${DATA:-data/result} start=${START:-out/result/R6$suffix/last} out=${OUT:-out/beyond} results=${RESULTS:-results/beyond}
@@ -37,19 +36,11 @@ for run in $runs; do
         python tools/rollouts.py $start --data $plain --max-new-tokens 24 --dtype $dtype --seed $seed
         if [ $run = own-kl ]; then options="--ce-weight 0"; fi
         more="$data/piper/both-train-rollouts.jsonl $data/espeak/both-train-rollouts.jsonl" ;;
-    augment)
-        say "clips in rooms, in noise, over telephones"
-        for manifest in $plain; do python tools/augment.py $manifest; done
-        more="$data/piper/both-train-augmented.jsonl $data/espeak/both-train-augmented.jsonl" ;;
-    captions)
-        say "what the teacher answers if it reads how a question sounds"
-        python tools/captions.py make $data/{piper,espeak}/train.jsonl $data/{piper,espeak}/heldout.jsonl $data/unheard-sounds/train.jsonl
-        more="$data/piper/train-captioned.jsonl $data/espeak/train-captioned.jsonl" ;;
-    *) echo "$run: no such run; expected more, kl, own, own-kl, early, augment or captions" >&2; exit 2 ;;
+    *) echo "$run: no such run; expected more, kl, own, own-kl or early" >&2; exit 2 ;;
     esac
     say "$run: ${STEPS:-50} steps"
     python train_kd.py --student $start --data $plain $more $data/{piper,espeak}/sounds.jsonl $options --max-steps "${STEPS:-50}" --batch-size 16 \
-        --sound-batch-size 8 --lr-llm 5e-5 --lr-warmup-steps 4 --seed $seed --cache $data/.cache --dtype $dtype --max-bad-rows 200 --save-every 20 --resume --out $out/$run$suffix
+        --sound-batch-size 8 --lr-llm 5e-5 --lr-warmup-steps 4 --seed $seed --cache $data/.cache --dtype $dtype --save-every 20 --resume --out $out/$run$suffix
     mkdir -p $results/$run$suffix && cp $out/$run$suffix/{args.json,log.jsonl} $results/$run$suffix/
     rm -f $out/$run$suffix/ckpt-*.pt
     say "$run: measured"
@@ -57,9 +48,4 @@ for run in $runs; do
 done
 say "teacher and cascade"
 measure openai/whisper-base+HuggingFaceTB/SmolLM2-135M-Instruct start
-if [ -d $out/captions/last ]; then
-    say "does a student answer by the voice?"
-    python tools/captions.py measure $start $out/more/last $out/captions/last --cache $data/.cache --out $results \
-        --data $data/{piper,espeak}/heldout-captioned.jsonl $data/unheard-sounds/train-captioned.jsonl
-fi
 python tools/plot_beyond.py --results $results

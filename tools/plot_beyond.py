@@ -33,15 +33,15 @@ def get_args(argv=None):
     return p.parse_args(argv)
 
 
-def read(folder, seed=0):
-    """{run: its record} of those that are measured."""
+def read(folder, suffix=""):
+    """{run: its record} of those that are measured; suffix: of another seed, e.g. -seed1."""
     found = {}
     for run in RUNS:
-        path = Path(folder, run if seed == 0 else f"{run}-seed{seed}", "measured.json")
+        path = Path(folder, run + suffix * (run != "start"), "measured.json")
         if path.exists():
             [found[run]] = m.json_lines(path, lambda row, _: row)
-    if not seed and "more" not in found:
-        raise ValueError(f"{folder}/more/measured.json: no such file; `bash tools/beyond.sh more` measures what the others are compared with")
+    if "more" not in found:
+        raise ValueError(f"{folder}/more{suffix}/measured.json: no such file; `bash tools/beyond.sh more` measures what the others are compared with")
     return found
 
 
@@ -89,6 +89,9 @@ def draw(found, path):
 def main(args):
     found = read(args.results)
     text = "\n".join(table(found)) + "\n"
+    for more in sorted(Path(args.results).glob("more-seed*")):
+        suffix = more.name.removeprefix("more")
+        text += f"\nBegun with R6{suffix}:\n\n" + "\n".join(table(read(args.results, suffix))) + "\n"
     captions = Path(args.results, "captions.md")
     if captions.exists():
         text += "\n" + captions.read_text()
