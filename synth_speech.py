@@ -482,7 +482,7 @@ def begin(args, raw):
     """Fail now where anything can; refuse an OUT of other options -> text of its args.json."""
     path = Path(args.out) / ".stages" / "args.json"
     plan = {key: value for key, value in vars(args).items()
-            if key not in ("workers", "device", "out")}
+            if key not in ("workers", "device", "out", "input")}
     plan["content of the input"] = hashlib.sha1(json.dumps(raw).encode()).hexdigest()
     old = json.loads(path.read_text()) if path.exists() else plan
     changed = ", ".join(key for key in plan if plan[key] != old.get(key))

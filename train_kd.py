@@ -223,15 +223,14 @@ def answer_ids(tokenizer, row, labels, max_tokens):
 def make_item(row, args, student, teacher_tokenizer, heard_of, taught_of=None):
     """A row -> what a step needs of it, and no model has to make: id, answer (token ids),
     teacher_ids (the teacher's prompt), t2t, s2t, sound (the student's, of the channels that the row
-    serves), own (that which it answered itself), taught (the teacher's rows (n, H'), if kept)."""
-    item = {"id": row["id"], "teacher_ids": [],
+    serves), own (did it answer itself), taught (the teacher's rows (n, H'), if they are kept)."""
+    item = {"id": row["id"], "own": row.get("own", False), "teacher_ids": [],
             "answer": answer_ids(teacher_tokenizer, row, args.labels, args.max_answer_tokens)}
     for channel in channels_of(row, args) if student is not None else ():
         if channel == "t2t":
             item["t2t"] = student.prompt({**row, "audio": None})  # reads, hears nothing
         else:
             item[channel] = student.prompt(row, heard_of(row))  # s2t, sound
-    item["own"] = item.get("s2t", item.get("t2t")) if row.get("own") else None
     if row["prompt"] is not None:
         before, after = m.chat_parts(teacher_tokenizer, row.get("system"), row.get("instruction"))
         item["teacher_ids"] = before + m.text_ids(teacher_tokenizer, row["prompt"]) + after
@@ -466,7 +465,7 @@ def token_weights(args, channel, item):
         return torch.full((count, 2), 1 / max(1, count))
     # DIFFERS: CORD (arXiv:2601.16547) lets weights fall from 2 to 1 over the whole answer
     kd = 1 + (args.early_tokens - torch.arange(count)).clamp(min=0) / max(1, args.early_tokens)
-    return torch.stack([torch.full((count,), float(item["own"] is None)), kd], 1)
+    return torch.stack([torch.full((count,), float(not item["own"])), kd], 1)
 
 
 def channel_loss(args, channel, llms, hidden, items):
@@ -538,11 +537,13 @@ def evaluate(channels, student, teacher, rows, item_of, autocast):
     return record
 
 
-def check_own(student, teacher, rows, item_of, autocast):
-    """ValueError unless OVERLAP of the likeliest tokens in the student's own answers, by speech
-    where there is a clip, are the teacher's, too -> the share, in words."""
-    record = evaluate(["own"], student, teacher, rows[:EVAL_ROWS], item_of, autocast)
-    share = record["eval_overlap_own"]  # one number on all ranks
+def check_own(args, student, teacher, rows, item_of, autocast):
+    """ValueError unless OVERLAP of the likeliest tokens in the student's own answers, by speech if
+    it is heard, are the teacher's, too -> the share, in words."""
+    heard = [row for row in rows if "s2t" in channels_of(row, args)]
+    channel, rows = ("s2t", heard) if heard else ("t2t", rows)
+    record = evaluate([channel], student, teacher, rows[:EVAL_ROWS], item_of, autocast)
+    share = record[f"eval_overlap_{channel}"]  # one number on all ranks
     if not share >= OVERLAP:
         raise ValueError(f"rows of source student, e.g. {rows[0]['id']!r}: of this student's 64 "
                          f"likeliest tokens {share:.2f} are the teacher's, expected {OVERLAP} or "
@@ -799,7 +800,7 @@ def main(args):
     autocast = functools.partial(torch.autocast, args.device, dtype, dtype != torch.float32)
     own_rows = [row for row in train_rows if row["own"]]
     if own_rows and not step:
-        say(check_own(student, teacher, own_rows, item_of, autocast))
+        say(check_own(args, student, teacher, own_rows, item_of, autocast))
     model = student
     if world > 1 and not args.shard:
         model = torch.nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)

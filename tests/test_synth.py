@@ -62,6 +62,7 @@ def run(teacher, out, *more):
 
 def spoken(folder, prompts, *more):
     """Prompts that have an answer, so that no teacher is needed -> exit code, rows kept, rows dropped."""
+    folder.mkdir(exist_ok=True)
     write(folder / "in.jsonl", [{"prompt": text, "response": "Yes.", "finish": "stop"} for text in prompts])
     code = run("no/teacher", folder / "out", "--input", folder / "in.jsonl", *more)
     return code, read(folder, "out/train.jsonl"), read(folder, "out/dropped.jsonl")
@@ -434,8 +435,16 @@ def test_other_options_or_other_prompts_under_the_same_name_are_refused(referenc
     with pytest.raises(ValueError, match=r"begun with other options \(max_new_tokens, seed\)"):
         run(tiny.llm, reference, *options, "--seed", 5, "--max-new-tokens", 9)
     assert spoken(tmp_path, PROMPTS[:2]) == spoken(tmp_path, PROMPTS[:2], "--workers", 7)
-    with pytest.raises(ValueError, match="begun with other"):
+    with pytest.raises(ValueError, match=r"begun with other options \(content of the input\)"):
         spoken(tmp_path, PROMPTS[2:4])
+
+
+def test_a_folder_that_was_moved_goes_on(tmp_path):
+    before = spoken(tmp_path / "here", PROMPTS[:2])
+    clips = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "here/out/wav").iterdir()}
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert spoken(tmp_path / "there", PROMPTS[:2]) == before
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "there/out/wav").iterdir()} == clips  # not spoken again
 
 
 def test_a_manifest_as_input_keeps_its_answers_in_other_voices(reference, tmp_path):

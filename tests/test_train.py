@@ -377,10 +377,10 @@ def test_own_answers_of_another_kind_than_the_teachers_are_refused_and_on_resume
 
 def test_the_first_tokens_of_an_answer_weigh_more(gradient_of, data):
     args = train_kd.get_args(["--data", "x", "--out", "y", "--early-tokens", "4"])
-    ce, kd = train_kd.token_weights(args, "s2t", {"answer": [7] * 6, "own": None}).T.tolist()
+    ce, kd = train_kd.token_weights(args, "s2t", {"answer": [7] * 6, "own": False}).T.tolist()
     assert ce == [1] * 6 and kd == [2, 1.75, 1.5, 1.25, 1, 1]
     args.early_tokens = 0
-    assert (train_kd.token_weights(args, "t2t", {"answer": [7] * 6, "own": None}) == 1).all()
+    assert (train_kd.token_weights(args, "t2t", {"answer": [7] * 6, "own": False}) == 1).all()
     one, more = gradient_of(data), gradient_of(data, "--early-tokens", "4")
     assert not torch.allclose(one, more, rtol=0.01)
     assert torch.equal(gradient_of(data, "--kd-weight", "0"), gradient_of(data, "--kd-weight", "0", "--early-tokens", "4"))
