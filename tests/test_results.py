@@ -301,7 +301,7 @@ def test_the_untrained_student_is_teacher_and_cascade(tiny, data, tmp_path):
     ("R1", "--channels s2t --labels reference --kd-weight 0"), ("R2", "--channels s2t --labels reference --max-steps"),
     ("R3", "--channels s2t --kd-weight 0 --max-steps"), ("R4", "--channels s2t --max-steps"), ("R5", "--channels t2t --max-steps"),
     ("R8", "--ce-weight 0 --kd-weight 1 --temperature 1 --lora-rank 16 --max-steps"), ("R9", "sounds.jsonl --lora-rank 16 --max-steps"),
-    ("R10", "--ce-weight 0 --kd-weight 1 --temperature 1 --max-steps")])
+    ("R10", "--ce-weight 0 --kd-weight 1 --temperature 1 --max-steps"), ("lambda25", "--kd-weight 0.25 --ce-weight 0.75 --max-steps 100")])
 def test_the_runs_differ_in_what_the_table_says_and_read_the_same_rows(data, run, words):
     args = run_results.get_args(["--data", str(data), "--out", "out/x", "--seed", "2"])
     commands = {name: " ".join(run_results.command_of(args, name)) for name in ("R6", run)}
@@ -324,8 +324,9 @@ def test_a_run_is_the_same_in_another_folder_and_on_another_computer(tiny, data,
         monkeypatch.setattr(run_results, "has_amx", lambda amx=amx: amx)
         args = run_results.get_args(["--data", str(data), "--out", str(tmp_path / folder), "--student", tiny.student])
         keys.append(run_results.key_of(args, "base"))
-    assert len(set(keys)) == 1
+    assert len(set(keys)) == 1 and run_results.key_of(argparse.Namespace(**{**vars(args), "save_every": 3}), "base") == keys[0]
     assert run_results.key_of(argparse.Namespace(**{**vars(args), "base_steps": 3}), "base") != keys[0]
+    assert "--max-steps 25 " in " ".join(run_results.command_of(args, "steps25"))
 
 
 def test_another_teacher_answers_what_is_spoken_already(tiny, data, tmp_path, monkeypatch, capsys):
