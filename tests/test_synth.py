@@ -475,7 +475,7 @@ def test_sampled_prompts_depend_on_seed_and_chunk_alone_and_go_on(tiny, tmp_path
     weight[m.end_token(tokenizer)] = -1.5 * weight[tokenizer.convert_tokens_to_ids("e")]
     for part in (llm, tokenizer):
         part.save_pretrained(tmp_path / "llm")
-    a, b, c, d = (sample_prompts.sample(llm, tokenizer, SimpleNamespace(seed=seed, max_words=40, max_new_tokens=32), chunk)["rows"]
+    a, b, c, d = (sample_prompts.sample(llm, tokenizer, SimpleNamespace(seed=seed, max_words=40, max_new_tokens=32, ask=None, topics=[]), chunk)["rows"]
                   for seed, chunk in ((0, 0), (0, 0), (0, 1), (1, 0)))
     assert a == b and a and len({json.dumps([row["prompt"] for row in x]) for x in (a, c, d)}) == 3
     def invent(*more):
@@ -497,6 +497,26 @@ def test_sampled_prompts_depend_on_seed_and_chunk_alone_and_go_on(tiny, tmp_path
     assert len(again) <= 2 and max(map(len, again), default=0) < 12, again  # a word or two, by chance
     assert not {row["prompt"] for row in kept} & {  # stands last, as it is written anew
         json.loads(line)["prompt"] for line in invent("--exclude", tmp_path / "out/train.jsonl", tmp_path / "out/heldout.jsonl").splitlines()}
+
+
+def test_asked_for_questions_on_topics_the_teacher_is_asked_in_turn_and_what_is_no_question_is_dropped(tiny, monkeypatch):
+    llm, tokenizer = m.load_llm(tiny.llm)
+    end, read = m.end_token(tokenizer), []
+
+    def generate(llm, prompts, **_):
+        table = llm.get_input_embeddings().weight
+        read.extend(tokenizer.decode([int((table == row).all(1).nonzero()[0]) for row in prompt]) for prompt in prompts[:3])
+        return [[*m.text_ids(tokenizer, text), end] for text in ("Wie alt werden Katzen?", "Katzen sind alt.", "Wann regnet es?")]
+
+    monkeypatch.setattr(m, "generate", generate)
+    args = sample_prompts.get_args(["--count", "2", "--ask", "Frage nach {}.", "--topics", "Katzen", "Regen", "--out", "x"])
+    rows = sample_prompts.sample(llm, tokenizer, args, 0)["rows"]
+    assert [row["prompt"] for row in rows] == ["Wie alt werden Katzen?", "Wann regnet es?"]
+    before, after = (tokenizer.decode(part) for part in m.chat_parts(tokenizer))
+    assert read == [f"{before}Frage nach {topic}.{after}" for topic in ("Katzen", "Regen", "Katzen")]
+    for words in (["--ask", "Frage."], ["--topics", "Katzen"], ["--ask", "Frage.", "--topics", "Katzen"]):
+        with pytest.raises(SystemExit):
+            sample_prompts.get_args(["--count", "2", "--out", "x", *words])
 
 
 def test_espeak_speaks_each_row_alike_whatever_came_before_and_names_a_voice_it_lacks(tmp_path):

@@ -1,8 +1,9 @@
 """
-Prompts that a teacher invents: in its chat template it goes on where the user begins. No data is needed.
+Prompts that a teacher invents: in its chat template it goes on where the user begins, or answers --ask. No data is needed.
 
   python tools/sample_prompts.py --count 1000 --out data/quick
   python synth_speech.py --input data/quick/prompts.jsonl --out data/quick
+  python tools/sample_prompts.py --count 60 --language de --ask "Schreibe eine kurze Frage über {}." --topics Tiere Musik Berlin --out data/de
 
 Writes  OUT/prompts.jsonl: prompts that can be read out loud, no two nearly the same
 Stop it at any moment; the same command goes on. Works under torchrun, too.
@@ -11,6 +12,7 @@ import argparse
 import collections
 import functools
 import hashlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -27,31 +29,43 @@ def get_args(argv=None):
     p.add_argument("--count", type=m.number(int, 1), required=True, help="prompts")
     p.add_argument("--teacher", default=m.DEFAULT_LLM, help="text LLM, local folder or hub id")
     p.add_argument("--max-words", type=m.number(int, 1), default=40, help="of a prompt; 40 are about 16 s of speech")
+    p.add_argument("--language", default="en", help="of the prompts (ISO 639-1)")
+    p.add_argument("--ask", help="what to ask the teacher for, {} being one of --topics, in turn; what does not end as a question is dropped")
+    p.add_argument("--topics", nargs="+", default=[], help="words for --ask")
     p.add_argument("--exclude", nargs="+", default=[], help="files of prompts to keep out, and all that share 8 words with them")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="of the teacher")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if torch.cuda.is_available() else "float32",
                    help="of the teacher")
     p.add_argument("--seed", type=m.number(int, 0, 2**32), default=0, help="other prompts for each")
     p.add_argument("--out", required=True, help="output folder")
-    p.set_defaults(language="en", heldout=0, max_new_tokens=32)  # as of synth_speech.py
-    return p.parse_args(argv)
+    p.set_defaults(heldout=0, max_new_tokens=32)  # as of synth_speech.py
+    args = p.parse_args(argv)
+    if bool(args.ask) != bool(args.topics) or args.ask and "{}" not in args.ask:
+        p.error("--ask and --topics go together: --ask 'Write a short question about {}.' --topics cats rain")
+    return args
 
 
 def sample(teacher, tokenizer, args, chunk):
     """256 samples -> those that end, as one record."""
-    before, end = m.chat_parts(tokenizer)[0], m.end_token(tokenizer)
-    start = teacher.get_input_embeddings()(torch.tensor(before, device=teacher.device))
+    (before, after), end, starts = m.chat_parts(tokenizer), m.end_token(tokenizer), []
+    for topic in args.topics or [None]:
+        ids = before if topic is None else before + m.text_ids(tokenizer, args.ask.format(topic)) + after
+        starts.append(teacher.get_input_embeddings()(torch.tensor(ids, device=teacher.device)))
     torch.manual_seed(1_000_003 * args.seed + chunk)
-    outputs = m.generate(teacher, [start] * 256, eos_id=end, temperature=1.0, max_new_tokens=min(args.max_new_tokens, 8 + args.max_words))
-    rows = [{"id": f"sampled-{chunk:04d}-{i:03d}", "prompt": tokenizer.decode(ids[:-1]), "source": "sampled"}
-            for i, ids in enumerate(outputs) if ids[-1] == end and len(ids) > 1]
+    starts = list(itertools.islice(itertools.cycle(starts), 256))
+    outputs = m.generate(teacher, starts, eos_id=end, temperature=1.0, max_new_tokens=min(args.max_new_tokens, 8 + args.max_words))
+    rows = []
+    for i, ids in enumerate(outputs):
+        text = tokenizer.decode(ids[:-1])
+        if ids[-1] == end and text and (not args.ask or text.endswith("?")):
+            rows.append({"id": f"sampled-{chunk:04d}-{i:03d}", "prompt": text, "source": "sampled"})
     return {"id": chunk, "rows": rows}
 
 
 def main(args):
     rank, world = m.start_processes(args.device)
     teacher, sampled = functools.cache(lambda: synth.load_teacher(args)), []  # loaded when first needed, if ever
-    options = json.dumps([args.teacher, args.max_words, args.dtype, args.seed])  # what the samples depend on
+    options = json.dumps([args.teacher, args.max_words, args.dtype, args.seed, args.ask, args.topics])  # what the samples depend on
     stage = f"prompts-{hashlib.sha1(options.encode()).hexdigest()[:12]}"
     for first in range(0, 40 + args.count // 6, world):
         todo = [{"id": chunk} for chunk in range(first, first + world)]
