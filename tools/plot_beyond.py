@@ -4,7 +4,7 @@ Table and picture of what goes beyond the paper, from what tools/beyond.sh measu
   python tools/plot_beyond.py --results results/beyond
 
 Writes  RESULTS/table.md, RESULTS/noise.png: what is still answered right as the noise rises. Intervals: 95%, bootstrap over questions;
-        differences to `more`, which went on by as many steps with the same rows, are paired.
+        differences to `more`, which went on by as many steps with the same rows, are paired; of own answers also to `kl`.
 """
 import argparse
 import sys
@@ -24,6 +24,7 @@ import plot_results as plots
 RUNS = {"start": "cascade", "more": "the same rows again", "kl": "their divergence alone", "own": "half own answers, scored by the teacher",
         "own-kl": "the same, divergence alone", "early": "first 8 tokens weigh more", "augment": "half in rooms, noise, over telephones", "captions": "half with captions of their sound"}
 SHOWN = ("text", "heard", "unheard", "20 dB", "10 dB", "5 dB", "0 dB")
+HEADS = ["", "", *(f"retention, {way}" for way in SHOWN), *(f"KL8, {', '.join(place)}" for place in plots.KL_PLACES)]
 COLOURS = {"start": "#555555", "more": "#3b6fb6", "kl": "#7d3c98", "own": "#5fa55a", "own-kl": "#1f6e43", "early": "#b7c9e2", "augment": "#e07b27", "captions": "#b08fc7"}
 
 
@@ -45,24 +46,37 @@ def read(folder, suffix=""):
     return found
 
 
+def gains(found, runs, control):
+    """-> lines: what runs have gained over one that went on by as many steps, question by question."""
+    lines = []
+    for run in runs:
+        cells = [run, RUNS[run]]
+        for way in SHOWN:
+            rows = {} if (run, way) == ("start", "text") else plots.rows_of(found[run], "retention", way)
+            cells.append(plots.signed(plots.change(rows, plots.rows_of(found[control], "retention", way)) if rows else None))
+        for place in plots.KL_PLACES:
+            rows, before = (plots.rows_of(found[name], *place) for name in (run, control))
+            known = rows and not (run == "start" and place[1] == "text")
+            cells.append(plots.cell(plots.change(rows, before), "{:+.3f} [{:+.3f}, {:+.3f}]") if known else "")
+        lines.append(cells)
+    return ["", f"Less `{control}`:", "", *plots.to_lines(HEADS, lines)]
+
+
 def table(found):
-    """-> lines: what each run retains, then what it gained over `more`."""
-    lines, gains = [], []
+    """-> lines: what each run retains, then what it has gained over `more`, and own answers over the teacher's by the same loss."""
+    lines = []
     for run, record in found.items():
-        values, changes = [RUNS[run]], [RUNS[run]]
+        cells = [run, RUNS[run]]
         for way in SHOWN:
             rows = {} if (run, way) == ("start", "text") else plots.rows_of(record, "retention", way)
-            values.append(plots.cell(vb.interval(list(rows.values())) if rows else None))
-            changes.append(plots.signed(plots.change(rows, plots.rows_of(found["more"], "retention", way)) if rows else None))
+            cells.append(plots.cell(vb.interval(list(rows.values())) if rows else None))
         for place in plots.KL_PLACES:
             rows = plots.rows_of(record, *place)
             known = rows and not (run == "start" and place[1] == "text")
-            values.append(f"{sum(rows.values()) / len(rows):.3f}" if known else "")
-            changes.append(plots.cell(plots.change(rows, plots.rows_of(found["more"], *place)), "{:+.3f} [{:+.3f}, {:+.3f}]") if known else "")
-        lines.append([run, *values])
-        gains += [] if run == "more" else [[run, *changes]]
-    heads = ["", "", *(f"retention, {way}" for way in SHOWN), *(f"KL8, {', '.join(place)}" for place in plots.KL_PLACES)]
-    return [*plots.to_lines(heads, lines), "", "Less `more`:", "", *plots.to_lines(heads, gains)]
+            cells.append(f"{sum(rows.values()) / len(rows):.3f}" if known else "")
+        lines.append(cells)
+    lines = [*plots.to_lines(HEADS, lines), *gains(found, [run for run in found if run != "more"], "more")]
+    return lines + (gains(found, ["own-kl"], "kl") if {"kl", "own-kl"} <= set(found) else [])
 
 
 def draw(found, path):
