@@ -547,8 +547,7 @@ def check_own(args, student, teacher, rows, item_of, autocast):
     if not share >= OVERLAP:
         raise ValueError(f"rows of source student, e.g. {rows[0]['id']!r}: of this student's 64 "
                          f"likeliest tokens {share:.2f} are the teacher's, expected {OVERLAP} or "
-                         "more: the answers are not this student's, or the teacher is of another "
-                         "kind; let the student answer again")
+                         "more; let this student answer again, or take a teacher of its kind")
     return f"own answers: of the student's 64 likeliest tokens {share:.2f} are the teacher's"
 
 

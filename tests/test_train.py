@@ -360,7 +360,7 @@ def test_own_answers_that_no_teacher_can_judge_are_refused(tiny, data, own, tmp_
 
 def test_own_answers_of_another_kind_than_the_teachers_are_refused_and_on_resume_not_asked_again(tiny, own, stranger, tmp_path, capsys, monkeypatch):
     argv = arguments(tiny, own, tmp_path / "run", "--channels", "t2t", "--max-steps", "2")
-    with pytest.raises(ValueError, match=r"rows of source student, e.g. '.*train-000': of .* 64 likeliest tokens 0.[0-4]\d .* expected 0.5 or more: .* answer again"):
+    with pytest.raises(ValueError, match=r"rows of source student, e.g. '.*train-000': of .* 64 likeliest tokens 0.[0-4]\d .* expected 0.5 or more; .* answer again"):
         train(*argv, "--teacher", stranger)
     asked, check = [], train_kd.check_own
     monkeypatch.setattr(train_kd, "check_own", lambda *a: asked.append(1) or check(*a))
