@@ -78,9 +78,11 @@ def main(args):
                   "table": f"{title}\n\n{table}"}
         (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         print(f"{record['table']}\n{name}: {record['minutes']:.1f} minutes\n", flush=True)
-    texts = [", ".join(about["device"] if key == "device" else f"{key} {value}" for key, value in about.items())]
-    for path in (out / f"{name}.json" for name in PARTS):
-        texts += [json.loads(path.read_text())["table"]] if path.exists() else []
+    texts = []
+    for path in filter(Path.exists, (out / f"{name}.json" for name in PARTS)):
+        record = json.loads(path.read_text())  # perhaps of another machine
+        texts.append(", ".join(f"{key} {value}" for key, value in record["environment"].items()).removeprefix("device "))
+        texts.append(record["table"])
     (out / "README.md").write_text("\n\n".join(texts) + "\n")
 
 
