@@ -24,6 +24,7 @@ import plot_results as plots
 RUNS = {"start": "cascade", "more": "the same rows again", "kl": "their divergence alone", "own": "half own answers, scored by the teacher",
         "own-kl": "the same, divergence alone", "early": "first 8 tokens weigh more", "augment": "half in rooms, noise, over telephones", "captions": "half with captions of their sound"}
 SHOWN = ("text", "heard", "unheard", "20 dB", "10 dB", "5 dB", "0 dB")
+PLACES = [*(("retention", way) for way in SHOWN), *plots.KL_PLACES]  # measure, way
 HEADS = ["", "", *(f"retention, {way}" for way in SHOWN), *(f"KL8, {', '.join(place)}" for place in plots.KL_PLACES)]
 COLOURS = {"start": "#555555", "more": "#3b6fb6", "kl": "#7d3c98", "own": "#5fa55a", "own-kl": "#1f6e43", "early": "#b7c9e2", "augment": "#e07b27", "captions": "#b08fc7"}
 
@@ -46,18 +47,19 @@ def read(folder, suffix=""):
     return found
 
 
+def rows_of(found, run, measure, way):
+    """{question: number}; none of the untrained student by text, which is the teacher."""
+    return {} if (run, way) == ("start", "text") else plots.rows_of(found[run], measure, way)
+
+
 def gains(found, runs, control):
     """-> lines: what runs have gained over one that went on by as many steps, question by question."""
     lines = []
     for run in runs:
         cells = [run, RUNS[run]]
-        for way in SHOWN:
-            rows = {} if (run, way) == ("start", "text") else plots.rows_of(found[run], "retention", way)
-            cells.append(plots.signed(plots.change(rows, plots.rows_of(found[control], "retention", way)) if rows else None))
-        for place in plots.KL_PLACES:
-            rows, before = (plots.rows_of(found[name], *place) for name in (run, control))
-            known = rows and not (run == "start" and place[1] == "text")
-            cells.append(plots.cell(plots.change(rows, before), "{:+.3f} [{:+.3f}, {:+.3f}]") if known else "")
+        for place in PLACES:
+            change = plots.change(rows_of(found, run, *place), rows_of(found, control, *place))
+            cells.append(plots.signed(change) if place[0] == "retention" else plots.cell(change, "{:+.3f} [{:+.3f}, {:+.3f}]"))
         lines.append(cells)
     return ["", f"Less `{control}`:", "", *plots.to_lines(HEADS, lines)]
 
@@ -65,15 +67,12 @@ def gains(found, runs, control):
 def table(found):
     """-> lines: what each run retains, then what it has gained over `more`, and own answers over the teacher's by the same loss."""
     lines = []
-    for run, record in found.items():
+    for run in found:
         cells = [run, RUNS[run]]
-        for way in SHOWN:
-            rows = {} if (run, way) == ("start", "text") else plots.rows_of(record, "retention", way)
-            cells.append(plots.cell(vb.interval(list(rows.values())) if rows else None))
-        for place in plots.KL_PLACES:
-            rows = plots.rows_of(record, *place)
-            known = rows and not (run == "start" and place[1] == "text")
-            cells.append(f"{sum(rows.values()) / len(rows):.3f}" if known else "")
+        for place in PLACES:
+            values = list(rows_of(found, run, *place).values())
+            mean = vb.interval(values) if values else None
+            cells.append(plots.cell(mean) if place[0] == "retention" else plots.cell(mean, "{:.3f}"))
         lines.append(cells)
     lines = [*plots.to_lines(HEADS, lines), *gains(found, [run for run in found if run != "more"], "more")]
     return lines + (gains(found, ["own-kl"], "kl") if {"kl", "own-kl"} <= set(found) else [])
