@@ -7,6 +7,7 @@
 #
 # more: the same rows again (what the others are compared with).  kl: their divergence alone.
 # own: half of the rows are R6's own answers to what it hears, scored by the teacher.  own-kl: these, and the divergence alone on the others, too.
+# own-reverse, own-jsd: the same by the reverse KL, by the Jensen-Shannon divergence.
 # early: the divergence of an answer's first 8 tokens weighs up to twice.
 # Stopped anywhere, the same command goes on.
 set -euo pipefail
@@ -31,12 +32,16 @@ for run in $runs; do
     more) ;;
     kl) options="--ce-weight 0" ;;
     early) options="--early-tokens 8" ;;
-    own | own-kl)
+    own | own-kl | own-reverse | own-jsd)
         say "what R6 answers itself"
         python tools/rollouts.py $start --data $plain --max-new-tokens 24 --dtype $dtype --seed $seed
-        if [ $run = own-kl ]; then options="--ce-weight 0"; fi
+        case $run in
+        own-kl) options="--ce-weight 0" ;;
+        own-reverse) options="--ce-weight 0 --loss reverse_kl" ;;
+        own-jsd) options="--ce-weight 0 --loss jsd" ;;
+        esac
         more="$data/piper/both-train-rollouts.jsonl $data/espeak/both-train-rollouts.jsonl" ;;
-    *) echo "$run: no such run; expected more, kl, own, own-kl or early" >&2; exit 2 ;;
+    *) echo "$run: no such run; expected more, kl, own, own-kl, own-reverse, own-jsd or early" >&2; exit 2 ;;
     esac
     say "$run: ${STEPS:-50} steps"
     python train_kd.py --student $start --data $plain $more $data/{piper,espeak}/sounds.jsonl $options --max-steps "${STEPS:-50}" --batch-size 16 \

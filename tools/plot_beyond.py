@@ -22,11 +22,12 @@ import model as m
 import plot_results as plots
 
 RUNS = {"start": "cascade", "more": "the same rows again", "kl": "their divergence alone", "own": "half own answers, scored by the teacher",
-        "own-kl": "the same, divergence alone", "early": "first 8 tokens weigh more", "augment": "half in rooms, noise, over telephones", "captions": "half with captions of their sound"}
+        "own-kl": "the same, divergence alone", "own-reverse": "the same, reverse KL", "own-jsd": "the same, JSD",
+        "early": "first 8 tokens weigh more", "augment": "half in rooms, noise, over telephones", "captions": "half with captions of their sound"}
 SHOWN = ("text", "heard", "unheard", "20 dB", "10 dB", "5 dB", "0 dB")
 PLACES = [*(("retention", way) for way in SHOWN), *plots.KL_PLACES]  # measure, way
 HEADS = ["", "", *(f"retention, {way}" for way in SHOWN), *(f"KL8, {', '.join(place)}" for place in plots.KL_PLACES)]
-COLOURS = {"start": "#555555", "more": "#3b6fb6", "kl": "#7d3c98", "own": "#5fa55a", "own-kl": "#1f6e43", "early": "#b7c9e2", "augment": "#e07b27", "captions": "#b08fc7"}
+COLOURS = {"start": "#555555", "more": "#3b6fb6", "kl": "#7d3c98", "own": "#5fa55a", "own-kl": "#1f6e43", "own-reverse": "#8fbf4d", "own-jsd": "#c9d94d", "early": "#b7c9e2", "augment": "#e07b27", "captions": "#b08fc7"}
 
 
 def get_args(argv=None):
