@@ -538,7 +538,7 @@ def bootstrap(parts, seed=0):
     flat = np.asarray(parts, float).reshape(len(parts), -1)
     counts = np.random.default_rng(seed).multinomial(len(flat), [1 / len(flat)] * len(flat), DRAWS)
     sums = (np.vstack([np.ones(len(flat)), counts]) @ flat).reshape(DRAWS + 1, -1, 2)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         return (sums[..., 0] / sums[..., 1]).mean(-1)
 
 

@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 runs=${*:-more kl own own-kl early}
 seed=${SEED:-0} suffix=""
 [ "$seed" = 0 ] || suffix=-seed$seed
-data=${DATA:-data/result} start=${START:-out/result/R6$suffix/last} out=${OUT:-out/beyond} results=${RESULTS:-results/beyond}
+data=${DATA:-data/result} start=${START:-out/result/R6$suffix/last} out=${STUDENTS:-out/beyond} results=${RESULTS:-results/beyond}
 dtype=float32
 if grep -q amx_bf16 /proc/cpuinfo 2>/dev/null; then dtype=bfloat16; fi
 if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then dtype=bfloat16; fi

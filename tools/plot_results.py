@@ -4,9 +4,11 @@ The result's tables and pictures, from what tools/measure_result.py wrote about 
   python tools/plot_results.py --results results/result
 
 Reads   RESULTS/RUN/measured.json, or RESULTS/RUN/failed.txt; a run that has neither is "not run"
-Writes  RESULTS/table.md, whose first table is the README's, RESULTS/retention.png, RESULTS/repair.png
+Writes  RESULTS/table.md, whose first table is the README's, RESULTS/retention.png, RESULTS/repair.png; RESULTS/curves.png of
+        runs of other lengths, other lambdas
 Pictures and the first table show the first seed. Intervals: 95%, bootstrap over questions (sounds: over prompts); differences and
-repairs are paired, question by question. No repair is shown where the interval of base's loss holds zero.
+repairs are paired, question by question, differences are means of all seeds that both runs have. No repair is shown where the interval
+of base's loss holds zero.
 """
 import argparse
 import re
@@ -27,9 +29,16 @@ import model as m
 RUNS = {  # run: how it is trained
     "base": "S2T, reference, CE", "R1": "S2T, reference, CE", "R2": "S2T, reference, CE + KL", "R3": "S2T, response, CE",
     "R4": "S2T, response, CE + KL", "R5": "T2T alone, response, CE + KL", "R6": "S2T + T2T, response, CE + KL",
-    "R7": "R6 without sounds", "R8": "R6 with KL alone, LoRA", "R9": "R6 by LoRA", "R10": "R6 with KL alone"}
-PAIRS = [("R1", "R2"), ("R2", "R3"), ("R3", "R4"), ("R4", "R6"), ("R1", "R6"), ("R5", "R6"), ("R7", "R6"), ("R6", "R8"), ("R6", "R9"),
-         ("R6", "R10"), ("base", "R1"), ("base", "R6"), ("base", "R8")]  # the paper's order, then the rest
+    "R7": "R6 without sounds", "R8": "R6 with KL alone, LoRA", "R9": "R6 by LoRA", "R10": "R6 with KL alone",
+    "R8x3": "R8, 300 steps"}
+CURVE_RUNS = {  # R6 with one thing changed; a table has those that are there
+    **{f"steps{steps}": f"R6, {steps} steps" for steps in (25, 50, 200)},
+    **{f"lambda{percent}": f"R6, KL {percent / 100:g}, CE {1 - percent / 100:g}" for percent in (0, 25, 75, 100)}}
+CURVES = {  # axis of the picture: {place on it: run}
+    "steps": {25: "steps25", 50: "steps50", 100: "R6", 200: "steps200"},
+    "lambda: KL by it, CE by 1 - lambda": {0: "lambda0", 0.25: "lambda25", 0.75: "lambda75", 1: "lambda100"}}
+PAIRS = [("R1", "R2"), ("R2", "R3"), ("R3", "R4"), ("R4", "R6"), ("R3", "R6"), ("R1", "R6"), ("R5", "R6"), ("R7", "R6"), ("R6", "R8"), ("R6", "R9"),
+         ("R6", "R10"), ("base", "R1"), ("base", "R6"), ("base", "R8"), ("R8", "R8x3")]  # the paper's order, then the rest
 SPOKEN = ("heard", "unheard", "10 dB")
 SHARES = ("retention", "all")  # measures of which more is better; of KL8 less
 WAYS = ("text", *SPOKEN)
@@ -46,7 +55,7 @@ def get_args(argv=None):
 
 def read_results(folder):
     """{run: its record, or why there is none}; of other seeds too, as RUN-seedN."""
-    names = ["start", *RUNS]
+    names = ["start", *RUNS, *(run for run in CURVE_RUNS if Path(folder, run).is_dir())]
     for path in sorted(Path(folder).glob("*-seed*")):
         names += [path.name] if re.fullmatch(rf"({'|'.join(RUNS)})-seed\d+", path.name) else []
     found = {}
@@ -182,13 +191,13 @@ def students(results, columns):
 
 def main_table(results):
     """The README's: the first seed of each run."""
-    rows = []
+    rows, trained = [], RUNS | CURVE_RUNS
     for name, record, cells in students(results, MAIN):
         if "-seed" in name:
             continue
-        told = cell(sounds_right(record)) if name in RUNS else ""
+        told = cell(sounds_right(record)) if name in trained else ""
         paper = f"*{PAPER[name]}*" if name in PAPER else ""
-        rows.append([name, RUNS.get(name, ""), *cells, told, paper])
+        rows.append([name, trained.get(name, ""), *cells, told, paper])
     return to_lines(["", "trained by", *MAIN, "sounds", "*the paper's, 7 B*"], rows)
 
 
@@ -196,18 +205,20 @@ def seeds_table(results):
     """What the order of rows alone changes: each seed begins with a base of its own."""
     rows = []
     for run in RUNS:
-        names = [run] + [name for name in results if name.startswith(f"{run}-seed")]
-        if len(names) == 1 or not there(results, *names):
+        seeds = seeds_of(results, run)
+        if len(seeds) < 2:
             continue
-        cells = [", ".join(["0", *(name.partition("-seed")[2] for name in names[1:])])]
+        names, cells = [run + seed for seed in seeds], [shown_seeds(seeds)]
         for way in WAYS:
             values = [results[name]["summary"][f"retention, {way}"][0] for name in names]
             cells.append(", ".join(f"{value:.2f}" for value in values))
-        repairs = []
-        for name in names if run != "base" else []:
-            repairs.append(f"{100 * repairs_of(results, name)['retention, text'][0]:.0f}%")
-        rows.append([run, *cells, ", ".join(repairs)])
-    return to_lines(["retention", "seeds", *WAYS, "repaired by text"], rows)
+        for way in ("text", "heard"):
+            repairs = []
+            for name in names if run != "base" else []:
+                repairs.append(f"{100 * repairs_of(results, name)[f'retention, {way}'][0]:.0f}%")
+            cells.append(", ".join(repairs))
+        rows.append([run, *cells])
+    return to_lines(["retention", "seeds", *WAYS, "repaired by text", "heard"], rows)
 
 
 def answers_table(results):
@@ -223,17 +234,32 @@ def there(results, *names):
     return all(isinstance(results.get(name), dict) for name in names)
 
 
+def seeds_of(results, run):
+    """What stands behind its name for each seed that is measured: "", "-seed1", ..."""
+    return [name.removeprefix(run) for name in results if re.fullmatch(rf"{run}(-seed\d+)?", name) and there(results, name)]
+
+
+def shown_seeds(seeds):
+    return ", ".join(seed.removeprefix("-seed") or "0" for seed in seeds)
+
+
+def mean_of_seeds(results, run, seeds, measure, way):
+    """{question: mean of what some seeds of a run have}."""
+    found = [rows_of(results[run + seed], measure, way) for seed in seeds]
+    return {own: np.mean([of[own] for of in found]) for own in found[0]}
+
+
 def pairs_table(results):
-    rows = []
+    """Which of two runs retains more, and answers more like the teacher, over all seeds that both have."""
+    rows, wanted = [], [("retention", way) for way in WAYS] + [("human", "text"), ("human", "speech")]
     for before, after in PAIRS:
-        cells = ["not run"] + [""] * (len(WAYS) - 1)
-        if there(results, before, after):
-            cells = []
-            for way in WAYS:
-                late, early = (rows_of(results[name], "retention", way) for name in (after, before))
-                cells.append(signed(change(late, early)))
-        rows.append([f"{after} - {before}", *cells])
-    return to_lines(["retention, paired", *WAYS], rows)
+        seeds = [seed for seed in seeds_of(results, after) if there(results, before + seed)]
+        cells = []
+        for place in wanted if seeds else []:
+            late, early = (mean_of_seeds(results, run, seeds, *place) for run in (after, before))
+            cells.append(signed(change(late, early)))
+        rows.append([f"{after} - {before}", shown_seeds(seeds) or "not run", *(cells or [""] * len(wanted))])
+    return to_lines(["retention, paired", "seeds", *WAYS, "KL8, human, text", "KL8, human, speech"], rows)
 
 
 KL_PLACES = [("heard", "text"), ("heard", "speech"), ("unheard", "speech"), ("10 dB", "speech"), ("human", "text"), ("human", "speech")]
@@ -249,7 +275,7 @@ def places():
     """(heading, measure, way) of all that is broken and repaired."""
     found = [(f"retention, {way}", "retention", way) for way in WAYS]
     found += [("of all right, text", "all", "text"), ("of all right, heard", "all", "heard")]
-    return found + [(f"KL8, {name}, {way}", name, way) for name, way in KL_PLACES]
+    return found + [(f"KL8, {name}, {way}", name, way) for name, way in [*KL_PLACES, ("0 dB", "speech")]]
 
 
 def damage_table(results):
@@ -412,6 +438,26 @@ def draw_repair(results, path):
     plt.close(figure)
 
 
+def draw_curves(results, path):
+    """Retention of R6 with more or fewer steps, other lambdas; base stands beside."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True, sharey=True)
+    for axis, (title, curve) in zip(axes, CURVES.items()):
+        there_are = {x: run for x, run in curve.items() if there(results, run)}
+        for way in WAYS:
+            found = [results[run]["summary"][f"retention, {way}"] for run in there_are.values()]
+            low, high = ([abs(of[0] - of[k]) for of in found] for k in (1, 2))
+            axis.errorbar(list(there_are), [of[0] for of in found], yerr=[low, high], fmt="o-", color=COLOURS[way], label=way, lw=1.2, capsize=2)
+            if there(results, "base"):
+                axis.axhline(results["base"]["summary"][f"retention, {way}"][0], color=COLOURS[way], lw=0.8, ls=":")
+        axis.set_xlabel(title)
+        axis.set_ylim(0, 1)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("share still answered right; dotted: base")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def main(args):
     folder = Path(args.results)
     if not folder.is_dir():
@@ -421,6 +467,8 @@ def main(args):
     m.write_atomically(folder / "table.md", text)
     draw_retention(results, folder / "retention.png")
     draw_repair(results, folder / "repair.png")
+    if set(results) & set(CURVE_RUNS):
+        draw_curves(results, folder / "curves.png")
     print(text)
 
 

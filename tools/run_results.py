@@ -5,7 +5,7 @@ Every run of the result, one after the other: train, measure, keep what is small
   python tools/run_results.py --data data/result --out out/result --only base R4 R1
   python tools/run_results.py --data data/result --out out/result --seeds 1 2 --only base R1 R3 R4 R6
   python tools/run_results.py --data data/result --out out/result --jobs 18 --seeds 0 1 2 --only start base R1 R3 R4 R6 R8     # on a GPU
-  python tools/run_results.py --data data/result --out out/result --only lambda0 lambda25 lambda75 lambda100 steps25 steps50 steps200
+  python tools/run_results.py --data data/result --out out/result --only lambda0 lambda25 lambda75 lambda100 steps25 steps50 steps200 R8x3
 
 Reads   what tools/result_data.sh made
 Writes  OUT/RUN/ (students, run.log), RESULTS/RUN/: command.txt, args.json, log.jsonl, measured.json, answers.jsonl; failed.txt
@@ -51,11 +51,12 @@ ORDER = "start base R6 R1 R4 R3 R2 R5 R8 R7 R9 R10".split()  # a run that is sto
 LAMBDAS = {f"lambda{percent}": f"--kd-weight {percent / 100:g} --ce-weight {1 - percent / 100:g}" for percent in (0, 25, 75, 100)}
 STEPS = {f"steps{steps}": steps for steps in (25, 50, 200)}
 RUNS |= LAMBDAS | dict.fromkeys(STEPS, "")
+RUNS["R8x3"], STEPS["R8x3"] = RUNS["R8"], 300  # does more of it help?
 NOISE_CURVE = ("start", "base", "R6", "R8")  # by speech in noise of more than one strength
 ONE_CHANNEL = ("base", "R1", "R2", "R3", "R4", "R5")
 STEP_S = {True: 13, False: 20}  # seconds of a step by one channel, by both, on two cores, for the time left
 MEASURE_S = 560
-LR = {"base": 1e-4, "R8": 1e-3, "R9": 1e-3}  # of the LLM, in R8 and R9 of LoRA; the others 5e-5
+LR = {"base": 1e-4, "R8": 1e-3, "R8x3": 1e-3, "R9": 1e-3}  # of the LLM, in R8 and R9 of LoRA; the others 5e-5
 
 
 def get_args(argv=None):
@@ -73,6 +74,7 @@ def get_args(argv=None):
     p.add_argument("--batch-size", type=m.number(int, 1), default=16, help="rows with a teacher in a step")
     p.add_argument("--sound-batch-size", type=m.number(int, 1), default=8, help="rows about sounds in a step")
     p.add_argument("--save-every", type=m.number(int, 1), default=20, help="steps between checkpoints, 1.6 GB each")
+    p.add_argument("--max-bad-rows", type=m.number(int, 0), default=0, help="as of train_kd.py: in many clips one is not understood")
     p.add_argument("--limit", type=m.number(int, 0), default=0, help="measure on so many rows of each set; 0: as measure_result.py does")
     args = p.parse_args(argv)
     args.seed = args.seeds[0]  # of a run
@@ -112,6 +114,7 @@ def command_of(args, run):
     words += ["--max-steps", steps_of(args, run), "--batch-size", args.batch_size]
     words += ["--sound-batch-size", args.sound_batch_size, "--lr-llm", LR.get(run, 5e-5), "--lr-warmup-steps", 4]
     words += ["--cache", Path(args.data, ".cache"), "--seed", args.seed, "--save-every", args.save_every, "--resume"]
+    words += ["--max-bad-rows", args.max_bad_rows] if args.max_bad_rows else []
     if not torch.cuda.is_available() and has_amx():
         words += ["--dtype", "bfloat16"]
     return [str(word) for word in [*words, "--out", Path(args.out, name_of(args, run))]]
