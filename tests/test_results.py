@@ -327,6 +327,10 @@ def test_a_run_is_the_same_in_another_folder_and_on_another_computer(tiny, data,
     assert len(set(keys)) == 1 and run_results.key_of(argparse.Namespace(**{**vars(args), "save_every": 3}), "base") == keys[0]
     assert run_results.key_of(argparse.Namespace(**{**vars(args), "base_steps": 3}), "base") != keys[0]
     assert "--max-steps 25 " in " ".join(run_results.command_of(args, "steps25"))
+    long = " ".join(run_results.command_of(args, "R8x3"))
+    assert "--lora-rank 16 --max-steps 300 " in long and "--lr-llm 0.001 " in long and "--max-bad-rows" not in long
+    args.max_bad_rows = 2
+    assert "--max-bad-rows 2" in " ".join(run_results.command_of(args, "R6"))
 
 
 def test_another_teacher_answers_what_is_spoken_already(tiny, data, tmp_path, monkeypatch, capsys):
@@ -433,6 +437,29 @@ def test_sounds_are_compared_row_by_row_and_drawn_by_prompt():
     after = {"sounds": {"heard": {"rate": [1, 1, 0, 1]}, "recordings": {"man": [0]}}}
     mean, low, high = plot_results.sounds_change(after, before)
     assert (mean, low, high) == (0.5, 0.5, 0.5)  # of each prompt one of two clips more: no draw of prompts changes that
+
+
+def a_record(right, kl=0.0):
+    """Of one student: right or not on two questions, KL8 on one."""
+    of = dict(zip("ab", right))
+    told = {"kl8": [kl]}
+    return {"right": {"retention": dict.fromkeys(plot_results.WAYS, of)}, "divergences": {"human": {"ids": ["h"], "text": told, "speech": told}},
+            "summary": {f"retention, {way}": [sum(right) / 2, 0.0, 1.0, 2] for way in plot_results.WAYS}}
+
+
+def test_differences_are_of_the_means_of_all_seeds_that_both_runs_have():
+    results = {"R3": a_record([0, 0]), "R4": a_record([1, 0], 0.5), "R6": a_record([1, 1]), "R4-seed1": a_record([0, 0], 1.5),
+               "R6-seed1": a_record([0, 0], 0.5), "R6-seed2": a_record([1, 0]), "R10": a_record([0, 0])}
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in plot_results.pairs_table(results)}
+    assert rows["| R6 - R4"][:2] == ["0, 1", "+0.25 [+0.00, +0.50]"]  # question b by half, a by nothing
+    assert rows["| R6 - R4"][-1] == "-0.75 [-0.75, -0.75] |"  # the mean over two seeds of KL8
+    assert rows["| R4 - R3"][:2] == ["0", "+0.50 [+0.00, +1.00]"] and rows["| R10 - R6"][0] == "0" and rows["| R6 - R1"][0] == "not run"
+
+
+def test_curves_are_drawn_of_the_runs_that_are_there(tmp_path):
+    results = {"base": a_record([0, 0]), "R6": a_record([1, 1]), "steps25": a_record([1, 0]), "lambda100": "not run"}
+    plot_results.draw_curves(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_runs_that_were_measured_otherwise_are_in_no_table(tmp_path):
