@@ -51,20 +51,17 @@ SAMPLE_RATE = 16_000
 MAX_SECONDS = 600                  # of a clip
 FEATURE_HZ = 50                    # Whisper's encoder positions a second
 SOUND_HZ = 2                       # so often the mean of these, so far, tells how it sounded
-CONTEXT_S = (10, 15, 20, 25, 30)   # clip + a second of silence: with less the decoder loops;
-                                   # a longer clip is cut every 29 s
-HEAR_BATCH = 32                    # of these at once: a clip of ten minutes has twenty parts
+CONTEXT_S = (10, 15, 20, 25, 30)   # clip + a second of silence (else the decoder loops); cut at 29
+HEAR_BATCH = 32                    # of these at once: a clip of ten minutes has 21 parts
 TOKENS_PER_S, NO_SPEECH = 12, 0.6  # more tokens than anyone says; likelier than that: no words
 RIDGE, GAIN = 0.3, 2.0             # of Adapter.align, see there
-TOP_K = 50                         # tokens among which one is drawn
+TOP_K = 50                         # tokens among which one is drawn; transformers' own
 LORA_SCALE = 2.0                   # alpha / rank, as most papers have it
 PACKED_POSITIONS = 4096            # of one packed row at most: its mask is quadratic
 AUDIO_MARK = "<|audio|>"           # stands for the speech in the rendered template
 TAG = re.compile(r"</?\|?\w*(?:audio|speech|sound)\w*\|?>|\[audio\]", re.I)  # others' marks
-TODAY = datetime.date(2025, 1, 1)  # in templates that tell the date: a run that goes on next day,
-                                   # its teacher and its evaluation read the same
-FILLER = "user"                    # a sound begins as this: of 20 tokens tried, the one that
-                                   # changes answers least
+TODAY = datetime.date(2025, 1, 1)  # in templates that tell the date: no run may change next day
+FILLER = "user"                    # a sound begins as this: of 20 tokens it changes answers least
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 # what a model's folder holds beside its weights
 BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
@@ -205,9 +202,13 @@ def from_folder(loader, folder, **options):
     `dtype` among its options). Raises RuntimeError, also for missing weights."""
     if "dtype" in options:
         options |= dict(use_safetensors=True, output_loading_info=True)
+        if Path(folder, "adapter_config.json").exists():  # as Granite-Speech 3.3
+            raise RuntimeError(f"{folder}: a LoRA adapter lies beside its weights; expected plain "
+                               "ones: merge it into them first, by peft's merge_and_unload")
     try:
         loaded = loader.from_pretrained(folder, **{"trust_remote_code": False, **options})
-    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, AttributeError, ImportError, TypeError,
+            SafetensorError) as error:
         raise RuntimeError(f"{folder}: no {loader.__name__} can be read from it "
                            f"({str(error)[:200]}); expected a folder of transformers whose weights "
                            "are safetensors") from error
@@ -231,10 +232,11 @@ def resolve(name):
         return huggingface_hub.snapshot_download(
             repository, revision=revision or None, etag_timeout=5,  # seconds
             allow_patterns=[*BESIDE, "*.safetensors"])
-    except (ValueError, OSError) as error:
+    except Exception as error:  # a proxy's is neither OSError nor any that the hub's client names
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise RuntimeError(f"{name!r} is no local folder with a config.json, and no hub id "
-                           f"(ORG/NAME) that can be reached ({str(error).splitlines()[0]}); "
-                           "without the hub: python tools/offline_models.py") from error
+                           f"(ORG/NAME) that can be reached ({reason}); without the hub: python "
+                           "tools/offline_models.py") from error
 
 
 class TextLLM(PreTrainedModel, GenerationMixin):
@@ -330,19 +332,16 @@ def load_audio(path):
 
 
 def chat_parts(tokenizer, system=None, instruction=None, content=None, mark=AUDIO_MARK):
-    """Token ids of the chat template before and after what the user says, up to the answer.
-
-    prompt_ids = before + said + after. Text and speech share both parts, so the two channels differ
-    in nothing but what stands between them. content: what the user says, `mark` a part of it.
-    Raises: ValueError if the template refuses, thinks, or shows `mark` twice.
-    """
+    """Token ids of the chat template before and after what the user says (content, `mark` a part of
+    it), up to the answer. Text and speech share both, and differ in what stands between them.
+    Raises: ValueError if the template refuses, thinks, or shows `mark` twice."""
     messages = [{"role": "system", "content": system}] if system else []
     content = content or (f"{instruction}\n\n{mark}" if instruction else mark)
     try:
         text = tokenizer.apply_chat_template(
             [*messages, {"role": "user", "content": content}], tokenize=False,
             add_generation_prompt=True, enable_thinking=False)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         raise ValueError(f"the chat template of {tokenizer.name_or_path} refuses system message "
                          f"{str(system)[:60]!r} ({error})") from error
     if text.count(mark) != 1:
@@ -446,8 +445,7 @@ class Whisper(WhisperForConditionalGeneration):
                              sampling_rate=SAMPLE_RATE, max_length=context_s * SAMPLE_RATE)
         mel = mel.input_features.to(self.device, self.dtype)                      # (B, M, F)
         # four at a time stay in a CPU's cache: 1.2 times as fast there as all at once
-        features = torch.cat([self.encode(some) for some in mel.split(4)])        # (B, S, D)
-        features = BaseModelOutput(features)
+        features = BaseModelOutput(torch.cat([self.encode(some) for some in mel.split(4)]))
 
         # what the first token tells: is it speech, in which language
         prompts = torch.full((len(mel), 1), config.decoder_start_token_id, device=mel.device)
@@ -513,10 +511,8 @@ def packs(llm, longest, total):
 def answer_states(llm, rows, lengths, shared=0):
     """Hidden states (N, H) that predict the last tokens of each row, before the output head. Rows
     are packed where that is possible: nothing is padded, and what all share is read once for all.
-
     rows: B rows of ids (T_i,) or embeddings (T_i, H). lengths: how many tokens of each are the
-    answer, N in sum. shared: so many positions at the start of all rows are the same.
-    """
+    answer, N in sum. shared: so many positions at the start of all rows are the same."""
     sizes, device = [len(row) for row in rows], rows[0].device
     packed = packs(llm, max(sizes), sum(sizes) - shared * (len(rows) - 1))
     shared = shared if packed else 0
@@ -558,11 +554,9 @@ def generate(llm, prompts, *, max_new_tokens, eos_id, temperature=0.0):
     ones = [torch.ones(len(prompt), dtype=torch.long, device=prompt.device) for prompt in prompts]
     embeds = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left")  # (B, T, H)
     mask = nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side="left")       # (B, T)
-    how = dict(do_sample=False)
-    if temperature:
-        how = dict(do_sample=True, temperature=temperature, top_k=TOP_K, top_p=1.0)
     ids = llm.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens,
-                       repetition_penalty=1.0, eos_token_id=eos_id, pad_token_id=eos_id, **how)
+                       do_sample=temperature > 0, temperature=temperature or 1.0, top_k=TOP_K,
+                       top_p=1.0, repetition_penalty=1.0, eos_token_id=eos_id, pad_token_id=eos_id)
     return [row[:row.index(eos_id) + 1] if eos_id in row else row for row in ids.tolist()]
 
 
@@ -582,9 +576,8 @@ def merge_lora(state):
     merged = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
     for key, a in state.items():
         if key.endswith(".lora_A.default.weight"):
-            b = state[key.replace(".lora_A.", ".lora_B.")].float()
-            name = key.replace(".lora_A.default.", ".")
-            weight = merged[name].float() + LORA_SCALE * (b @ a.float())
+            b, name = state[key.replace(".lora_A.", ".lora_B.")], key.replace(".lora_A.default", "")
+            weight = merged[name].float() + LORA_SCALE * (b.float() @ a.float())
             merged[name] = weight.to(merged[name].dtype)
     return merged
 
@@ -631,7 +624,7 @@ class Prompt(NamedTuple):
     and nothing is heard. HubStudent: words are audio tokens, states what they are made of."""
     before: list     # token ids
     words: list      # token ids of the words heard, W
-    states: Tensor   # (W, D) decoder states behind each word
+    states: Tensor   # (W, D) decoder states that chose each word
     sound: Tensor    # (A, D)
     after: list      # token ids
 
@@ -674,6 +667,7 @@ class SpeechLLM(PreTrainedModel):
 
     def save_pretrained(self, folder, **options):
         """With its code, the LLM's tokenizer, and what Whisper reads and writes with."""
+        folder = Path(folder)
         self.config.auto_map = {"AutoConfig": "model.SpeechLLMConfig",
                                 "AutoModel": "model.SpeechLLM"}
         super().save_pretrained(folder, **options)
@@ -754,14 +748,12 @@ class HubStudent(nn.Module):
 
     def parts(self):
         """What can train, by name. Vision never does, nor the audio_bos_eos that nothing reads."""
-        inner = self.model.model
-        encoder = inner.audio_tower if hasattr(inner, "audio_tower") else inner.encoder
-        inside = dict(encoder.named_children())
+        inner = dict(self.model.model.named_children())
+        inside = dict(inner.get("audio_tower", inner.get("encoder")).named_children())
         inside.pop("audio_bos_eos_token", None)
-        adapter = inside.pop("proj", None)  # Omni: the encoder ends in its adapter
-        for name in ("multi_modal_projector", "projector"):
-            adapter = getattr(inner, name, adapter)
-        return {"encoder": list(inside.values()), "adapter": [adapter], "llm": [self.llm]}
+        adapter = [part for name, part in inner.items() if "projector" in name]
+        adapter = adapter or [inside.pop("proj")]  # Omni: the encoder ends in its adapter
+        return {"encoder": list(inside.values()), "adapter": adapter, "llm": [self.llm]}
 
     def hear(self, waveforms, language=None):
         """These models hear at each step: nothing can be known before."""
@@ -785,6 +777,10 @@ class HubStudent(nn.Module):
         """Audio (S,) -> number of embeddings, {name: what the model makes these of}."""
         audio = F.pad(audio, (0, max(0, SAMPLE_RATE // 10 - len(audio))))
         kind, options = self.config.model_type, dict(sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        extractor = getattr(self.processor, "feature_extractor", self.processor)
+        if kind in ("qwen2_audio", "qwen2_5_omni_thinker") and len(audio) > extractor.n_samples:
+            raise ValueError(f"a clip of {len(audio) / SAMPLE_RATE:.0f} s, {kind} hears "
+                             f"{extractor.n_samples / SAMPLE_RATE:.0f}; cut it")
         if kind == "voxtral":  # its processor takes files only
             mel = self.processor(audio.numpy(), padding=True, truncation=False,
                                  pad_to_multiple_of=30 * SAMPLE_RATE, **options).input_features
@@ -860,15 +856,11 @@ def load_student(name):
     folder = resolve(name)
     if PretrainedConfig.get_config_dict(folder)[0].get("model_type") == SpeechLLMConfig.model_type:
         return from_folder(SpeechLLM, folder, dtype=torch.float32).eval()
-    if Path(folder, "adapter_config.json").exists():  # as Granite-Speech 3.3
-        raise RuntimeError(f"{name}: a LoRA adapter lies beside its weights; expected plain ones: "
-                           "merge it into them first, by peft's merge_and_unload")
     model = load_multimodal(folder, torch.float32)
     if not hasattr(model, "model") or not hasattr(model.config, "audio_token_id"):
         raise RuntimeError(f"{name}: a model of type {model.config.model_type!r}, expected "
                            "WHISPER+LLM, a folder that train_kd.py wrote, or a speech LLM of "
                            "transformers")
-    # Omni's processor wants torchvision, for what is never shown; Voxtral's takes files only
     plain = hasattr(model.model, "visual") or model.config.model_type == "voxtral"
     processor = from_folder(AutoFeatureExtractor if plain else AutoProcessor, folder)
     return HubStudent(model, processor, load_tokenizer(folder, name)).eval()
@@ -882,8 +874,8 @@ def save_student(model, folder, dtype=None, state=None):
     shutil.rmtree(temporary, ignore_errors=True)
     weights = {}
     for name, value in merge_lora(model.state_dict() if state is None else state).items():
-        heard = name.startswith(("adapter.", "whisper."))  # must stay the same
-        cast = dtype and value.is_floating_point() and not heard
+        exact = name.startswith(("adapter.", "whisper."))
+        cast = dtype and value.is_floating_point() and not exact
         weights[name.removeprefix("model.")] = value.to(dtype) if cast else value
     for name in getattr(model, "model", model).all_tied_weights_keys:
         weights.pop(name, None)  # a cast copy is not seen to be tied

@@ -70,18 +70,18 @@ def get_args(argv=None):
     add("--labels", choices=["response", "reference"], default="response", help="whose answers")
     add("--max-answer-tokens", type=positive, default=256, help="longer answers are cut there")
     add("--out", required=True, help="output folder")
-    add("--cache", help="what Whisper heard, kilobytes a clip; default: .cache beside the data")
+    add("--cache", help="what Whisper heard, kilobytes a clip; None: .cache beside the data")
     add("--teacher-cache", help="folder for the teacher's hidden rows, 2 bytes x width a token: "
-                                "its body runs once a row and leaves memory; default: none")
+                                "its body runs once a row and leaves memory")
     add("--teach-only", action="store_true", help="load the teacher alone, fill --teacher-cache, "
-        "end: another machine can do it; a run with its --teacher, --dtype, rows finds all there")
+        "end: another machine can do it; a run of the same teacher, dtype, rows finds all there")
     add = p.add_argument_group("method").add_argument
     add("--channels", nargs="+", choices=["t2t", "s2t"], default=["t2t", "s2t"],
         help="text to text, speech to text")
     add("--t2t-weight", type=weight, default=1.0, help="of the text channel; speech has 1")
     add("--sound-weight", type=weight, default=1.0, help="of rows without a teacher")
     add("--loss", choices=list(losses.DIVERGENCES), default="forward_kl", help="the divergence")
-    add("--kd-weight", type=weight, default=0.5, help="lambda of the divergence, the paper's")
+    add("--kd-weight", type=weight, default=0.5, help="lambda of the divergence")
     add("--ce-weight", type=weight, default=1.0, help="of cross-entropy; 0 = pure distillation")
     add("--early-tokens", type=natural, default=0, help="in so many first tokens of an answer the "
         "divergence weighs more: 2 at the first, falling linearly to 1 behind the last; 0 = none")
@@ -107,7 +107,7 @@ def get_args(argv=None):
     add("--gradient-checkpointing", action="store_true", help="less memory, about 30%% slower")
     add("--shard", action="store_true", help="FSDP2 in place of DDP: models split over the GPUs")
     add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu", help="to run on")
-    add("--seed", type=m.number(int, 0, 2**32), default=0, help="of the order of rows")
+    add("--seed", type=m.number(int, 0, 2**32), default=0, help="of order, LoRA, dropout")
     add = p.add_argument_group("evaluation, checkpoints").add_argument
     add("--eval-every", type=natural, default=0, help="steps; 0 = before the first, after the last")
     add("--save-every", type=positive, default=50, help="optimizer steps between checkpoints")
@@ -215,8 +215,9 @@ def read_rows(args):
 def answer_ids(tokenizer, row, labels, max_tokens):
     """The answer, tokenised once for teacher and both channels; a cut one teaches no stopping.
     What is said about a sound has no second form."""
-    ids = m.text_ids(tokenizer, row["response" if row["prompt"] is None else labels])
-    cut = (row.get("finish") == "length" and labels == "response") or len(ids) > max_tokens
+    key = "response" if row["prompt"] is None else labels
+    ids = m.text_ids(tokenizer, row[key])
+    cut = (row.get("finish") == "length" and key == "response") or len(ids) > max_tokens
     return ids[:max_tokens] + ([] if cut else [m.end_token(tokenizer)])  # the end counts, too
 
 
@@ -282,6 +283,8 @@ def plan_steps(rows, args):
         for epoch in itertools.count():
             yield from random.Random(f"{args.seed} {epoch}").sample(numbers, len(numbers))
 
+    if not rows:
+        raise ValueError("no row is left to train on; mend the bad ones, or give more")
     questions = {False: {}, True: {}}  # has it no teacher -> {question about the sound: rows}
     for k, row in enumerate(rows):
         sound = row["prompt"] is None
@@ -463,7 +466,7 @@ def token_weights(args, channel, item):
     count = len(item["answer"])
     if channel == "sound":
         return torch.full((count, 2), 1 / max(1, count))
-    # DIFFERS: CORD (arXiv:2601.16547) lets weights fall from 2 to 1 over the whole answer
+    # unlike CORD (arXiv:2601.16547), whose weights fall from 2 to 1 over the whole answer
     kd = 1 + (args.early_tokens - torch.arange(count)).clamp(min=0) / max(1, args.early_tokens)
     return torch.stack([torch.full((count,), float(not item["own"])), kd], 1)
 
@@ -511,7 +514,7 @@ def measure(student, teacher, items, channels, autocast):
 
 def evaluate(channels, student, teacher, rows, item_of, autocast):
     """Every rank measures its share -> record for the log: KL, agreement and overlap, over all
-    answer tokens and over the first EARLY, of each channel; the gap between the channels."""
+    answer tokens and over the first EARLY, of each channel."""
     rank, world = m.ranks()
     student.eval()  # no dropout
     sums, share = torch.zeros(len(channels), 2, 4, dtype=torch.float64), rows[rank::world]
@@ -532,14 +535,12 @@ def evaluate(channels, student, teacher, rows, item_of, autocast):
         for suffix, (*totals, tokens) in zip(("", "8"), parts):
             for name, total in zip(("kl", "agree", "overlap"), totals):
                 record[f"eval_{name}{suffix}_{channel}"] = total / max(1, tokens)
-    if len(channels) == 2:
-        record["eval_gap8"] = record["eval_kl8_s2t"] - record["eval_kl8_t2t"]  # nats a token
     return record
 
 
 def check_own(args, student, teacher, rows, item_of, autocast):
     """ValueError unless OVERLAP of the likeliest tokens in the student's own answers, by speech if
-    it is heard, are the teacher's, too -> the share, in words."""
+    it is heard, are the teacher's, too -> the share."""
     heard = [row for row in rows if "s2t" in channels_of(row, args)]
     channel, rows = ("s2t", heard) if heard else ("t2t", rows)
     record = evaluate([channel], student, teacher, rows[:EVAL_ROWS], item_of, autocast)
@@ -548,7 +549,7 @@ def check_own(args, student, teacher, rows, item_of, autocast):
         raise ValueError(f"rows of source student, e.g. {rows[0]['id']!r}: of this student's 64 "
                          f"likeliest tokens {share:.2f} are the teacher's, expected {OVERLAP} or "
                          "more; let this student answer again, or take a teacher of its kind")
-    return f"own answers: of the student's 64 likeliest tokens {share:.2f} are the teacher's"
+    return share
 
 
 # ---- what trains ----
@@ -574,8 +575,8 @@ def load_teacher(args, student, dtype):
     teacher, tokenizer = m.load_llm(args.teacher, dtype)
     check_pair(teacher, tokenizer, student)
     own = student.llm.state_dict()
-    same = all(k in own and torch.equal(own[k].to(v), v) for k, v in teacher.state_dict().items())
-    if same and args.lora_rank and not args.teacher_cache and not args.shard:
+    if args.lora_rank and not args.teacher_cache and not args.shard and all(
+            k in own and torch.equal(own[k].to(v), v) for k, v in teacher.state_dict().items()):
         teacher = student.llm  # asked with its adapters off: one copy in memory
     return teacher.requires_grad_(False), tokenizer  # it stays as it is: the answers are its own
 
@@ -660,7 +661,7 @@ def save_checkpoint(args, student, optimizer, step, best, identity):
     if m.ranks()[0]:
         return
     for name, parameter in student.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad:  # torch leaves out one of two names of a tied head
+        if not parameter.requires_grad:  # torch leaves out one alone of a tied head's two names
             weights.pop(name, None)
     temporary = Path(args.out, "ckpt.tmp")  # beside its place: a rename cannot be half done
     try:
@@ -674,7 +675,8 @@ def save_checkpoint(args, student, optimizer, step, best, identity):
         raise OSError(f"{temporary} cannot be written ({error}): {gib:.2f} GiB are free") from error
     digest = m.digest(temporary)[:16]  # torch.load does not see a flipped bit
     os.replace(temporary, Path(args.out, f"ckpt-{step:06d}-{digest}.pt"))
-    for old in sorted(Path(args.out).glob("ckpt-*.pt"))[:-2]:  # two stay: one may be damaged
+    written = sorted(Path(args.out).glob("ckpt-*.pt"), key=os.path.getmtime)
+    for old in written[:-2]:  # the last two stay, whatever their steps: one may be damaged
         old.unlink()
 
 
@@ -695,7 +697,7 @@ def load_checkpoint(found, student, optimizer, identity):
         raise ValueError(f"{path} was written by another run; changed: {', '.join(changed)}; "
                          "repeat the old ones, or start afresh in another --out")
     set_state_dict(student, optimizer, model_state_dict=saved["model"],
-                   optim_state_dict=saved["optimizer"], options=TRAINED_ONLY)  # by name: any world
+                   optim_state_dict=saved["optimizer"], options=TRAINED_ONLY)  # sharded or not
     return saved["step"], saved["best"], [damaged.name for damaged in found[:found.index(path)]]
 
 
@@ -761,7 +763,8 @@ def main(args):
             teacher.to(args.device)
 
     # ---- what is heard, read and taught ----
-    heard_of = hear_all(args, student, train_rows + eval_rows)
+    spoken = [row for row in train_rows + eval_rows if channels_of(row, args) != ["t2t"]]
+    heard_of = hear_all(args, student, spoken)
     item_of = functools.partial(make_item, args=args, student=student, heard_of=heard_of,
                                 teacher_tokenizer=teacher_tokenizer)
     llms = student.llm, teacher
@@ -770,7 +773,8 @@ def main(args):
     left_out = m.leave_out(bad, args.max_bad_rows, out, master) or "no row is bad"
     say(f"{left_out}; {len(train_rows)} train, {len(eval_rows)} are measured")
     if isinstance(student, m.SpeechLLM) and not student.adapter.listens:  # untrained so far
-        say("sound layer: begins with", align_sounds(student, train_rows, heard_of), "clips")
+        clips = align_sounds(student, train_rows, heard_of)
+        say(f"sound layer: begins with {clips} clips")
     if args.teacher_cache and teacher is not None:
         taught_of = teach_all(args, teacher, map(item_of, train_rows + eval_rows), say)
         item_of = functools.partial(item_of, taught_of=taught_of)
@@ -790,7 +794,7 @@ def main(args):
         say(f"going on from step {step}; damaged: {', '.join(damaged) or 'none'}")
     if master:
         begin_log(args, step)
-    weights = sum(p.numel() for p in student.parameters() if p.requires_grad)  # of this process
+    weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
     say(f"{steps} steps; {weights / 1e6:.1f} M weights train")
     stopped = []  # filled by SIGTERM; the loop ends before its next step
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
@@ -799,12 +803,13 @@ def main(args):
     autocast = functools.partial(torch.autocast, args.device, dtype, dtype != torch.float32)
     own_rows = [row for row in train_rows if row["own"]]
     if own_rows and not step:
-        say(check_own(args, student, teacher, own_rows, item_of, autocast))
+        share = check_own(args, student, teacher, own_rows, item_of, autocast)
+        say(f"own answers: of the student's 64 likeliest tokens {share:.2f} are the teacher's")
     model = student
     if world > 1 and not args.shard:
         model = torch.nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
     channel_weights = {"t2t": args.t2t_weight, "s2t": 1.0, "sound": args.sound_weight}
-    # speech first: it keeps more for backward, and no gradients exist. By text the LLM alone learns
+    # speech first: it keeps most, while no gradients take memory. By text the LLM alone learns
     served = set().union(*[channels_of(row, args) for row in train_rows])
     channels = [c for c in CHANNELS[::-1] if c in served and (c != "t2t" or "llm" in args.train)]
 
@@ -842,8 +847,8 @@ def main(args):
         if stop:  # SIGTERM came to one of the processes: all stop at one step
             break
         ahead = pool.map(items_of, plan[step + 1][rank::world])
-        # Mean over ALL supervised tokens of the step (sounds: rows), per channel: one a micro-batch
-        # would weight a 3-token answer like a 300-token one. The plan tells them, of all processes
+        # Mean over ALL supervised tokens of the step (sounds: rows), per channel: a mean of
+        # micro-batches' means would weight tokens of short answers more. The plan counts them all
         counted = collections.Counter()
         for row in [train_rows[k] for k in itertools.chain(*plan[step])]:
             for channel in set(channels_of(row, args)) & set(channels):
@@ -870,7 +875,7 @@ def main(args):
                         hidden = model(prompts, answers)                          # (N, H)
                         loss, ce, kd = channel_loss(args, channel, llms, hidden, chosen)
                     loss = channel_weights[channel] / max(1, counted[f"kd_{channel}"]) * loss
-                    (loss * world).backward()  # DDP averages over them; frees this channel
+                    (loss * world).backward()  # DDP divides by world; frees what it has read
                 sums[CHANNELS.index(channel)] += torch.stack([loss.detach(), ce, kd])
         if world > 1:
             dist.all_reduce(sums)  # logged is what all ranks optimised
@@ -904,7 +909,7 @@ def main(args):
         save_folder(student, out / "last", dtype)  # complete, or not there at all
         say(f"wrote {out / 'last'}")
         return 0
-    if step:  # before the first one, saving would count one in the optimizer
+    if step:  # before the first one torch would save a step that no optimizer has made
         save_checkpoint(args, student, optimizer, step, best, identity)
     say(f"stopped by SIGTERM after step {step}; the same command with --resume goes on")
     return 143  # 128 + SIGTERM, as a shell has it

@@ -306,6 +306,18 @@ def test_weights_with_an_adapter_beside_them_are_refused(checkpoint, tmp_path):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(RuntimeError, match="granite: a LoRA adapter lies beside its weights; expected plain ones: merge it"):
         m.load_student(str(folder))
+    llm = shutil.copytree(checkpoint(glmasr), tmp_path / "llm")  # a teacher, too: its LoRA would be switched off
+    (llm / "adapter_config.json").write_text("{}")
+    with pytest.raises(RuntimeError, match="llm: a LoRA adapter lies beside its weights"):
+        m.load_llm(str(llm))
+
+
+@pytest.mark.parametrize("make, seconds", [(qwen2_audio, 30), (omni_thinker, 300)])
+def test_a_clip_that_is_longer_than_the_model_hears_is_refused(checkpoint, make, seconds):
+    student = m.load_student(str(checkpoint(make)))
+    assert student.prompt({"audio": torch.zeros(seconds * 16_000)}).words
+    with pytest.raises(ValueError, match=f"a clip of {seconds + 1} s, .* hears {seconds}; cut it"):
+        student.prompt({"audio": torch.zeros((seconds + 1) * 16_000)})
 
 
 def test_voxtrals_windows_of_30_seconds_have_375_embeddings_each(checkpoint):

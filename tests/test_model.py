@@ -396,6 +396,9 @@ def test_names_are_folders_first_and_errors_say_what_to_do(tiny, tmp_path, monke
     for name in ("a/b/c", "no such folder", "./missing", "/missing/too", ""):
         with pytest.raises(RuntimeError, match="and no hub id"):
             m.resolve(name)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: (_ for _ in ()).throw(Exception()))  # as httpx's ProxyError
+    with pytest.raises(RuntimeError, match=r"and no hub id .* that can be reached \(Exception\(\)\)"):
+        m.resolve("org/other")
     with pytest.raises(RuntimeError, match="'llama' cannot hear, expected a Whisper"):
         m.build_student(f"{tiny.llm}+{tiny.llm}")
 

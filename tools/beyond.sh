@@ -5,9 +5,9 @@
 #   bash tools/beyond.sh more own           these runs alone, then the table of what is there
 #   SEED=1 bash tools/beyond.sh more own    from R6-seed1; DATA: a copy of the data, since R6-seed1 gives other answers
 #
-# more: the same rows again (what the others are compared with).  kl: their divergence alone.
+# more: the same rows again (what the others are compared with).  kl: their divergence alone.  reverse: the same by the reverse KL.
 # own: half of the rows are R6's own answers to what it hears, scored by the teacher.  own-kl: these, and the divergence alone on the others, too.
-# own-reverse, own-jsd: the same by the reverse KL, by the Jensen-Shannon divergence.
+# own-reverse, own-jsd: as own-kl, by the reverse KL, by the Jensen-Shannon divergence.
 # early: the divergence of an answer's first 8 tokens weighs up to twice.
 # Stopped anywhere, the same command goes on.
 set -euo pipefail
@@ -29,20 +29,18 @@ measure() { python tools/measure_result.py "$1" --data $data --noise-db 20 10 5 
 for run in $runs; do
     more="" options=""
     case $run in
-    more) ;;
-    kl) options="--ce-weight 0" ;;
+    more | own) ;;
+    kl | own-kl) options="--ce-weight 0" ;;
+    reverse | own-reverse) options="--ce-weight 0 --loss reverse_kl" ;;
+    own-jsd) options="--ce-weight 0 --loss jsd" ;;
     early) options="--early-tokens 8" ;;
-    own | own-kl | own-reverse | own-jsd)
+    *) echo "$run: no such run; expected more, kl, reverse, own, own-kl, own-reverse, own-jsd or early" >&2; exit 2 ;;
+    esac
+    if [[ $run = own* ]]; then
         say "what R6 answers itself"
         python tools/rollouts.py $start --data $plain --max-new-tokens 24 --dtype $dtype --seed $seed
-        case $run in
-        own-kl) options="--ce-weight 0" ;;
-        own-reverse) options="--ce-weight 0 --loss reverse_kl" ;;
-        own-jsd) options="--ce-weight 0 --loss jsd" ;;
-        esac
-        more="$data/piper/both-train-rollouts.jsonl $data/espeak/both-train-rollouts.jsonl" ;;
-    *) echo "$run: no such run; expected more, kl, own, own-kl, own-reverse, own-jsd or early" >&2; exit 2 ;;
-    esac
+        more="$data/piper/both-train-rollouts.jsonl $data/espeak/both-train-rollouts.jsonl"
+    fi
     say "$run: ${STEPS:-50} steps"
     python train_kd.py --student $start --data $plain $more $data/{piper,espeak}/sounds.jsonl $options --max-steps "${STEPS:-50}" --batch-size 16 \
         --sound-batch-size 8 --lr-llm 5e-5 --lr-warmup-steps 4 --seed $seed --cache $data/.cache --dtype $dtype --save-every 20 --resume --out $out/$run$suffix
