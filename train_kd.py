@@ -818,8 +818,7 @@ def main(args):
 
     pool = concurrent.futures.ThreadPoolExecutor(1)  # makes the next step's items meanwhile
     plan.append([])  # after the last step there is nothing to make
-    # micro-batches go to the processes in turn: the plan knows nothing of their number
-    ahead = pool.map(items_of, plan[step][rank::world])
+    ahead = pool.map(items_of, plan[step][rank::world])  # micro-batches go to processes in turn
     begun = time.perf_counter()  # s
     while True:
         micro_batches = list(ahead)  # made, before others use the tokenizers
