@@ -1,10 +1,12 @@
 """What goes beyond the paper: tools/rollouts.py."""
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import manifest
+from conftest import ROOT, manifest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import model as m
@@ -60,3 +62,30 @@ def test_rollouts_refuse_rows_that_no_teacher_can_read(tiny, tmp_path, change, m
     with pytest.raises(ValueError, match=message):
         run(rollouts, tiny.student_folder, "--data", path)
     assert not (tmp_path / "train-rollouts.jsonl").exists()
+
+
+# ---- tools/beyond.sh ----
+
+@pytest.mark.parametrize("name, wanted, rollouts", [
+    ("more", "sounds.jsonl --max-steps", False), ("kl", "--ce-weight 0 --max-steps", False), ("early", "--early-tokens 8 --max-steps", False),
+    ("reverse", "--ce-weight 0 --loss reverse_kl --max-steps", False), ("own", "sounds.jsonl --max-steps", True), ("own-kl", "--ce-weight 0 --max-steps", True),
+    ("own-reverse", "--ce-weight 0 --loss reverse_kl --max-steps", True), ("own-jsd", "--ce-weight 0 --loss jsd --max-steps", True)])
+def test_each_run_differs_in_one_thing(tmp_path, name, wanted, rollouts):
+    """The script with a `python` that writes down how it is called."""
+    for engine in ("piper", "espeak"):
+        (tmp_path / "data" / engine).mkdir(parents=True)
+        (tmp_path / "data" / engine / "both-train.jsonl").touch()
+    (tmp_path / "python").write_text('#!/bin/sh\n[ "$1" = -c ] && exit 1\necho "$@" >> "$CALLS"\nwhile [ $# -gt 1 ]; do [ "$1" = --out ] && out=$2; shift; done\n'
+                                     'if [ -n "$out" ]; then mkdir -p "$out"; touch "$out/args.json" "$out/log.jsonl"; fi\n')
+    (tmp_path / "python").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "DATA": str(tmp_path / "data"), "START": "start",
+           "STUDENTS": str(tmp_path / "students"), "RESULTS": str(tmp_path / "results"), "OUT": "/a/name/that/others/use"}
+    script = ["bash", str(ROOT / "tools/beyond.sh")]
+    subprocess.run([*script, name], env=env, check=True, capture_output=True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    [trained] = [call for call in calls if call.startswith("train_kd.py")]
+    assert wanted in trained and ("both-train-rollouts.jsonl" in trained) == rollouts == any("rollouts.py" in call for call in calls)
+    assert trained.endswith(f"--out {tmp_path}/students/{name}") and (tmp_path / "results" / name / "log.jsonl").exists()
+    assert [call.split()[0] for call in calls[-3:]] == ["tools/measure_result.py", "tools/measure_result.py", "tools/plot_beyond.py"]
+    wrong = subprocess.run([*script, "own-kld"], env=env, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("own-kld: no such run; expected more, kl, reverse")
