@@ -466,7 +466,7 @@ def token_weights(args, channel, item):
     count = len(item["answer"])
     if channel == "sound":
         return torch.full((count, 2), 1 / max(1, count))
-    # unlike CORD (arXiv:2601.16547), whose weights fall from 2 to 1 over the whole answer
+    # DIFFERS: CORD (arXiv:2601.16547) lets weights fall from 2 to 1 over the whole answer
     kd = 1 + (args.early_tokens - torch.arange(count)).clamp(min=0) / max(1, args.early_tokens)
     return torch.stack([torch.full((count,), float(not item["own"])), kd], 1)
 
