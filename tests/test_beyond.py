@@ -1,15 +1,18 @@
-"""What goes beyond the paper: tools/rollouts.py."""
+"""What goes beyond the paper: tools/rollouts.py, tools/beyond.sh, tools/languages.sh, tools/pico_tts.py."""
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, manifest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import model as m
+import pico_tts
 import rollouts
 
 
@@ -64,7 +67,18 @@ def test_rollouts_refuse_rows_that_no_teacher_can_read(tiny, tmp_path, change, m
     assert not (tmp_path / "train-rollouts.jsonl").exists()
 
 
-# ---- tools/beyond.sh ----
+# ---- tools/beyond.sh, tools/languages.sh ----
+
+def writes_down(tmp_path):
+    """-> environment in which `python` and `pip` only write down how they are called, in tmp_path/calls."""
+    (tmp_path / "python").write_text('#!/bin/sh\n[ "$1" = -c ] && exit 1\necho "$@" >> "$CALLS"\nwhile [ $# -gt 1 ]; do [ "$1" = --out ] && out=$2; shift; done\n'
+                                     'if [ -n "$out" ]; then mkdir -p "$out"; touch "$out/args.json" "$out/log.jsonl"; fi\n')
+    (tmp_path / "pip").write_text('#!/bin/sh\necho pip "$@" >> "$CALLS"\n')
+    for name in ("python", "pip"):
+        (tmp_path / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "DATA": str(tmp_path / "data"),
+            "STUDENTS": str(tmp_path / "students"), "RESULTS": str(tmp_path / "results"), "OUT": "/a/name/that/others/use"}
+
 
 @pytest.mark.parametrize("name, wanted, rollouts", [
     ("more", "sounds.jsonl --max-steps", False), ("kl", "--ce-weight 0 --max-steps", False), ("early", "--early-tokens 8 --max-steps", False),
@@ -75,11 +89,7 @@ def test_each_run_differs_in_one_thing(tmp_path, name, wanted, rollouts):
     for engine in ("piper", "espeak"):
         (tmp_path / "data" / engine).mkdir(parents=True)
         (tmp_path / "data" / engine / "both-train.jsonl").touch()
-    (tmp_path / "python").write_text('#!/bin/sh\n[ "$1" = -c ] && exit 1\necho "$@" >> "$CALLS"\nwhile [ $# -gt 1 ]; do [ "$1" = --out ] && out=$2; shift; done\n'
-                                     'if [ -n "$out" ]; then mkdir -p "$out"; touch "$out/args.json" "$out/log.jsonl"; fi\n')
-    (tmp_path / "python").chmod(0o755)
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "DATA": str(tmp_path / "data"), "START": "start",
-           "STUDENTS": str(tmp_path / "students"), "RESULTS": str(tmp_path / "results"), "OUT": "/a/name/that/others/use"}
+    env = {**writes_down(tmp_path), "START": "start"}
     script = ["bash", str(ROOT / "tools/beyond.sh")]
     subprocess.run([*script, name], env=env, check=True, capture_output=True)
     calls = (tmp_path / "calls").read_text().splitlines()
@@ -89,3 +99,51 @@ def test_each_run_differs_in_one_thing(tmp_path, name, wanted, rollouts):
     assert [call.split()[0] for call in calls[-3:]] == ["tools/measure_result.py", "tools/measure_result.py", "tools/plot_beyond.py"]
     wrong = subprocess.run([*script, "own-kld"], env=env, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("own-kld: no such run; expected more, kl, reverse")
+
+
+def test_languages_differ_in_what_is_distilled_alone(tmp_path):
+    done = subprocess.run(["bash", str(ROOT / "tools/languages.sh")], env=writes_down(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[0] == "pip install --quiet ttspico"
+    base, *distilled = [call for call in calls if call.startswith("train_kd.py")]
+    invented = f"{tmp_path}/data/invented"
+    assert f"--data {invented}/en/transcripts.jsonl --channels s2t" in base
+    wanted = " ".join(f"{invented}/{language}/train.jsonl" for language in ("en", "de", "es", "fr"))
+    assert [call.replace("students/all", "students/english").replace(wanted, f"{invented}/en/train.jsonl") for call in distilled] == 2 * distilled[:1]
+    assert f"--data {wanted} --ce-weight 0" in distilled[1] and f"--student {tmp_path}/students/base/last" in distilled[1]
+    spoken = [call for call in calls if call.startswith("synth_speech.py")]
+    assert len(spoken) == 8 and all(call.endswith("{text} {wav}") for call in spoken)
+    assert (tmp_path / "data/de.jsonl").read_text().count('"de-') == 24  # the questions that people wrote
+
+
+def test_the_questions_of_all_languages_are_the_same():
+    rows = rows_of(ROOT / "tools/language_questions.jsonl")
+    asked = {language: [row["id"][3:] for row in rows if row["language"] == language] for language in ("en", "de", "es", "fr")}
+    assert all(numbers == asked["en"] for numbers in asked.values()) and len(set(asked["en"])) == 24
+    assert len({row["prompt"] for row in rows}) == len(rows) == 96
+
+
+def test_pico_says_what_it_is_given_in_a_language_of_its_own(tmp_path, monkeypatch, capsys):
+    class Engine:
+        def __init__(self, voice):
+            self.voice = voice
+
+        def speak(self, text):
+            said.append((self.voice, text))
+            return np.arange(100 * len(text), dtype=np.int16).tobytes()
+
+    said, wav = [], tmp_path / "said.wav"
+    monkeypatch.setitem(sys.modules, "ttspico", types.SimpleNamespace(TtsEngine=Engine))
+    run(pico_tts, "de", "Wie sp\u00e4t ist es?", wav)
+    samples = m.load_audio(wav)
+    assert said == [("de-DE", "Wie sp\u00e4t ist es?")] and samples.shape == (1600,) and float(samples[999]) == 999 / 32768
+    with pytest.raises(ValueError, match="nothing to say"):
+        run(pico_tts, "de", "", tmp_path / "nothing.wav")
+    assert not (tmp_path / "nothing.wav").exists()
+    with pytest.raises(SystemExit):
+        run(pico_tts, "ja", "text", wav)
+    assert "invalid choice: 'ja'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ttspico", None)
+    with pytest.raises(RuntimeError, match="pip install ttspico"):
+        run(pico_tts, "de", "text", wav)
