@@ -1,4 +1,4 @@
-"""What goes beyond the paper: tools/rollouts.py, tools/beyond.sh, tools/languages.sh, tools/pico_tts.py."""
+"""What goes beyond the paper: tools/rollouts.py, tools/beyond.sh, tools/languages.sh and its tools."""
 import json
 import os
 import subprocess
@@ -13,6 +13,7 @@ from conftest import ROOT, manifest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import model as m
 import pico_tts
+import plot_languages
 import rollouts
 
 
@@ -72,7 +73,7 @@ def test_rollouts_refuse_rows_that_no_teacher_can_read(tiny, tmp_path, change, m
 def writes_down(tmp_path):
     """-> environment in which `python` and `pip` only write down how they are called, in tmp_path/calls."""
     (tmp_path / "python").write_text('#!/bin/sh\n[ "$1" = -c ] && exit 1\necho "$@" >> "$CALLS"\nwhile [ $# -gt 1 ]; do [ "$1" = --out ] && out=$2; shift; done\n'
-                                     'if [ -n "$out" ]; then mkdir -p "$out"; touch "$out/args.json" "$out/log.jsonl"; fi\n')
+                                     'if [ -n "$out" ]; then mkdir -p "$out"; cd "$out"; touch args.json log.jsonl train.jsonl divergence.json; fi\n')
     (tmp_path / "pip").write_text('#!/bin/sh\necho pip "$@" >> "$CALLS"\n')
     for name in ("python", "pip"):
         (tmp_path / name).chmod(0o755)
@@ -147,3 +148,26 @@ def test_pico_says_what_it_is_given_in_a_language_of_its_own(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "ttspico", None)
     with pytest.raises(RuntimeError, match="pip install ttspico"):
         run(pico_tts, "de", "text", wav)
+
+
+def test_the_table_of_languages_is_made_of_what_was_measured(tmp_path):
+    """KL8 of two questions in two languages, by hand."""
+    for name, distilled in {"english": 0.4, "all": 0.1}.items():
+        (tmp_path / name).mkdir()
+        of = {"cascade": {"kl8_rows": [0.2, 0.2]}}
+        for way in ("text", "speech"):
+            of |= {f"base by {way}": {"kl8_rows": [1.0, 2.0]}, f"distilled by {way}": {"kl8_rows": [distilled, distilled + 1]}}
+        (tmp_path / name / "report.json").write_text(json.dumps({"results": {"en": of, "de": of}}))
+    with pytest.raises(ValueError, match="divergence-en.json: no such file; `bash tools/languages.sh` makes it"):
+        run(plot_languages, "--results", tmp_path)
+    for name in ("base", "english", "all"):
+        for language in ("en", "de"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            record = {"subsets": {"alpacaeval_full": {"rows": 2, "F": [0.5, 0.4, 0.6], "M": [0.3, 0.2, 0.4]}}}
+            (tmp_path / name / f"divergence-{language}.json").write_text(json.dumps(record))
+    run(plot_languages, "--results", tmp_path)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0] == "|  | en | de |" and len(lines) == 19
+    assert "| KL8 by text, base | 1.50 [1.00, 2.00] | 1.50 [1.00, 2.00] |" in lines
+    assert "| by speech, four languages less repaired in English | -0.30 [-0.30, -0.30] | -0.30 [-0.30, -0.30] |" in lines
+    assert "| M, base | 0.30 [0.20, 0.40] | 0.30 [0.20, 0.40] |" in lines and (tmp_path / "languages.png").stat().st_size > 9000

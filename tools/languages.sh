@@ -37,6 +37,13 @@ ask fr "Écris une courte question sur {}." animaux nourriture Paris sport musiq
 python tools/sound_questions.py "$data/invented/en"
 
 train() { python train_kd.py --teacher $llm --cache "$data/.cache" --dtype $dtype --lr-warmup-steps 4 --save-every 10 --resume "$@"; }
+gaps() {  # name: how far from the teacher by text (F), by speech from itself by text (M), over whole answers
+    for language in en de es fr; do
+        cp "$data/$language/train.jsonl" "$data/$language/alpacaeval_full-$language.jsonl"  # a subset of VoiceBench that only asks
+        python tools/divergence.py --student "$out/$1/last" --teacher $llm --dtype $dtype --data "$data/$language" --max-new-tokens 64 --out "$out/$1/$language"
+        mkdir -p "$results/$1" && cp "$out/$1/$language/divergence.json" "$results/$1/divergence-$language.json"
+    done
+}
 distil() {  # name, languages
     say "$1: distilled in $2"
     train --student "$out/base/last" --data $(printf "$data/invented/%s/train.jsonl " $2) --ce-weight 0 --kd-weight 1 --temperature 1 --lora-rank 16 \
@@ -45,10 +52,13 @@ distil() {  # name, languages
     python tools/compare.py --teacher $llm --start openai/whisper-base+$llm --base "$out/base/last" --distilled "$out/$1/last" --cache "$data/.cache" \
         --data "$data"/{en,de,es,fr}/train.jsonl --out "$results/$1"
     cp "$out/$1/args.json" "$out/$1/log.jsonl" "$results/$1/"
+    gaps "$1"
     rm -f "$out/$1"/ckpt-*.pt
 }
 say "base: taught to repeat what it hears in English"
 train --student openai/whisper-base+$llm --data "$data/invented/en/transcripts.jsonl" --channels s2t --lr-llm 5e-5 --sound-batch-size 8 --max-steps 16 \
     --out "$out/base"
+gaps base
 distil english en
 distil all "en de es fr"
+python tools/plot_languages.py --results "$results"
