@@ -109,12 +109,12 @@ def test_languages_differ_in_what_is_distilled_alone(tmp_path):
     assert calls[0] == "pip install --quiet ttspico"
     base, *distilled = [call for call in calls if call.startswith("train_kd.py")]
     invented = f"{tmp_path}/data/invented"
-    assert f"--data {invented}/en/transcripts.jsonl --channels s2t" in base
+    assert f"--data {tmp_path}/data/repeat/transcripts.jsonl {tmp_path}/data/repeat/sounds.jsonl --channels s2t" in base
     wanted = " ".join(f"{invented}/{language}/train.jsonl" for language in ("en", "de", "es", "fr"))
     assert [call.replace("students/all", "students/english").replace(wanted, f"{invented}/en/train.jsonl") for call in distilled] == 2 * distilled[:1]
     assert f"--data {wanted} --ce-weight 0" in distilled[1] and f"--student {tmp_path}/students/base/last" in distilled[1]
     spoken = [call for call in calls if call.startswith("synth_speech.py")]
-    assert len(spoken) == 8 and all(call.endswith("{text} {wav}") for call in spoken)
+    assert len(spoken) == 9 and all(call.endswith("{text} {wav}") for call in spoken)
     assert (tmp_path / "data/de.jsonl").read_text().count('"de-') == 24  # the questions that people wrote
 
 

@@ -17,24 +17,25 @@ say() { printf '\n== %4d s  %s\n' $SECONDS "$*"; }
 python -c "import ttspico" 2> /dev/null || pip install --quiet ttspico
 python tools/offline_models.py --qwen
 
+synth() {  # language, more options
+    python synth_speech.py --teacher $llm --dtype $dtype --max-new-tokens 16 --language "$@" \
+        --engine command --tts-command python tools/pico_tts.py "$1" {text} {wav}
+}
 ask() {  # language, what to ask the LLM for, topics: what it invents and what people wrote, answered, spoken, heard again
     local language=$1 request=$2 && shift 2
     say "$language: questions, answers, speech"
     python tools/sample_prompts.py --teacher $llm --dtype $dtype --language "$language" --max-words 18 --count "${PROMPTS:-80}" --ask "$request" --topics "$@" \
         --exclude tools/language_questions.jsonl --out "$data/invented/$language"
     grep "\"language\": \"$language\"" tools/language_questions.jsonl > "$data/$language.jsonl"
-    synth() {
-        python synth_speech.py --teacher $llm --dtype $dtype --language "$language" --max-wer "$3" --max-new-tokens 16 --input "$1" --out "$2" \
-            --engine command --tts-command python tools/pico_tts.py "$language" {text} {wav}
-    }
-    synth "$data/invented/$language/prompts.jsonl" "$data/invented/$language" 0.3
-    synth "$data/$language.jsonl" "$data/$language" 10  # none is left out
+    synth "$language" --input "$data/invented/$language/prompts.jsonl" --max-wer 0.3 --out "$data/invented/$language"
+    synth "$language" --input "$data/$language.jsonl" --max-wer 10 --out "$data/$language"  # none is left out
 }
 ask en "Write a short question about {}." animals food London sport music school cars books health weather family travel
 ask de "Schreibe eine kurze Frage über {}." Tiere Essen Berlin Sport Musik Schule Autos Bücher Gesundheit Wetter Familie Reisen
 ask es "Escribe una pregunta corta sobre {}." animales comida Madrid deporte música escuela coches libros salud tiempo familia viajes
 ask fr "Écris une courte question sur {}." animaux nourriture Paris sport musique école voitures livres santé météo famille voyages
-python tools/sound_questions.py "$data/invented/en"
+synth en --input "$data/invented/en/prompts.jsonl" --takes 2 --out "$data/repeat"
+python tools/sound_questions.py "$data/repeat"
 
 train() { python train_kd.py --teacher $llm --cache "$data/.cache" --dtype $dtype --lr-warmup-steps 4 --save-every 10 --resume "$@"; }
 gaps() {  # name: how far from the teacher by text (F), by speech from itself by text (M), over whole answers
@@ -55,8 +56,8 @@ distil() {  # name, languages
     gaps "$1"
     rm -f "$out/$1"/ckpt-*.pt
 }
-say "base: taught to repeat what it hears in English"
-train --student openai/whisper-base+$llm --data "$data/invented/en/transcripts.jsonl" --channels s2t --lr-llm 5e-5 --sound-batch-size 8 --max-steps 16 \
+say "base: taught to repeat and to listen in English"
+train --student openai/whisper-base+$llm --data "$data"/repeat/{transcripts,sounds}.jsonl --channels s2t --lr-llm 5e-5 --sound-batch-size 8 --max-steps 16 \
     --out "$out/base"
 gaps base
 distil english en
