@@ -648,11 +648,11 @@ class SpeechLLM(PreTrainedModel):
     def __init__(self, config, whisper=None, llm=None, tokenizer=None):
         super().__init__(config)
         if whisper is None:  # from_pretrained fills in the weights
-            whisper = Whisper(AutoConfig.for_model(**config.whisper),
-                              Path(self.name_or_path) / "whisper")
+            folder = Path(resolve(self.name_or_path))  # of a student that a hub has, too
+            whisper = Whisper(AutoConfig.for_model(**config.whisper), folder / "whisper")
             llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.llm),
                                                    dtype=torch.get_default_dtype())
-            tokenizer = from_folder(AutoTokenizer, self.name_or_path, config=config)
+            tokenizer = from_folder(AutoTokenizer, folder, config=config)
         self.whisper, self.llm, self.tokenizer = whisper, llm, tokenizer
         self.adapter = Adapter(config.whisper["d_model"],
                                llm.get_input_embeddings().embedding_dim)

@@ -312,6 +312,16 @@ def test_a_saved_folder_is_loaded_by_transformers_without_this_repository(tiny_s
     assert texts == tiny_student.generate(ROWS, 8) == [tiny_student.generate([row], 8)[0] for row in ROWS]
 
 
+def test_a_student_that_a_hub_has_finds_its_parts(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or tiny.student_folder)
+    config = m.SpeechLLMConfig.from_pretrained(tiny.student_folder)
+    config.name_or_path = "somebody/student"  # as from_pretrained does
+    student = m.SpeechLLM(config)
+    assert asked == ["somebody/student"] and str(student.whisper.folder) == f"{tiny.student_folder}/whisper"
+    assert student.tokenizer.chat_template == m.load_student(tiny.student_folder).tokenizer.chat_template
+
+
 @pytest.mark.parametrize("asked", [{}, {"dtype": torch.bfloat16}])
 def test_a_bfloat16_folder_keeps_its_adapter_in_float32(tiny_student, tmp_path, asked):
     m.save_student(tiny_student, tmp_path / "student", dtype=torch.bfloat16)
