@@ -84,7 +84,8 @@ def writes_down(tmp_path):
 @pytest.mark.parametrize("name, wanted, rollouts", [
     ("more", "sounds.jsonl --max-steps", False), ("kl", "--ce-weight 0 --max-steps", False), ("early", "--early-tokens 8 --max-steps", False),
     ("reverse", "--ce-weight 0 --loss reverse_kl --max-steps", False), ("own", "sounds.jsonl --max-steps", True), ("own-kl", "--ce-weight 0 --max-steps", True),
-    ("own-reverse", "--ce-weight 0 --loss reverse_kl --max-steps", True), ("own-jsd", "--ce-weight 0 --loss jsd --max-steps", True)])
+    ("own-reverse", "--ce-weight 0 --loss reverse_kl --max-steps", True), ("own-jsd", "--ce-weight 0 --loss jsd --max-steps", True),
+    ("again", "--ce-weight 0 --loss reverse_kl --max-steps", True), ("again-old", "--ce-weight 0 --loss reverse_kl --max-steps", True)])
 def test_each_run_differs_in_one_thing(tmp_path, name, wanted, rollouts):
     """The script with a `python` that writes down how it is called."""
     for engine in ("piper", "espeak"):
@@ -96,6 +97,9 @@ def test_each_run_differs_in_one_thing(tmp_path, name, wanted, rollouts):
     calls = (tmp_path / "calls").read_text().splitlines()
     [trained] = [call for call in calls if call.startswith("train_kd.py")]
     assert wanted in trained and ("both-train-rollouts.jsonl" in trained) == rollouts == any("rollouts.py" in call for call in calls)
+    first = f"{tmp_path}/students/own-reverse/last"
+    assert trained.startswith(f"train_kd.py --student {first if name.startswith('again') else 'start'} ")
+    assert not rollouts or f"tools/rollouts.py {first if name == 'again' else 'start'} " in "\n".join(calls)
     assert trained.endswith(f"--out {tmp_path}/students/{name}") and (tmp_path / "results" / name / "log.jsonl").exists()
     assert [call.split()[0] for call in calls[-3:]] == ["tools/measure_result.py", "tools/measure_result.py", "tools/plot_beyond.py"]
     wrong = subprocess.run([*script, "own-kld"], env=env, capture_output=True, text=True)

@@ -9,6 +9,7 @@
 # own: half of the rows are R6's own answers to what it hears, scored by the teacher.  own-kl: these, and the divergence alone on the others, too.
 # own-reverse, own-jsd: as own-kl, by the reverse KL, by the Jensen-Shannon divergence.
 # early: the divergence of an answer's first 8 tokens weighs up to twice.
+# again: a second round, as many steps from own-reverse, with its own answers.  again-old: the same with R6's answers still.
 # Stopped anywhere, the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,22 +28,24 @@ done
 plain="$data/piper/both-train.jsonl $data/espeak/both-train.jsonl"
 measure() { python tools/measure_result.py "$1" --data $data --noise-db 20 10 5 0 --out $results/"$2"; }
 for run in $runs; do
-    more="" options=""
+    more="" options="" from=$start speaker=$start
     case $run in
     more | own) ;;
     kl | own-kl) options="--ce-weight 0" ;;
     reverse | own-reverse) options="--ce-weight 0 --loss reverse_kl" ;;
     own-jsd) options="--ce-weight 0 --loss jsd" ;;
     early) options="--early-tokens 8" ;;
-    *) echo "$run: no such run; expected more, kl, reverse, own, own-kl, own-reverse, own-jsd or early" >&2; exit 2 ;;
+    again | again-old) options="--ce-weight 0 --loss reverse_kl" from=$out/own-reverse$suffix/last ;;
+    *) echo "$run: no such run; expected more, kl, reverse, own, own-kl, own-reverse, own-jsd, early, again or again-old" >&2; exit 2 ;;
     esac
-    if [[ $run = own* ]]; then
-        say "what R6 answers itself"
-        python tools/rollouts.py $start --data $plain --max-new-tokens 24 --dtype $dtype --seed $seed
+    if [[ $run = own* || $run = again* ]]; then
+        [ $run = again ] && speaker=$from
+        say "what $speaker answers itself"  # at once, if it was asked before
+        python tools/rollouts.py $speaker --data $plain --max-new-tokens 24 --dtype $dtype --seed $seed
         more="$data/piper/both-train-rollouts.jsonl $data/espeak/both-train-rollouts.jsonl"
     fi
     say "$run: ${STEPS:-50} steps"
-    python train_kd.py --student $start --data $plain $more $data/{piper,espeak}/sounds.jsonl $options --max-steps "${STEPS:-50}" --batch-size 16 \
+    python train_kd.py --student $from --data $plain $more $data/{piper,espeak}/sounds.jsonl $options --max-steps "${STEPS:-50}" --batch-size 16 \
         --sound-batch-size 8 --lr-llm 5e-5 --lr-warmup-steps 4 --seed $seed --cache $data/.cache --dtype $dtype --save-every 20 --resume --out $out/$run$suffix
     mkdir -p $results/$run$suffix && cp $out/$run$suffix/{args.json,log.jsonl} $results/$run$suffix/
     rm -f $out/$run$suffix/ckpt-*.pt

@@ -4,7 +4,7 @@ Table and picture of what goes beyond the paper, from what tools/beyond.sh measu
   python tools/plot_beyond.py --results results/beyond
 
 Writes  RESULTS/table.md, RESULTS/noise.png: what is still answered right as the noise rises. Intervals: 95%, bootstrap over questions;
-        differences to `more`, which went on by as many steps with the same rows, are paired; of own answers also to `kl`, `reverse`.
+        differences to `more`, which went on by as many steps with the same rows, are paired; of own answers also to `kl`, `reverse`, `again-old`.
 """
 import argparse
 import sys
@@ -23,11 +23,12 @@ import plot_results as plots
 
 RUNS = {"start": "cascade", "more": "the same rows again", "kl": "their divergence alone", "reverse": "their reverse KL alone", "own": "half own answers, scored by the teacher",
         "own-kl": "the same, divergence alone", "own-reverse": "the same, reverse KL alone", "own-jsd": "the same, JSD alone",
+        "again": "a second round of own answers", "again-old": "the same, by the first round's answers",
         "early": "first 8 tokens weigh more", "augment": "half in rooms, noise, over telephones", "captions": "half with captions of their sound"}
 SHOWN = ("text", "heard", "unheard", "20 dB", "10 dB", "5 dB", "0 dB")
 PLACES = [*(("retention", way) for way in SHOWN), *plots.KL_PLACES]  # measure, way
 HEADS = ["", "", *(f"retention, {way}" for way in SHOWN), *(f"KL8, {', '.join(place)}" for place in plots.KL_PLACES)]
-COLOURS = {"start": "#555555", "more": "#3b6fb6", "kl": "#7d3c98", "reverse": "#c0392b", "own": "#5fa55a", "own-kl": "#1f6e43", "own-reverse": "#8fbf4d", "own-jsd": "#c9d94d", "early": "#b7c9e2", "augment": "#e07b27", "captions": "#b08fc7"}
+COLOURS = {"start": "#555555", "more": "#3b6fb6", "kl": "#7d3c98", "reverse": "#c0392b", "own": "#5fa55a", "own-kl": "#1f6e43", "own-reverse": "#8fbf4d", "own-jsd": "#c9d94d", "again": "#2e7d32", "again-old": "#a5d6a7", "early": "#b7c9e2", "augment": "#e07b27", "captions": "#b08fc7"}
 
 
 def get_args(argv=None):
@@ -79,6 +80,7 @@ def table(found):
     for control in ("kl", "reverse"):
         own = [run for run in found if run in ("own-kl", "own-reverse", "own-jsd")]
         lines += gains(found, own, control) if own and control in found else []
+    lines += gains(found, ["again"], "again-old") if {"again", "again-old"} <= set(found) else []
     return lines
 
 
