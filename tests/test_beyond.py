@@ -73,7 +73,7 @@ def test_rollouts_refuse_rows_that_no_teacher_can_read(tiny, tmp_path, change, m
 def writes_down(tmp_path):
     """-> environment in which `python` and `pip` only write down how they are called, in tmp_path/calls."""
     (tmp_path / "python").write_text('#!/bin/sh\n[ "$1" = -c ] && exit 1\necho "$@" >> "$CALLS"\nwhile [ $# -gt 1 ]; do [ "$1" = --out ] && out=$2; shift; done\n'
-                                     'if [ -n "$out" ]; then mkdir -p "$out"; cd "$out"; touch args.json log.jsonl train.jsonl divergence.json; fi\n')
+                                     'if [ -n "$out" ]; then mkdir -p "$out"; cd "$out"; touch args.json log.jsonl train.jsonl divergence.json report.json report.md summary.json; fi\n')
     (tmp_path / "pip").write_text('#!/bin/sh\necho pip "$@" >> "$CALLS"\n')
     for name in ("python", "pip"):
         (tmp_path / name).chmod(0o755)
@@ -115,11 +115,15 @@ def test_languages_differ_in_what_is_distilled_alone(tmp_path):
     invented = f"{tmp_path}/data/invented"
     assert f"--data {tmp_path}/data/repeat/transcripts.jsonl {tmp_path}/data/repeat/sounds.jsonl --channels s2t" in base
     wanted = " ".join(f"{invented}/{language}/train.jsonl" for language in ("en", "de", "es", "fr"))
-    assert [call.replace("students/all", "students/english").replace(wanted, f"{invented}/en/train.jsonl") for call in distilled] == 2 * distilled[:1]
-    assert f"--data {wanted} --ce-weight 0" in distilled[1] and f"--student {tmp_path}/students/base/last" in distilled[1]
+    alike = [call.replace("students/all", "students/english").replace(wanted, f"{invented}/en/train.jsonl") for call in distilled]
+    alike = [call.replace("students/english-more", "students/english").replace(f"{invented}/more/", f"{invented}/en/") for call in alike]
+    assert alike == 3 * distilled[:1]
+    assert f"--data {wanted} --ce-weight 0" in distilled[2] and f"--data {invented}/more/train.jsonl --ce-weight 0" in distilled[1]
+    assert f"--student {tmp_path}/students/base/last" in distilled[1]
     spoken = [call for call in calls if call.startswith("synth_speech.py")]
-    assert len(spoken) == 9 and all(call.endswith("{text} {wav}") for call in spoken)
+    assert len(spoken) == 10 and all(call.endswith("{text} {wav}") for call in spoken)
     assert (tmp_path / "data/de.jsonl").read_text().count('"de-') == 24  # the questions that people wrote
+    assert (tmp_path / "results/english-more/divergence-fr.json").exists() and (tmp_path / "results/speech-invented-more.json").exists()
 
 
 def test_the_questions_of_all_languages_are_the_same():
@@ -156,7 +160,7 @@ def test_pico_says_what_it_is_given_in_a_language_of_its_own(tmp_path, monkeypat
 
 def test_the_table_of_languages_is_made_of_what_was_measured(tmp_path):
     """KL8 of two questions in two languages, by hand."""
-    for name, distilled in {"english": 0.4, "all": 0.1}.items():
+    for name, distilled in {"english": 0.4, "english-more": 0.3, "all": 0.1}.items():
         (tmp_path / name).mkdir()
         of = {"cascade": {"kl8_rows": [0.2, 0.2]}}
         for way in ("text", "speech"):
@@ -164,14 +168,14 @@ def test_the_table_of_languages_is_made_of_what_was_measured(tmp_path):
         (tmp_path / name / "report.json").write_text(json.dumps({"results": {"en": of, "de": of}}))
     with pytest.raises(ValueError, match="divergence-en.json: no such file; `bash tools/languages.sh` makes it"):
         run(plot_languages, "--results", tmp_path)
-    for name in ("base", "english", "all"):
+    for name in ("base", "english", "english-more", "all"):
         for language in ("en", "de"):
             (tmp_path / name).mkdir(exist_ok=True)
             record = {"subsets": {"alpacaeval_full": {"rows": 2, "F": [0.5, 0.4, 0.6], "M": [0.3, 0.2, 0.4]}}}
             (tmp_path / name / f"divergence-{language}.json").write_text(json.dumps(record))
     run(plot_languages, "--results", tmp_path)
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert lines[0] == "|  | en | de |" and len(lines) == 19
+    assert lines[0] == "|  | en | de |" and len(lines) == 25
     assert "| KL8 by text, base | 1.50 [1.00, 2.00] | 1.50 [1.00, 2.00] |" in lines
     assert "| by speech, four languages less repaired in English | -0.30 [-0.30, -0.30] | -0.30 [-0.30, -0.30] |" in lines
     assert "| M, base | 0.30 [0.20, 0.40] | 0.30 [0.20, 0.40] |" in lines and (tmp_path / "languages.png").stat().st_size > 9000

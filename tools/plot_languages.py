@@ -24,8 +24,10 @@ import eval_voicebench as vb
 import model as m
 import plot_results as plots
 
-LABELS = {"cascade": "cascade", "base": "base", "english": "repaired in English", "all": "repaired in four languages"}
-COLOURS = {"cascade": "#555555", "base": "#e07b27", "english": "#b7c9e2", "all": "#3b6fb6"}
+LABELS = {"cascade": "cascade", "base": "base", "english": "repaired in English", "english-more": "in English, four times the questions",
+          "all": "in four languages"}
+COLOURS = {"cascade": "#555555", "base": "#e07b27", "english": "#dfe6ef", "english-more": "#b7c9e2", "all": "#3b6fb6"}
+DISTILLED = ("english", "english-more", "all")
 
 
 def get_args(argv=None):
@@ -43,7 +45,7 @@ def read(path):
 def kl8_of(folder):
     """{(run, way): {language: KL8 of each question}}; the untrained student by text is the teacher."""
     found = {}
-    for run in ("english", "all"):
+    for run in DISTILLED:
         for language, of in read(folder / run / "report.json")["results"].items():
             for key, condition in {("cascade", "speech"): "cascade", ("base", "text"): "base by text", ("base", "speech"): "base by speech",
                                    (run, "text"): "distilled by text", (run, "speech"): "distilled by speech"}.items():
@@ -59,11 +61,11 @@ def table(folder, found):
         for run in LABELS:
             if (run, way) in found:
                 lines.append([f"KL8 by {way}, {LABELS[run]}", *(plots.cell(vb.interval(found[run, way][name])) for name in languages)])
-        for less in ("base", "english"):
+        for less in ("base", "english", "english-more"):
             changes = [vb.interval(found["all", way][name] - found[less, way][name]) for name in languages]
             lines.append([f"by {way}, four languages less {LABELS[less]}", *(plots.signed(change) for change in changes)])
     for measure in "FM":
-        for run in ("base", "english", "all"):
+        for run in ("base", *DISTILLED):
             cells = [f"{measure}, {LABELS[run]}"]
             for name in languages:
                 [subset] = read(folder / run / f"divergence-{name}.json")["subsets"].values()
@@ -82,12 +84,12 @@ def draw(found, path):
                 mean, low, high = vb.interval(values)
                 means.append(mean)
                 errors.append((mean - low, high - mean))
-            at = np.arange(len(means)) + (k - (len(runs) - 1) / 2) * 0.2
-            axis.bar(at, means, 0.19, yerr=np.array(errors).T, color=COLOURS[run], label=LABELS[run], error_kw={"lw": 0.8})
+            at = np.arange(len(means)) + (k - (len(runs) - 1) / 2) * 0.17
+            axis.bar(at, means, 0.16, yerr=np.array(errors).T, color=COLOURS[run], label=LABELS[run], error_kw={"lw": 0.8})
         axis.set_xticks(range(len(means)), found[runs[0], way])
         axis.set_title(f"KL8 to the teacher by {way} (nats a token, lower is better)", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
 
 
