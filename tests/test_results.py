@@ -456,6 +456,14 @@ def test_differences_are_of_the_means_of_all_seeds_that_both_runs_have():
     assert rows["| R4 - R3"][:2] == ["0", "+0.50 [+0.00, +1.00]"] and rows["| R10 - R6"][0] == "0" and rows["| R6 - R1"][0] == "not run"
 
 
+def test_runs_stand_beside_those_of_another_folder():
+    here = {"R6": a_record([1, 1], 0.5), "R8": "not run", "R10": a_record([1, 1])}
+    there = {"R6": a_record([0, 1], 1.5), "R6-seed1": a_record([0, 0], 0.5), "R8": a_record([1, 1])}
+    lines = plot_results.beside_table(here, there, "results/other")
+    assert len(lines) == 3 and lines[2].startswith("| R6 - results/other | 0, 1 | +0.75 [+0.50, +1.00] |")
+    assert lines[2].endswith("| -0.50 [-0.50, -0.50] |")
+
+
 def test_curves_are_drawn_of_the_runs_that_are_there(tmp_path):
     results = {"base": a_record([0, 0]), "R6": a_record([1, 1]), "steps25": a_record([1, 0]), "lambda100": "not run"}
     plot_results.draw_curves(results, tmp_path / "curves.png")

@@ -40,6 +40,8 @@ CURVES = {  # axis of the picture: {place on it: run}
 PAIRS = [("R1", "R2"), ("R2", "R3"), ("R3", "R4"), ("R4", "R6"), ("R3", "R6"), ("R1", "R6"), ("R5", "R6"), ("R7", "R6"), ("R6", "R8"), ("R6", "R9"),
          ("R6", "R10"), ("base", "R1"), ("base", "R6"), ("base", "R8"), ("R8", "R8x3")]  # the paper's order, then the rest
 SPOKEN = ("heard", "unheard", "10 dB")
+PAIRED = [*(("retention", way) for way in ("text", *SPOKEN)), ("human", "text"), ("human", "speech")]  # measure, way
+PAIRED_HEADS = ["text", *SPOKEN, "KL8, human, text", "KL8, human, speech"]
 SHARES = ("retention", "all")  # measures of which more is better; of KL8 less
 WAYS = ("text", *SPOKEN)
 COLOURS = {"text": "#222222", "heard": "#3b6fb6", "unheard": "#8fb0d9", "10 dB": "#e07b27"}
@@ -48,6 +50,7 @@ COLOURS = {"text": "#222222", "heard": "#3b6fb6", "unheard": "#8fb0d9", "10 dB":
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--results", default=str(TOOLS.parent / "results/result"), help="folder that tools/run_results.py wrote")
+    p.add_argument("--beside", help="another such folder: its runs, over all seeds, from those of the same name here")
     return p.parse_args(argv)
 
 
@@ -251,15 +254,28 @@ def mean_of_seeds(results, run, seeds, measure, way):
 
 def pairs_table(results):
     """Which of two runs retains more, and answers more like the teacher, over all seeds that both have."""
-    rows, wanted = [], [("retention", way) for way in WAYS] + [("human", "text"), ("human", "speech")]
+    rows = []
     for before, after in PAIRS:
         seeds = [seed for seed in seeds_of(results, after) if there(results, before + seed)]
         cells = []
-        for place in wanted if seeds else []:
+        for place in PAIRED if seeds else []:
             late, early = (mean_of_seeds(results, run, seeds, *place) for run in (after, before))
             cells.append(signed(change(late, early)))
-        rows.append([f"{after} - {before}", shown_seeds(seeds) or "not run", *(cells or [""] * len(wanted))])
-    return to_lines(["retention, paired", "seeds", *WAYS, "KL8, human, text", "KL8, human, speech"], rows)
+        rows.append([f"{after} - {before}", shown_seeds(seeds) or "not run", *(cells or [""] * len(PAIRED))])
+    return to_lines(["retention, paired", "seeds", *PAIRED_HEADS], rows)
+
+
+def beside_table(results, others, folder):
+    """What was trained by other rows or another computer, less the same run there."""
+    rows = []
+    for run in results:
+        seeds = seeds_of(others, run)
+        if there(results, run) and seeds:
+            cells = []
+            for place in PAIRED:
+                cells.append(signed(change(rows_of(results[run], *place), mean_of_seeds(others, run, seeds, *place))))
+            rows.append([f"{run} - {folder}", shown_seeds(seeds), *cells])
+    return to_lines(["retention, paired", "seeds there", *PAIRED_HEADS], rows)
 
 
 KL_PLACES = [("heard", "text"), ("heard", "speech"), ("unheard", "speech"), ("10 dB", "speech"), ("human", "text"), ("human", "speech")]
@@ -464,6 +480,8 @@ def main(args):
         raise ValueError(f"{folder}: no such folder; expected the one that tools/run_results.py writes")
     results = read_results(folder)
     text = to_text(results)
+    if args.beside:
+        text += "\n" + "\n".join(beside_table(results, read_results(args.beside), args.beside)) + "\n"
     m.write_atomically(folder / "table.md", text)
     draw_retention(results, folder / "retention.png")
     draw_repair(results, folder / "repair.png")
