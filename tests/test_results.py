@@ -283,10 +283,12 @@ def test_nothing_starts_without_a_base_or_without_data(drive, tmp_path, capsys):
         drive(tmp_path, "--only", "base", folder=tmp_path)
 
 
-def test_the_untrained_student_is_teacher_and_cascade(tiny, data, tmp_path):
+def test_the_untrained_student_is_teacher_and_cascade(tiny, data, tmp_path, capsys):
     args = measure_result.get_args([tiny.student, "--data", str(data), "--teacher", tiny.llm, "--start", tiny.student, "--noise-db", "10", "5", "0",
                                     "--device", "cpu", "--out", str(tmp_path)])
     measure_result.main(args)
+    shown = capsys.readouterr().err
+    assert "answers: 100%" in shown and "divergences: 100%" in shown
     record = json.loads((tmp_path / "measured.json").read_text())
     assert record["summary"]["F, heard"][0] == pytest.approx(0, abs=1e-4) and record["sounds"] == {}
     assert record["summary"]["agreement, human, text"][0] == 1 and record["summary"]["KL8, heard, speech"][0] > 0

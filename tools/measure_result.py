@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from torchaudio.functional import edit_distance
+from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import compare
@@ -219,7 +220,7 @@ def divergences(student, teacher, conditions):
         items += [question.item for question in asked.questions[:KL_QUESTIONS]]
     with torch.inference_mode():
         compare.teach(teacher, items)
-    for name, asked in conditions.items():
+    for name, asked in tqdm(conditions.items(), desc="divergences", unit="condition"):
         questions = asked.questions[:KL_QUESTIONS]
         taught = teacher, torch.cat([q.item["taught"] for q in questions])
         by_speech = student.llm, follow(student, questions, "by_speech")
@@ -233,7 +234,7 @@ def divergences(student, teacher, conditions):
 def ask_all(student, conditions):
     """{text, heard, unheard, 10 dB, ...: {id: answer}}; by text the rows of heard are read."""
     answers = {}
-    for name, asked in conditions.items():
+    for name, asked in tqdm(conditions.items(), desc="answers", unit="condition"):
         if name == "heard":
             answers["text"] = dict(zip(asked.ids, answers_to(student, [q.by_text for q in asked.questions])))
         if name != "human":
