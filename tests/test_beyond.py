@@ -179,3 +179,8 @@ def test_the_table_of_languages_is_made_of_what_was_measured(tmp_path):
     assert "| KL8 by text, base | 1.50 [1.00, 2.00] | 1.50 [1.00, 2.00] |" in lines
     assert "| by speech, four languages less repaired in English | -0.30 [-0.30, -0.30] | -0.30 [-0.30, -0.30] |" in lines
     assert "| M, base | 0.30 [0.20, 0.40] | 0.30 [0.20, 0.40] |" in lines and (tmp_path / "languages.png").stat().st_size > 9000
+
+
+def test_the_table_of_languages_that_is_shown_is_that_of_the_files():
+    folder = ROOT / "results/beyond/languages"
+    assert (folder / "table.md").read_text() == "\n".join(plot_languages.table(folder, plot_languages.kl8_of(folder))) + "\n"
