@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does repair reach other languages? English breaks a student (base); it is repaired in English, then in four languages, by as many steps.
 #
-#   bash tools/languages.sh    an hour and three quarters on two cores with AMX
+#   bash tools/languages.sh    under two hours on two cores with AMX
 #
 # Qwen2.5-Coder-0.5B knows them, SVOX Pico speaks them, Whisper-base hears what it says. Trained on questions that the LLM invents in each
 # language, measured on 24 that people wrote, the same in all four. Stopped anywhere, the same command goes on; a student that is

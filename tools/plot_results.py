@@ -40,10 +40,10 @@ CURVES = {  # axis of the picture: {place on it: run}
 PAIRS = [("R1", "R2"), ("R2", "R3"), ("R3", "R4"), ("R4", "R6"), ("R3", "R6"), ("R1", "R6"), ("R5", "R6"), ("R7", "R6"), ("R6", "R8"), ("R6", "R9"),
          ("R6", "R10"), ("base", "R1"), ("base", "R6"), ("base", "R8"), ("R8", "R8x3")]  # the paper's order, then the rest
 SPOKEN = ("heard", "unheard", "10 dB")
-PAIRED = [*(("retention", way) for way in ("text", *SPOKEN)), ("human", "text"), ("human", "speech")]  # measure, way
-PAIRED_HEADS = ["text", *SPOKEN, "KL8, human, text", "KL8, human, speech"]
 SHARES = ("retention", "all")  # measures of which more is better; of KL8 less
 WAYS = ("text", *SPOKEN)
+PAIRED = [*(("retention", way) for way in WAYS), ("human", "text"), ("human", "speech")]  # measure, way
+PAIRED_HEADS = [*WAYS, "KL8, human, text", "KL8, human, speech"]
 COLOURS = {"text": "#222222", "heard": "#3b6fb6", "unheard": "#8fb0d9", "10 dB": "#e07b27"}
 
 
