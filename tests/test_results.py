@@ -173,7 +173,9 @@ def test_right_and_wrong_go_to_the_sets_of_each_question():
              "c": {"reference": ["Po"], "right": False, "sets": ["all"]}}
     answers = {"text": {"a": "It is Paris.", "b": "five", "c": "the Po"}, "heard": {"a": "Rome", "b": "four", "c": "no"},
                "unheard": {"a": "paris", "b": "no"}}
-    assert measure_result.grade(answers, known) == {
+    right, candidates = measure_result.grade(answers, known)
+    assert candidates == {"questions": 3, "teacher": ["a", "b"], "text": ["a", "c"]}
+    assert right == {
         "retention": {"text": {"a": 1, "b": 0}, "heard": {"a": 0, "b": 1}, "unheard": {"a": 1, "b": 0}},
         "all": {"teacher": {"a": 1, "c": 0}, "text": {"a": 1, "c": 1}, "heard": {"a": 0, "c": 0}}}
 
@@ -271,7 +273,7 @@ def test_runs_are_done_once_fail_alone_and_are_made_again_when_their_rows_change
     measured = json.loads((results / "R6/measured.json").read_text())
     assert rows["R6"][3] == "{:.2f} [{:.2f}, {:.2f}]".format(*measured["summary"]["retention, heard"])
     assert rows["R6"][-1] == "*77.19* |" and rows["teacher"][3] == rows["cascade"][2] == "" != rows["cascade"][3]
-    told = "| R6 | {:.2f} [{:.2f}, {:.2f}] | ".format(*measured["summary"]["all, text"])
+    told = "| R6 | {:.2f} [{:.2f}, {:.2f}] | ".format(*measured["summary"]["candidates, text"])
     assert len([line for line in table if line.startswith(told)]) == 1
     assert all((results / name).stat().st_size > 5000 for name in ("retention.png", "repair.png"))
 
@@ -294,6 +296,9 @@ def test_the_untrained_student_is_teacher_and_cascade(tiny, data, tmp_path, caps
     assert record["summary"]["agreement, human, text"][0] == 1 and record["summary"]["KL8, heard, speech"][0] > 0
     assert set(record["right"]["retention"]) == {"text", "heard", "unheard", "10 dB", "5 dB", "0 dB"}
     assert record["summary"]["retention, text"][3] == 4 and record["summary"]["all, heard"][3] == 6
+    known, text = (set(record["candidates"][who]) for who in ("teacher", "text"))
+    value, low, high, count = record["summary"]["candidates, text - teacher"]
+    assert record["candidates"]["questions"] == count == 6 and value == round((len(text) - len(known)) / 6, 4) and low <= value <= high
     assert measure_result.is_measured(args)
     for option in ("seed", "limit"):
         assert not measure_result.is_measured(argparse.Namespace(**{**vars(args), option: 5}))
@@ -329,6 +334,9 @@ def test_a_run_is_the_same_in_another_folder_and_on_another_computer(tiny, data,
     assert len(set(keys)) == 1 and run_results.key_of(argparse.Namespace(**{**vars(args), "save_every": 3}), "base") == keys[0]
     assert run_results.key_of(argparse.Namespace(**{**vars(args), "base_steps": 3}), "base") != keys[0]
     assert "--max-steps 25 " in " ".join(run_results.command_of(args, "steps25"))
+    gentle = argparse.Namespace(**{**vars(args), "base_lr": 3e-5})
+    assert "--lr-llm 3e-05 " in " ".join(run_results.command_of(gentle, "base"))
+    assert run_results.command_of(gentle, "R6") == run_results.command_of(args, "R6")
     long = " ".join(run_results.command_of(args, "R8x3"))
     assert "--lora-rank 16 --max-steps 300 " in long and "--lr-llm 0.001 " in long and "--max-bad-rows" not in long
     args.max_bad_rows = 2
@@ -356,6 +364,24 @@ def test_another_teacher_answers_what_is_spoken_already(tiny, data, tmp_path, mo
     assert [row["audio"] for row in after] == [row["audio"] for row in before]
     assert len(result_data.read_rows(folder / "espeak/both-train.jsonl")) == 4
     assert "of 6 spoken questions the teacher answers 2 right" in capsys.readouterr().out
+
+
+def test_a_part_of_the_prompts_is_among_more_of_them_with_all_its_clips(tiny, tmp_path, monkeypatch):
+    for engine in result_data.ENGINES:
+        tiny.manifest(tmp_path / engine, 12, name="train", prompt=lambda i: f"Question {i // 2}?", response="Yes.", reference="yes")
+        (tmp_path / engine / "sounds.jsonl").touch()
+    monkeypatch.setattr(result_data, "PARTS", (4, 8, 500))
+    result_data.after_speech(result_data.get_args(["both", "--out", str(tmp_path)]))
+    rows = {}
+    for part in ("", "-4", "-8"):
+        rows[part] = [row["id"] for row in result_data.read_rows(tmp_path / f"espeak/both-train{part}.jsonl")]
+    assert [len(ids) for ids in rows.values()] == [12, 4, 8]  # two clips of 2 and of 4 prompts; the other engine has as many
+    assert set(rows["-4"]) < set(rows["-8"]) < set(rows[""])
+    assert not list(tmp_path.glob("*/both-train-500.jsonl"))  # there are not so many
+    monkeypatch.setitem(run_results.PROMPTS, "prompts500", 4)
+    args = run_results.get_args(["--data", str(tmp_path), "--out", "x", "--max-steps", "7"])
+    command = " ".join(run_results.command_of(args, "prompts500"))
+    assert f"{tmp_path}/espeak/both-train-4.jsonl" in command and "--lora-rank 16 --max-steps 7 " in command and "--lr-llm 0.001 " in command
 
 
 def test_runs_go_side_by_side_and_wait_for_the_base_of_their_seed(tmp_path, monkeypatch, capsys):
@@ -467,7 +493,11 @@ def test_runs_stand_beside_those_of_another_folder():
 
 
 def test_curves_are_drawn_of_the_runs_that_are_there(tmp_path):
-    results = {"base": a_record([0, 0]), "R6": a_record([1, 1]), "steps25": a_record([1, 0]), "lambda100": "not run"}
+    results = {"base": a_record([0, 0]), "R6": a_record([1, 1]), "R8": a_record([1, 1]), "lambda100": "not run"}
+    plot_results.draw_curves(results, tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()  # one point is no curve
+    for name in ("steps25", "prompts1000"):
+        results[name] = a_record([1, 0])
     plot_results.draw_curves(results, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 

@@ -7,8 +7,8 @@ What a student still knows, by text and by speech, and what it hears: all that t
 The untrained student is teacher (by text) and cascade (by speech) in one: its LLM is the teacher, its sound is left out.
 
 Retention: share of the questions that the teacher answers right by text which the student answers right, too (qa_match), by text, in a
-voice that is trained on (heard), in voices that never are (unheard), and heard in noise. It can only fall: so accuracy over a draw
-of all candidates stands beside it, and MRR = that by speech / the teacher's by text. KL8 = KL(teacher by text || student), nats a
+voice that is trained on (heard), in voices that never are (unheard), and heard in noise. It can only fall: so accuracy by text over all
+candidates and by speech over a draw of them stand beside it, and MRR = that by speech / the teacher's by text. KL8 = KL(teacher by text || student), nats a
 token over the first 8 tokens of the teacher's answers; F, M = KL(teacher by text || student by text), KL(student by text || by
 speech), over all its tokens; agreement: share of tokens that student and teacher both prefer.
 Reads   what tools/result_data.sh made
@@ -37,7 +37,7 @@ import synth_speech as synth
 import train_kd
 from result_data import rank_of
 
-VERSION = 1             # of what is measured: another one measures all students again
+VERSION = 2             # of what is measured: another one measures all students again
 NEW_TOKENS = 24         # of an answer
 KL_QUESTIONS = 64       # of the retention set, in each condition
 SOUND_ROWS = 96         # of each set of sounds; both answers as often
@@ -231,20 +231,21 @@ def divergences(student, teacher, conditions):
     return found
 
 
-def ask_all(student, conditions):
-    """{text, heard, unheard, 10 dB, ...: {id: answer}}; by text the rows of heard are read."""
-    answers = {}
+def ask_all(student, conditions, known):
+    """{text, heard, unheard, 10 dB, ...: {id: answer}}; all candidates are read."""
+    by_text = [student.prompt({"prompt": row["prompt"]}) for row in known.values()]
+    answers = {"text": dict(zip(known, answers_to(student, by_text)))}
     for name, asked in tqdm(conditions.items(), desc="answers", unit="condition"):
-        if name == "heard":
-            answers["text"] = dict(zip(asked.ids, answers_to(student, [q.by_text for q in asked.questions])))
         if name != "human":
             answers[name] = dict(zip(asked.ids, answers_to(student, [q.by_speech for q in asked.questions])))
     return answers
 
 
 def grade(answers, known):
-    """Answers -> {retention, all: {condition: {id: 1 = right}}}, "teacher" beside these of all."""
+    """Answers -> {retention, all: {condition: {id: 1 = right}}}, "teacher" beside these of all; candidates: {"questions": how many,
+    "teacher", "text": ids of those that are right}."""
     retention, every = {}, {"teacher": {}, "text": {}, "heard": {}}
+    candidates = {"questions": len(answers["text"]), "teacher": [], "text": []}
     for condition, texts in answers.items():
         for own, text in texts.items():
             row, right = known[own], int(vb.qa_match(text, known[own]["reference"]))
@@ -252,7 +253,10 @@ def grade(answers, known):
                 retention.setdefault(condition, {})[own] = right
             if "all" in row["sets"] and condition in every:
                 every[condition][own], every["teacher"][own] = right, int(row["right"])
-    return {"retention": retention, "all": every}
+            if condition == "text":
+                candidates["teacher"] += [own] if row["right"] else []
+                candidates["text"] += [own] if right else []
+    return {"retention": retention, "all": every}, candidates
 
 
 def controls_of(student, asked, known):
@@ -319,10 +323,15 @@ def summary_of(record, seed):
         for condition, right in of.items():
             found[f"{name}, {condition}"] = [*vb.interval(list(right.values()), seed), len(right)]
     both = record["right"]["retention"]
-    gap = [both["text"][own] - both["heard"][own] for own in both["text"]]
+    gap = [both["text"][own] - both["heard"][own] for own in both["heard"]]
     found["gap, text - heard"] = [*vb.interval(gap, seed), len(gap)]
     every = record["right"]["all"]
     found["MRR"] = [*ratio(every["heard"].values(), every["teacher"].values(), seed), len(every["teacher"])]
+    questions, teacher, text = record["candidates"].values()
+    wrong = [0] * (questions - len({*teacher, *text}))
+    rights = [(own in text) - (own in teacher) for own in sorted({*teacher, *text})]
+    found["candidates, text"] = [*vb.interval([1] * len(text) + [0] * (questions - len(text)), seed), questions]
+    found["candidates, text - teacher"] = [*vb.interval(rights + wrong, seed), questions]
     for name, of in record["divergences"].items():
         for side in set(of) & {"text", "speech"}:
             found[f"KL8, {name}, {side}"] = [*vb.interval(of[side]["kl8"], seed), len(of[side]["kl8"])]
@@ -352,8 +361,10 @@ def measure(args):
     teacher.to(args.device)
     student = start if args.student == args.start else m.load_student(args.student).to(args.device)
     conditions = conditions_of(args, start, tokenizer, known)
-    answers = ask_all(student, conditions)
-    record = {"right": grade(answers, known), "divergences": divergences(student, teacher, conditions),
+    asked = {own: known[own] for own in conditions["heard"].ids} if args.limit else known
+    answers = ask_all(student, conditions, asked)
+    right, candidates = grade(answers, known)
+    record = {"right": right, "candidates": candidates, "divergences": divergences(student, teacher, conditions),
               "controls": controls_of(student, conditions["heard"], known), "topics": topic_recall(student, conditions["human"]),
               "sounds": sounds_of(args, student, start, tokenizer), "repeated": repeated_of(args, student, start, tokenizer),
               "misheard": {}}
@@ -374,7 +385,7 @@ def main(args):
     whole = {"key": key, "split": args.split, "seconds": round(time.perf_counter() - begun), "summary": summary, **record,
              **vb.provenance(args)}
     lines = ""
-    for own in answers["text"]:
+    for own in answers["heard"]:
         lines += json.dumps({"id": own, **{condition: texts[own] for condition, texts in answers.items() if own in texts}}) + "\n"
     m.write_atomically(out / "answers.jsonl", lines)
     m.write_atomically(out / "measured.json", json.dumps(whole) + "\n")

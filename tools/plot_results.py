@@ -5,7 +5,7 @@ The result's tables and pictures, from what tools/measure_result.py wrote about 
 
 Reads   RESULTS/RUN/measured.json, or RESULTS/RUN/failed.txt; a run that has neither is "not run"
 Writes  RESULTS/table.md, whose first table is the README's, RESULTS/retention.png, RESULTS/repair.png; RESULTS/curves.png of
-        runs of other lengths, other lambdas
+        runs of other lengths, other lambdas, fewer prompts
 Pictures and the first table show the first seed. Intervals: 95%, bootstrap over questions (sounds: over prompts); differences and
 repairs are paired, question by question, differences are means of all seeds that both runs have. No repair is shown where the interval
 of base's loss holds zero.
@@ -22,9 +22,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 TOOLS = Path(__file__).resolve().parent
-sys.path.insert(0, str(TOOLS.parent))
+sys.path[:0] = [str(TOOLS.parent), str(TOOLS)]
 import eval_voicebench as vb
 import model as m
+from result_data import PARTS
 
 RUNS = {  # run: how it is trained
     "base": "S2T, reference, CE", "R1": "S2T, reference, CE", "R2": "S2T, reference, CE + KL", "R3": "S2T, response, CE",
@@ -33,10 +34,12 @@ RUNS = {  # run: how it is trained
     "R8x3": "R8, 300 steps"}
 CURVE_RUNS = {  # R6 with one thing changed; a table has those that are there
     **{f"steps{steps}": f"R6, {steps} steps" for steps in (25, 50, 200)},
-    **{f"lambda{percent}": f"R6, KL {percent / 100:g}, CE {1 - percent / 100:g}" for percent in (0, 25, 75, 100)}}
+    **{f"lambda{percent}": f"R6, KL {percent / 100:g}, CE {1 - percent / 100:g}" for percent in (0, 25, 75, 100)},
+    **{f"prompts{count}": f"R8, {count} prompts" for count in PARTS}}
 CURVES = {  # axis of the picture: {place on it: run}
     "steps": {25: "steps25", 50: "steps50", 100: "R6", 200: "steps200"},
-    "lambda: KL by it, CE by 1 - lambda": {0: "lambda0", 0.25: "lambda25", 0.75: "lambda75", 1: "lambda100"}}
+    "lambda: KL by it, CE by 1 - lambda": {0: "lambda0", 0.25: "lambda25", 0.5: "R6", 0.75: "lambda75", 1: "lambda100"},
+    "prompts": {**{count: f"prompts{count}" for count in PARTS}, 4000: "R8"}}
 PAIRS = [("R1", "R2"), ("R2", "R3"), ("R3", "R4"), ("R4", "R6"), ("R3", "R6"), ("R1", "R6"), ("R5", "R6"), ("R7", "R6"), ("R6", "R8"), ("R6", "R9"),
          ("R6", "R10"), ("base", "R1"), ("base", "R6"), ("base", "R8"), ("R8", "R8x3")]  # the paper's order, then the rest
 SPOKEN = ("heard", "unheard", "10 dB")
@@ -167,7 +170,8 @@ def sounds_change(after, before):
 
 MAIN = {  # heading of a column: what measure_result.py calls it
     "retention by text": "retention, text", **{f"by speech, {way}": f"retention, {way}" for way in SPOKEN}, "gap": "gap, text - heard"}
-ANSWERS = {"of all right by text": "all, text", "of all by speech": "all, heard", "KL8 by text": "KL8, human, text",
+ANSWERS = {"of all candidates right by text": "candidates, text", "less the teacher's": "candidates, text - teacher",
+           "of a draw right by text": "all, text", "by speech": "all, heard", "KL8 by text": "KL8, human, text",
            "KL8 by speech": "KL8, human, speech"}
 # overall score of VoiceBench by speech, Qwen2.5-Omni-7B (arXiv 2509.14930); its base is the published model
 PAPER = {"base": "75.08", "R1": "71.25", "R2": "74.40", "R3": "75.66", "R4": "75.76", "R6": "77.19"}
@@ -181,10 +185,10 @@ def students(results, columns):
             continue
         cells = []
         for heading, what in columns.items():
-            show = signed if heading == "gap" else cell
+            show = signed if " - " in what else cell
             cells.append(show(record["summary"].get(what)))
         if name == "start":
-            by_text = [what.endswith(", text") for what in columns.values()]
+            by_text = [", text" in what and heading != "gap" for heading, what in columns.items()]
             for shown, wanted in (("teacher", True), ("cascade", False)):
                 rows.append((shown, record, [value if side == wanted else "" for value, side in zip(cells, by_text)]))
         else:
@@ -455,10 +459,16 @@ def draw_repair(results, path):
 
 
 def draw_curves(results, path):
-    """Retention of R6 with more or fewer steps, other lambdas; base stands beside."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True, sharey=True)
-    for axis, (title, curve) in zip(axes, CURVES.items()):
-        there_are = {x: run for x, run in curve.items() if there(results, run)}
+    """Retention of R6 with more or fewer steps, other lambdas, of R8 with fewer prompts, where there is more than one run of these;
+    base stands beside."""
+    curves = {}
+    for title, curve in CURVES.items():
+        curves[title] = {x: run for x, run in curve.items() if there(results, run)}
+    curves = {title: curve for title, curve in curves.items() if len(curve) > 1}
+    if not curves:
+        return
+    figure, axes = plt.subplots(1, len(curves), figsize=(1 + 5 * len(curves), 4), constrained_layout=True, sharey=True, squeeze=False)
+    for axis, (title, there_are) in zip(axes[0], curves.items()):
         for way in WAYS:
             found = [results[run]["summary"][f"retention, {way}"] for run in there_are.values()]
             low, high = ([abs(of[0] - of[k]) for of in found] for k in (1, 2))
@@ -468,8 +478,8 @@ def draw_curves(results, path):
         axis.set_xlabel(title)
         axis.set_ylim(0, 1)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("share still answered right; dotted: base")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0, 0].set_ylabel("share still answered right; dotted: base")
+    axes[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -10,7 +10,7 @@ Reads   WebQuestions' train file (a JSON list: qText, answers), NQ-open's dev fi
         tools/easy_questions.jsonl; a folder of recordings with manifest.jsonl (path, seen from beside the folder; text)
 Writes  OUT/train-piper.jsonl, train-espeak.jsonl (prompts to speak), OUT/questions.jsonl (all candidates: references,
         teacher's answer, right or wrong, dev or test), OUT/ask-heard.jsonl, ask-unheard.jsonl (what of them is spoken),
-        OUT/recordings/; then OUT/{piper,espeak}/both-train.jsonl
+        OUT/recordings/; then OUT/{piper,espeak}/both-train.jsonl, and of a part of the prompts both-train-500.jsonl, -1000, -2000
 
 Retention set: candidates that the teacher answers right by text; what a student still answers right of them is kept.
 A candidate whose answer stands in its question is left out: who repeats the question would be right.
@@ -40,6 +40,7 @@ ENGINES = ("piper", "espeak")  # each speaks half of the prompts
 SPOKEN = ("heard", "unheard", "human", *ENGINES)  # folders of dialogue
 SPARE = 32              # prompts of each engine whose clips are held out: questions about their sound
 ALL_TEST, ALL_DEV = 200, 67    # drawn from all candidates, whether the teacher answers them right or wrong
+PARTS = (500, 1000, 2000)      # prompts of the curve over the data's size
 LEAST = 300             # questions of a retention set that says anything
 NEW_TOKENS = 24         # of an answer
 SEX, SEX_ANSWERS = QUESTIONS["sex"]
@@ -227,7 +228,7 @@ def before_speech(args):
 
 
 def after_speech(args):
-    """Dialogue rows that have both answers, so that all runs read the same ones."""
+    """Dialogue rows that have both answers, so that all runs read the same ones; those of fewer prompts are among those of more."""
     for engine in ENGINES:
         source, rows = Path(args.out) / engine / "train.jsonl", []
         for row in read_rows(source):
@@ -235,6 +236,11 @@ def after_speech(args):
         if not rows:
             raise ValueError(f"{source}: no row has reference and response; expected the manifest of tools/result_data.sh")
         write_rows(source.with_name("both-train.jsonl"), rows)
+        prompts = sorted({row["prompt"] for row in rows}, key=rank_of)
+        for count in PARTS:
+            some = set(prompts[:count // len(ENGINES)])
+            if len(some) < len(prompts):
+                write_rows(source.with_name(f"both-train-{count}.jsonl"), [row for row in rows if row["prompt"] in some])
         print(f"{engine}: {len(rows)} rows with both answers")
 
 

@@ -3,7 +3,7 @@
 # held out. README.md says where the two files are; --speech: recordings of people, a folder with manifest.jsonl (path, text).
 #
 #   bash tools/result_data.sh --webquestions FILE --nq FILE [--speech FOLDER]      12 minutes on two cores
-#   PROMPTS=2000 bash tools/result_data.sh ...       more to train on than 800 prompts, in data/result-2000
+#   PROMPTS=4000 bash tools/result_data.sh ...       more to train on than 800 prompts, in data/result-4000: 45 minutes
 #
 # Stopped anywhere, the same command goes on. Of the voices' conditions only rate and background noise are drawn: room and
 # telephone band are left out, and so is the language of the speaker.

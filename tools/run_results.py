@@ -6,6 +6,8 @@ Every run of the result, one after the other: train, measure, keep what is small
   python tools/run_results.py --data data/result --out out/result --seeds 1 2 --only base R1 R3 R4 R6
   python tools/run_results.py --data data/result --out out/result --jobs 18 --seeds 0 1 2 --only start base R1 R3 R4 R6 R8     # on a GPU
   python tools/run_results.py --data data/result --out out/result --only lambda0 lambda25 lambda75 lambda100 steps25 steps50 steps200 R8x3
+  python tools/run_results.py --data data/result-4000 --out out/result-4000 --results results/result-4000 --max-steps 300 --batch-size 28 \
+      --sound-batch-size 14 --only base R3 R6 R8 prompts500 prompts1000 prompts2000      # five times the data
 
 Reads   what tools/result_data.sh made
 Writes  OUT/RUN/ (students, run.log), RESULTS/RUN/: command.txt, args.json, log.jsonl, measured.json, answers.jsonl; failed.txt
@@ -32,6 +34,7 @@ sys.path[:0] = [str(TOOLS.parent), str(TOOLS)]
 import eval_voicebench as vb
 import measure_result
 import model as m
+from result_data import PARTS
 
 # what each run adds to what all share; train_kd.py's defaults are the paper's: both channels, CE on the teacher's answers and
 # KL by 0.5 tau^2 at tau 2
@@ -50,13 +53,14 @@ ORDER = "start base R6 R1 R4 R3 R2 R5 R8 R7 R9 R10".split()  # a run that is sto
 # curves through R6, where lambda is 0.5 and every row is seen once in 100 steps; only if they are named
 LAMBDAS = {f"lambda{percent}": f"--kd-weight {percent / 100:g} --ce-weight {1 - percent / 100:g}" for percent in (0, 25, 75, 100)}
 STEPS = {f"steps{steps}": steps for steps in (25, 50, 200)}
-RUNS |= LAMBDAS | dict.fromkeys(STEPS, "")
+PROMPTS = {f"prompts{count}": count for count in PARTS}  # R8 with a part of the prompts, as many steps
+RUNS |= LAMBDAS | dict.fromkeys(STEPS, "") | dict.fromkeys(PROMPTS, RUNS["R8"])
 RUNS["R8x3"], STEPS["R8x3"] = RUNS["R8"], 300  # does more of it help?
 NOISE_CURVE = ("start", "base", "R6", "R8")  # by speech in noise of more than one strength
 ONE_CHANNEL = ("base", "R1", "R2", "R3", "R4", "R5")
 STEP_S = {True: 13, False: 20}  # seconds of a step by one channel, by both, on two cores, for the time left
 MEASURE_S = 560
-LR = {"base": 1e-4, "R8": 1e-3, "R8x3": 1e-3, "R9": 1e-3}  # of the LLM, in R8 and R9 of LoRA; the others 5e-5
+LR = dict.fromkeys(["R8", "R8x3", "R9", *PROMPTS], 1e-3)  # of LoRA; the others' LLM 5e-5, base's --base-lr
 
 
 def get_args(argv=None):
@@ -64,12 +68,13 @@ def get_args(argv=None):
     p.add_argument("--data", required=True, help="folder that tools/result_data.sh wrote")
     p.add_argument("--out", required=True, help="folder of students, 1 GB each")
     p.add_argument("--results", default=str(TOOLS.parent / "results/result"), help="folder of what is small")
-    p.add_argument("--only", nargs="+", choices=[*ORDER, *LAMBDAS, *STEPS], help="these, in the order given; default: all but the curves")
+    p.add_argument("--only", nargs="+", choices=[*ORDER, *LAMBDAS, *STEPS, *PROMPTS], help="these, in the order given; default: all but the curves")
     p.add_argument("--seeds", nargs="+", type=m.number(int, 0, 2**32), default=[0], help="of the order of rows; all runs with each")
     p.add_argument("--jobs", type=m.number(int, 1), default=1, help="runs side by side: a GPU has room for a core's worth each")
     p.add_argument("--teacher", default=m.DEFAULT_LLM, help="text LLM, folder or hub id")
     p.add_argument("--student", default=m.DEFAULT_STUDENT, help="the untrained student, WHISPER+LLM")
     p.add_argument("--base-steps", type=m.number(int, 1), default=40, help="optimizer steps of base")
+    p.add_argument("--base-lr", type=m.number(float, 0), default=1e-4, help="of base's LLM: how much of what it knew it loses")
     p.add_argument("--max-steps", type=m.number(int, 1), default=100, help="optimizer steps of the others")
     p.add_argument("--batch-size", type=m.number(int, 1), default=16, help="rows with a teacher in a step")
     p.add_argument("--sound-batch-size", type=m.number(int, 1), default=8, help="rows about sounds in a step")
@@ -94,7 +99,7 @@ def student_of(args, run):
 
 
 def manifests_of(args, run):
-    names = ["both-train"] + ["sounds"] * (run != "R7") + ["transcripts"] * (run == "base")
+    names = [f"both-train-{PROMPTS[run]}" if run in PROMPTS else "both-train"] + ["sounds"] * (run != "R7") + ["transcripts"] * (run == "base")
     paths = [Path(args.data, engine, f"{name}.jsonl") for name in names for engine in ("piper", "espeak")]
     missing = [path for path in paths if not path.is_file()]
     if missing:
@@ -112,7 +117,8 @@ def command_of(args, run):
     words = ["python", "train_kd.py", "--teacher", args.teacher, "--student", start, "--data", *map(str, manifests_of(args, run))]
     words += shlex.split(RUNS[run])
     words += ["--max-steps", steps_of(args, run), "--batch-size", args.batch_size]
-    words += ["--sound-batch-size", args.sound_batch_size, "--lr-llm", LR.get(run, 5e-5), "--lr-warmup-steps", 4]
+    lr = args.base_lr if run == "base" else LR.get(run, 5e-5)
+    words += ["--sound-batch-size", args.sound_batch_size, "--lr-llm", lr, "--lr-warmup-steps", 4]
     words += ["--cache", Path(args.data, ".cache"), "--seed", args.seed, "--save-every", args.save_every, "--resume"]
     words += ["--max-bad-rows", args.max_bad_rows] if args.max_bad_rows else []
     if not torch.cuda.is_available() and has_amx():
