@@ -397,8 +397,9 @@ def align_sounds(student, rows, heard_of):
         for _, ids in answers:
             own = [token for token in ids if token not in common]
             vectors.append(table[own].sum(0) / max(1, len(own)))
+        middle = torch.stack(vectors).mean(0) if vectors else 0
         for (row, _), vector in zip(answers, vectors):
-            clip, offset = row["audio"], vector - torch.stack(vectors).mean(0)
+            clip, offset = row["audio"], vector - middle
             targets[clip] = targets.get(clip, 0) + offset  # several questions ask about a clip
             sounds[clip] = heard_of(row).sound.to(table.device)
     if sounds:
