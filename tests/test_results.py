@@ -337,8 +337,8 @@ def test_a_run_is_the_same_in_another_folder_and_on_another_computer(tiny, data,
     gentle = argparse.Namespace(**{**vars(args), "base_lr": 3e-5})
     assert "--lr-llm 3e-05 " in " ".join(run_results.command_of(gentle, "base"))
     assert run_results.command_of(gentle, "R6") == run_results.command_of(args, "R6")
-    long = " ".join(run_results.command_of(args, "R8x3"))
-    assert "--lora-rank 16 --max-steps 300 " in long and "--lr-llm 0.001 " in long and "--max-bad-rows" not in long
+    best = " ".join(run_results.command_of(args, "R8"))
+    assert "--lora-rank 16 --max-steps 100 " in best and "--lr-llm 0.001 " in best and "--max-bad-rows" not in best
     args.max_bad_rows = 2
     assert "--max-bad-rows 2" in " ".join(run_results.command_of(args, "R6"))
 

@@ -5,9 +5,9 @@ Every run of the result, one after the other: train, measure, keep what is small
   python tools/run_results.py --data data/result --out out/result --only base R4 R1
   python tools/run_results.py --data data/result --out out/result --seeds 1 2 --only base R1 R3 R4 R6
   python tools/run_results.py --data data/result --out out/result --jobs 18 --seeds 0 1 2 --only start base R1 R3 R4 R6 R8     # on a GPU
-  python tools/run_results.py --data data/result --out out/result --only lambda0 lambda25 lambda75 lambda100 steps25 steps50 steps200 R8x3
-  python tools/run_results.py --data data/result-4000 --out out/result-4000 --results results/result-4000 --max-steps 300 --batch-size 28 \
-      --sound-batch-size 14 --only base R3 R6 R8 prompts500 prompts1000 prompts2000      # five times the data
+  python tools/run_results.py --data data/result --out out/result --only lambda0 lambda25 lambda75 lambda100 steps25 steps50 steps200
+  python tools/run_results.py --data data/result-4000 --out out/result-4000 --results results/result-4000 --max-steps 200 --batch-size 40 \
+      --sound-batch-size 20 --max-bad-rows 20 --only start base R3 R6 R8 prompts500 prompts1000 prompts2000      # five times the data
 
 Reads   what tools/result_data.sh made
 Writes  OUT/RUN/ (students, run.log), RESULTS/RUN/: command.txt, args.json, log.jsonl, measured.json, answers.jsonl; failed.txt
@@ -55,12 +55,11 @@ LAMBDAS = {f"lambda{percent}": f"--kd-weight {percent / 100:g} --ce-weight {1 - 
 STEPS = {f"steps{steps}": steps for steps in (25, 50, 200)}
 PROMPTS = {f"prompts{count}": count for count in PARTS}  # R8 with a part of the prompts, as many steps
 RUNS |= LAMBDAS | dict.fromkeys(STEPS, "") | dict.fromkeys(PROMPTS, RUNS["R8"])
-RUNS["R8x3"], STEPS["R8x3"] = RUNS["R8"], 300  # does more of it help?
 NOISE_CURVE = ("start", "base", "R6", "R8")  # by speech in noise of more than one strength
 ONE_CHANNEL = ("base", "R1", "R2", "R3", "R4", "R5")
 STEP_S = {True: 13, False: 20}  # seconds of a step by one channel, by both, on two cores, for the time left
 MEASURE_S = 560
-LR = dict.fromkeys(["R8", "R8x3", "R9", *PROMPTS], 1e-3)  # of LoRA; the others' LLM 5e-5, base's --base-lr
+LR = dict.fromkeys(["R8", "R9", *PROMPTS], 1e-3)  # of LoRA; the others' LLM 5e-5, base's --base-lr
 
 
 def get_args(argv=None):
