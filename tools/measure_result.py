@@ -233,11 +233,13 @@ def divergences(student, teacher, conditions):
 
 def ask_all(student, conditions, known):
     """{text, heard, unheard, 10 dB, ...: {id: answer}}; all candidates are read."""
-    by_text = [student.prompt({"prompt": row["prompt"]}) for row in known.values()]
-    answers = {"text": dict(zip(known, answers_to(student, by_text)))}
-    for name, asked in tqdm(conditions.items(), desc="answers", unit="condition"):
+    asked_of = {"text": (known, [student.prompt({"prompt": row["prompt"]}) for row in known.values()])}
+    for name, asked in conditions.items():
         if name != "human":
-            answers[name] = dict(zip(asked.ids, answers_to(student, [q.by_speech for q in asked.questions])))
+            asked_of[name] = asked.ids, [q.by_speech for q in asked.questions]
+    answers = {}
+    for name, (ids, prompts) in tqdm(asked_of.items(), desc="answers", unit="condition"):
+        answers[name] = dict(zip(ids, answers_to(student, prompts)))
     return answers
 
 

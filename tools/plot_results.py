@@ -40,7 +40,8 @@ CURVES = {  # axis of the picture: {place on it: run}
     "lambda: KL by it, CE by 1 - lambda": {0: "lambda0", 0.25: "lambda25", 0.5: "R6", 0.75: "lambda75", 1: "lambda100"},
     "prompts": {**{count: f"prompts{count}" for count in PARTS}, 4000: "R8"}}
 PAIRS = [("R1", "R2"), ("R2", "R3"), ("R3", "R4"), ("R4", "R6"), ("R3", "R6"), ("R1", "R6"), ("R5", "R6"), ("R7", "R6"), ("R6", "R8"), ("R6", "R9"),
-         ("R6", "R10"), ("base", "R1"), ("base", "R6"), ("base", "R8")]  # the paper's order, then the rest
+         ("R6", "R10"), ("base", "R1"), ("base", "R6"), ("base", "R8"), ("lambda0", "R6"), ("R6", "lambda100"), ("lambda100", "R8"), ("R6", "steps200"),
+         ("prompts500", "R8")]  # the paper's order, then the rest
 SPOKEN = ("heard", "unheard", "10 dB")
 SHARES = ("retention", "all")  # measures of which more is better; of KL8 less
 WAYS = ("text", *SPOKEN)
@@ -385,7 +386,10 @@ def counts_line(results):
     """How many questions each column has."""
     for record in results.values():
         if isinstance(record, dict):
-            counts = {what: of[3] for what, of in record["summary"].items() if what.startswith(("retention, ", "candidates, text")) or "human, text" in what}
+            counts = {}
+            for what, of in record["summary"].items():
+                if what.startswith("retention, ") or what == "candidates, text" or "human, text" in what:
+                    counts[what] = of[3]
             return f"Split {record['split']}; n: " + "; ".join(f"{what} {count}" for what, count in counts.items()) + (
                 ". *Of all right by text*: of all candidates, also those that the teacher answers wrong. The teacher's "
                 "retention is 1 by definition, so that of others can only fall. *Of a draw*: of all candidates, also spoken. M and the gap count only where the text side has not collapsed. KL8 below: human-written questions. *The paper's, 7 B*: VoiceBench by speech, its own scores. Longer "
@@ -394,8 +398,10 @@ def counts_line(results):
 
 
 def to_text(results):
-    parts = [main_table(results, RUNS), main_table(results, CURVE_RUNS), [missing_line(results)], [counts_line(results)], seeds_table(results), answers_table(results), pairs_table(results),
-             damage_table(results), repair_table(results), more_table(results), hearing_table(results)]
+    parts = [main_table(results, RUNS), [missing_line(results)], [counts_line(results)]]
+    parts += [main_table(results, CURVE_RUNS)] if set(results) & set(CURVE_RUNS) else []
+    parts += [seeds_table(results), answers_table(results), pairs_table(results), damage_table(results), repair_table(results),
+              more_table(results), hearing_table(results)]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
