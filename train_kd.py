@@ -434,9 +434,8 @@ def teach_all(args, teacher, items, say):
 
 @torch.no_grad()
 def teacher_rows(teacher, items):
-    """One teacher forward for both channels -> the hidden rows that predict the answers,
-    list of (n_i, H'); from the cache if the items carry them. The student's own LLM teaches with
-    its adapters off."""
+    """One teacher forward for both channels -> the hidden rows that predict the answers, a list of
+    (n_i, H'); the items' own if they carry them. The student's own LLM has its adapters off."""
     if all("taught" in item for item in items):
         return [item["taught"] for item in items]
     ids = [item["teacher_ids"] + item["answer"] for item in items]
