@@ -520,3 +520,26 @@ def test_the_readme_shows_the_files_table():
         assert len(parts) == 3 and parts[1].strip() == table.read_text().partition("\n\n")[0].strip()
     if table.exists():  # and the file what was measured
         assert table.read_text() == plot_results.to_text(plot_results.read_results(RESULTS))
+
+
+def test_the_readme_tells_what_the_files_say():
+    told = " ".join((ROOT / "README.md").read_text().split())
+    rows = {}
+    for folder in ("result", "result-4000"):
+        for line in (ROOT / "results" / folder / "table.md").read_text().splitlines():
+            cells = line.strip("| ").split(" | ")
+            rows.setdefault((folder, cells[0], len(cells)), cells)
+    of = {run: json.loads((RESULTS / run / "measured.json").read_text())["candidates"] for run in ("base", "R6", "R8")}
+    base, right = of["base"], {run: len(record["text"]) for run, record in of.items()}
+    assert (f"Of **all** {base['questions']:,} candidates it answers {right['base']} right, the teacher {len(base['teacher'])}, "
+            f"R6 {right['R6']}, R8 {right['R8']}:") in told
+    for run in ("R6", "R8"):  # of three seeds
+        shares = [sorted(int(share.strip("%")) for share in cell.split(", ")) for cell in rows["result", run, 8][-2:]]
+        by_text, heard = (f"{few[0]} to {few[-1]}%" for few in shares)
+        assert f"{by_text} by text" in told and f"{heard} heard" in told
+    pair = rows["result", "R4 - R3", 8][2]
+    assert f"(R4 - R3 {pair})" in told and f"(R6 - R4 {rows['result', 'R6 - R4', 8][2].split()[0]})" in told
+    assert f"R6 - R3 {rows['result-4000', 'R6 - R3', 8][2]} by text)" in told
+    assert f"{rows['result-4000', 'R8', 14][1]}; goal 80%" in told
+    missed = (rows[folder, "R8", 9][3].split()[0] for folder in ("result", "result-4000"))
+    assert "R8: {}; five times the prompts: {}".format(*missed) in told
