@@ -8,9 +8,9 @@ The untrained student is teacher (by text) and cascade (by speech) in one: its L
 
 Retention: share of the questions that the teacher answers right by text which the student answers right, too (qa_match), by text, in a
 voice that is trained on (heard), in voices that never are (unheard), and heard in noise. It can only fall: so accuracy by text over all
-candidates and by speech over a draw of them stand beside it, and MRR = that by speech / the teacher's by text. KL8 = KL(teacher by text || student), nats a
-token over the first 8 tokens of the teacher's answers; F, M = KL(teacher by text || student by text), KL(student by text || by
-speech), over all its tokens; agreement: share of tokens that student and teacher both prefer.
+candidates and by speech over a draw of them stand beside it, and MRR = that by speech / the teacher's by text. KL8 = KL(teacher by
+text || student), nats a token over the first 8 tokens of the teacher's answers; F, M = KL(teacher by text || student by text),
+KL(student by text || by speech), over all its tokens; agreement: share of tokens that student and teacher both prefer.
 Reads   what tools/result_data.sh made
 Writes  OUT/measured.json (every question's number), OUT/answers.jsonl. What is measured by the same weights and rows is not done again.
 """
@@ -329,11 +329,10 @@ def summary_of(record, seed):
     found["gap, text - heard"] = [*vb.interval(gap, seed), len(gap)]
     every = record["right"]["all"]
     found["MRR"] = [*ratio(every["heard"].values(), every["teacher"].values(), seed), len(every["teacher"])]
-    questions, teacher, text = record["candidates"].values()
-    wrong = [0] * (questions - len({*teacher, *text}))
-    rights = [(own in text) - (own in teacher) for own in sorted({*teacher, *text})]
-    found["candidates, text"] = [*vb.interval([1] * len(text) + [0] * (questions - len(text)), seed), questions]
-    found["candidates, text - teacher"] = [*vb.interval(rights + wrong, seed), questions]
+    count, teacher, text = (record["candidates"][key] for key in ("questions", "teacher", "text"))
+    more = [(own in text) - (own in teacher) for own in sorted({*teacher, *text})]
+    found["candidates, text"] = [*vb.interval([1] * len(text) + [0] * (count - len(text)), seed), count]
+    found["candidates, text - teacher"] = [*vb.interval(more + [0] * (count - len(more)), seed), count]
     for name, of in record["divergences"].items():
         for side in set(of) & {"text", "speech"}:
             found[f"KL8, {name}, {side}"] = [*vb.interval(of[side]["kl8"], seed), len(of[side]["kl8"])]

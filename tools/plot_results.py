@@ -38,7 +38,7 @@ CURVE_RUNS = {  # R6 with one thing changed; a table has those that are there
 CURVES = {  # axis of the picture: {place on it: run}
     "steps": {25: "steps25", 50: "steps50", 100: "R6", 200: "steps200"},
     "lambda: KL by it, CE by 1 - lambda": {0: "lambda0", 0.25: "lambda25", 0.5: "R6", 0.75: "lambda75", 1: "lambda100"},
-    "prompts": {**{count: f"prompts{count}" for count in PARTS}, 4000: "R8"}}
+    "prompts": {**{count: f"prompts{count}" for count in PARTS}, "all": "R8"}}
 PAIRS = [("R1", "R2"), ("R2", "R3"), ("R3", "R4"), ("R4", "R6"), ("R3", "R6"), ("R1", "R6"), ("R5", "R6"), ("R7", "R6"), ("R6", "R8"), ("R6", "R9"),
          ("R6", "R10"), ("base", "R1"), ("base", "R6"), ("base", "R8"), ("lambda0", "R6"), ("R6", "lambda100"), ("lambda100", "R8"), ("R6", "steps200"),
          ("prompts500", "R8")]  # the paper's order, then the rest
@@ -169,7 +169,8 @@ def sounds_change(after, before):
 
 
 MAIN = {  # heading of a column: what measure_result.py calls it
-    "of all right by text": "candidates, text", "retention by text": "retention, text", **{f"by speech, {way}": f"retention, {way}" for way in SPOKEN}, "gap": "gap, text - heard"}
+    "of all right by text": "candidates, text", "retention by text": "retention, text",
+    **{f"by speech, {way}": f"retention, {way}" for way in SPOKEN}, "gap": "gap, text - heard"}
 ANSWERS = {"of all right by text, less the teacher's": "candidates, text - teacher", "of a draw right by text": "all, text", "by speech": "all, heard",
            "KL8 by text": "KL8, human, text", "KL8 by speech": "KL8, human, speech"}
 # overall score of VoiceBench by speech, Qwen2.5-Omni-7B (arXiv 2509.14930); its base is the published model
@@ -196,7 +197,7 @@ def students(results, columns):
 
 
 def main_table(results, trained):
-    """Of the runs in trained, the README's table: the first seed of each."""
+    """The README's, of the runs in `trained`: the first seed of each."""
     rows = []
     for name, record, cells in students(results, MAIN):
         if "-seed" in name or name in (RUNS | CURVE_RUNS) and name not in trained:
@@ -392,7 +393,8 @@ def counts_line(results):
                     counts[what] = of[3]
             return f"Split {record['split']}; n: " + "; ".join(f"{what} {count}" for what, count in counts.items()) + (
                 ". *Of all right by text*: of all candidates, also those that the teacher answers wrong. The teacher's "
-                "retention is 1 by definition, so that of others can only fall. *Of a draw*: of all candidates, also spoken. M and the gap count only where the text side has not collapsed. KL8 below: human-written questions. *The paper's, 7 B*: VoiceBench by speech, its own scores. Longer "
+                "retention is 1 by definition, so that of others can only fall. *Of a draw*: of all candidates, also spoken. M and the "
+                "gap count only where the text side has not collapsed. KL8 below: human-written questions. *The paper's, 7 B*: VoiceBench by speech, its own scores. Longer "
                 "answers are more often right, by themselves. Whisper mishears: heard is of more questions than the noisy ones.")
     return "Nothing is measured yet."
 
