@@ -73,7 +73,7 @@ def get_args(argv=None):
     p.add_argument("--teacher", default=m.DEFAULT_LLM, help="text LLM, folder or hub id")
     p.add_argument("--student", default=m.DEFAULT_STUDENT, help="the untrained student, WHISPER+LLM")
     p.add_argument("--base-steps", type=m.number(int, 1), default=40, help="optimizer steps of base")
-    p.add_argument("--base-lr", type=m.number(float, 0), default=1e-4, help="of base's LLM: how much of what it knew it loses")
+    p.add_argument("--base-lr", type=m.number(float, 0), default=1e-4, help="of base's LLM")
     p.add_argument("--max-steps", type=m.number(int, 1), default=100, help="optimizer steps of the others")
     p.add_argument("--batch-size", type=m.number(int, 1), default=16, help="rows with a teacher in a step")
     p.add_argument("--sound-batch-size", type=m.number(int, 1), default=8, help="rows about sounds in a step")
