@@ -286,12 +286,21 @@ def test_nothing_starts_without_a_base_or_without_data(drive, tmp_path, capsys):
         drive(tmp_path, "--only", "base", folder=tmp_path)
 
 
-def test_the_untrained_student_is_teacher_and_cascade(tiny, data, tmp_path, capsys):
+def test_the_untrained_student_is_teacher_and_cascade_and_goes_on_where_it_was_stopped(tiny, data, tmp_path, capsys, monkeypatch):
     args = measure_result.get_args([tiny.student, "--data", str(data), "--teacher", tiny.llm, "--start", tiny.student, "--noise-db", "10", "5", "0",
                                     "--device", "cpu", "--out", str(tmp_path)])
-    measure_result.main(args)
+    with monkeypatch.context() as broken:
+        broken.setattr(measure_result, "topic_recall", lambda *_: (_ for _ in ()).throw(OSError("stopped")))
+        with pytest.raises(OSError, match="stopped"):
+            measure_result.main(args)
+    assert not (tmp_path / "measured.json").exists()
+    asked = []
+    answers_to = measure_result.answers_to
+    monkeypatch.setattr(measure_result, "answers_to", lambda student, prompts, *most: asked.append(len(prompts)) or answers_to(student, prompts, *most))
+    measure_result.main(args)  # goes on with topics: by text and by speech, and what is repeated
+    assert asked == [6, 6, 2] and not (tmp_path / "parts.json").exists()
     shown = capsys.readouterr().err
-    assert "answers: 100%" in shown and "divergences: 100%" in shown
+    assert "100%" in shown and "divergences: 100%" in shown
     record = json.loads((tmp_path / "measured.json").read_text())
     assert record["summary"]["F, heard"][0] == pytest.approx(0, abs=1e-4) and record["sounds"] == {}
     assert record["summary"]["agreement, human, text"][0] == 1 and record["summary"]["KL8, heard, speech"][0] > 0

@@ -12,7 +12,8 @@ candidates and by speech over a draw of them stand beside it, and MRR = that by 
 text || student), nats a token over the first 8 tokens of the teacher's answers; F, M = KL(teacher by text || student by text),
 KL(student by text || by speech), over all its tokens; agreement: share of tokens that student and teacher both prefer.
 Reads   what tools/result_data.sh made
-Writes  OUT/measured.json (every question's number), OUT/answers.jsonl. What is measured by the same weights and rows is not done again.
+Writes  OUT/measured.json (every question's number), OUT/answers.jsonl. What is measured by the same weights and rows is not done again;
+        what is stopped goes on from OUT/parts.json.
 """
 import argparse
 import collections
@@ -231,16 +232,13 @@ def divergences(student, teacher, conditions):
     return found
 
 
-def ask_all(student, conditions, known):
-    """{text, heard, unheard, 10 dB, ...: {id: answer}}; all candidates are read."""
-    asked_of = {"text": (known, [student.prompt({"prompt": row["prompt"]}) for row in known.values()])}
-    for name, asked in conditions.items():
-        if name != "human":
-            asked_of[name] = asked.ids, [q.by_speech for q in asked.questions]
-    answers = {}
-    for name, (ids, prompts) in tqdm(asked_of.items(), desc="answers", unit="condition"):
-        answers[name] = dict(zip(ids, answers_to(student, prompts)))
-    return answers
+def answers_by_text(student, known):
+    """-> {id: answer}, as answers_by_speech."""
+    return dict(zip(known, answers_to(student, [student.prompt({"prompt": row["prompt"]}) for row in known.values()])))
+
+
+def answers_by_speech(student, asked):
+    return dict(zip(asked.ids, answers_to(student, [q.by_speech for q in asked.questions])))
 
 
 def grade(answers, known):
@@ -354,21 +352,42 @@ def summary_of(record, seed):
     return rounded
 
 
+def kept(args, key, parts):
+    """{name: what its function gives}; each is written as soon as it is there, and not asked for again by the same key."""
+    path, found = Path(args.out, "parts.json"), {}
+    if path.exists():
+        found = json.loads(path.read_text())
+    if found.get("key") != key:
+        found = {"key": key}
+    for name, work in tqdm(parts.items(), unit="part"):
+        if name not in found:
+            found[name] = work()
+            m.write_atomically(path, json.dumps(found))
+    return {name: found[name] for name in parts}
+
+
 @torch.inference_mode()
-def measure(args):
-    """-> the record of measured.json, {condition: {id: answer}}."""
+def measure(args, key):
+    """-> the record of measured.json, {condition: {id: answer}}; all candidates are read."""
     known = read_known(args)
     start, (teacher, tokenizer) = m.load_student(args.start).to(args.device), m.load_llm(args.teacher)
     teacher.to(args.device)
     student = start if args.student == args.start else m.load_student(args.student).to(args.device)
     conditions = conditions_of(args, start, tokenizer, known)
-    asked = {own: known[own] for own in conditions["heard"].ids} if args.limit else known
-    answers = ask_all(student, conditions, asked)
+    read = {own: known[own] for own in conditions["heard"].ids} if args.limit else known
+    asked_of = {"text": functools.partial(answers_by_text, student, read)}
+    for name, asked in conditions.items():
+        if name != "human":
+            asked_of[name] = functools.partial(answers_by_speech, student, asked)
+    rest = {"divergences": lambda: divergences(student, teacher, conditions),
+            "controls": lambda: controls_of(student, conditions["heard"], known),
+            "topics": lambda: topic_recall(student, conditions["human"]),
+            "sounds": lambda: sounds_of(args, student, start, tokenizer),
+            "repeated": lambda: repeated_of(args, student, start, tokenizer)}
+    found = kept(args, key, asked_of | rest)
+    answers = {name: found[name] for name in asked_of}
     right, candidates = grade(answers, known)
-    record = {"right": right, "candidates": candidates, "divergences": divergences(student, teacher, conditions),
-              "controls": controls_of(student, conditions["heard"], known), "topics": topic_recall(student, conditions["human"]),
-              "sounds": sounds_of(args, student, start, tokenizer), "repeated": repeated_of(args, student, start, tokenizer),
-              "misheard": {}}
+    record = {"right": right, "candidates": candidates, **{name: found[name] for name in rest}, "misheard": {}}
     for name, asked in conditions.items():
         record["misheard"][name] = wrong_words([row["prompt"] for row in asked.rows], asked.heard)
     return record, answers
@@ -381,7 +400,7 @@ def main(args):
         return
     begun, out = time.perf_counter(), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    record, answers = measure(args)
+    record, answers = measure(args, key)
     summary = summary_of(record, args.seed)
     whole = {"key": key, "split": args.split, "seconds": round(time.perf_counter() - begun), "summary": summary, **record,
              **vb.provenance(args)}
@@ -390,6 +409,7 @@ def main(args):
         lines += json.dumps({"id": own, **{condition: texts[own] for condition, texts in answers.items() if own in texts}}) + "\n"
     m.write_atomically(out / "answers.jsonl", lines)
     m.write_atomically(out / "measured.json", json.dumps(whole) + "\n")
+    (out / "parts.json").unlink()
     for what, (value, low, high, count) in summary.items():
         print(f"{what:32} {value:6.3f} [{low:.3f}, {high:.3f}]  n {count}")
     print(f"{out}/measured.json in {whole['seconds']} s")

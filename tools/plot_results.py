@@ -25,20 +25,18 @@ TOOLS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TOOLS.parent), str(TOOLS)]
 import eval_voicebench as vb
 import model as m
-from result_data import PARTS
+from run_results import LAMBDAS, PROMPTS, STEPS
 
 RUNS = {  # run: how it is trained
     "base": "S2T, reference, CE", "R1": "S2T, reference, CE", "R2": "S2T, reference, CE + KL", "R3": "S2T, response, CE",
     "R4": "S2T, response, CE + KL", "R5": "T2T alone, response, CE + KL", "R6": "S2T + T2T, response, CE + KL",
     "R7": "R6 without sounds", "R8": "R6 with KL alone, LoRA", "R9": "R6 by LoRA", "R10": "R6 with KL alone"}
 CURVE_RUNS = {  # R6 with one thing changed; a table has those that are there
-    **{f"steps{steps}": f"R6, {steps} steps" for steps in (25, 50, 200)},
-    **{f"lambda{percent}": f"R6, KL {percent / 100:g}, CE {1 - percent / 100:g}" for percent in (0, 25, 75, 100)},
-    **{f"prompts{count}": f"R8, {count} prompts" for count in PARTS}}
-CURVES = {  # axis of the picture: {place on it: run}
-    "steps": {25: "steps25", 50: "steps50", 100: "R6", 200: "steps200"},
-    "lambda: KL by it, CE by 1 - lambda": {0: "lambda0", 0.25: "lambda25", 0.5: "R6", 0.75: "lambda75", 1: "lambda100"},
-    "prompts": {**{count: f"prompts{count}" for count in PARTS}, "all": "R8"}}
+    **{run: f"R6, {steps} steps" for run, steps in STEPS.items()},
+    **{run: f"R6, KL {share:g}, CE {1 - share:g}" for run, share in LAMBDAS.items()},
+    **{run: f"R8, {count} prompts" for run, count in PROMPTS.items()}}
+CURVES = {  # axis of the picture: {run: place on it}
+    "steps": STEPS | {"R6": 100}, "lambda: KL by it, CE by 1 - lambda": LAMBDAS | {"R6": 0.5}, "prompts": PROMPTS | {"R8": np.inf}}
 PAIRS = [("R1", "R2"), ("R2", "R3"), ("R3", "R4"), ("R4", "R6"), ("R3", "R6"), ("R1", "R6"), ("R5", "R6"), ("R7", "R6"), ("R6", "R8"), ("R6", "R9"),
          ("R6", "R10"), ("base", "R1"), ("base", "R6"), ("base", "R8"), ("lambda0", "R6"), ("R6", "lambda100"), ("lambda100", "R8"), ("R6", "steps200"),
          ("prompts500", "R8")]  # the paper's order, then the rest
@@ -468,16 +466,17 @@ def draw_curves(results, path):
     """Retention of R6 with more or fewer steps, other lambdas, of R8 with fewer prompts, where there is more than one run of these;
     base stands beside."""
     curves = {}
-    for title, curve in CURVES.items():
-        curves[title] = {x: run for x, run in curve.items() if there(results, run)}
-    curves = {title: curve for title, curve in curves.items() if len(curve) > 1}
+    for title, place_of in CURVES.items():
+        runs = sorted((run for run in place_of if there(results, run)), key=place_of.get)
+        if len(runs) > 1:
+            curves[title] = {run: "all" if place_of[run] == np.inf else f"{place_of[run]:g}" for run in runs}
     if not curves:
         return
     figure, axes = plt.subplots(1, len(curves), figsize=(1 + 5 * len(curves), 4), constrained_layout=True, sharey=True, squeeze=False)
-    for axis, (title, there_are) in zip(axes[0], curves.items()):
-        axis.set_xticks(range(len(there_are)), list(there_are))
+    for axis, (title, label_of_run) in zip(axes[0], curves.items()):
+        axis.set_xticks(range(len(label_of_run)), label_of_run.values())
         for way in WAYS:
-            found = [results[run]["summary"][f"retention, {way}"] for run in there_are.values()]
+            found = [results[run]["summary"][f"retention, {way}"] for run in label_of_run]
             low, high = ([abs(of[0] - of[k]) for of in found] for k in (1, 2))
             axis.errorbar(range(len(found)), [of[0] for of in found], yerr=[low, high], fmt="o-", color=COLOURS[way], label=way, lw=1.2, capsize=2)
             if there(results, "base"):

@@ -51,10 +51,11 @@ RUNS = {
     "R9": "--lora-rank 16", "R10": "--ce-weight 0 --kd-weight 1 --temperature 1"}  # which of the two does it
 ORDER = "start base R6 R1 R4 R3 R2 R5 R8 R7 R9 R10".split()  # a run that is stopped has told the most; start: the untrained student
 # curves through R6, where lambda is 0.5 and every row is seen once in 100 steps; only if they are named
-LAMBDAS = {f"lambda{percent}": f"--kd-weight {percent / 100:g} --ce-weight {1 - percent / 100:g}" for percent in (0, 25, 75, 100)}
+LAMBDAS = {f"lambda{percent}": percent / 100 for percent in (0, 25, 75, 100)}  # KL by it, CE by 1 - it
 STEPS = {f"steps{steps}": steps for steps in (25, 50, 200)}
 PROMPTS = {f"prompts{count}": count for count in PARTS}  # R8 with a part of the prompts, as many steps
-RUNS |= LAMBDAS | dict.fromkeys(STEPS, "") | dict.fromkeys(PROMPTS, RUNS["R8"])
+RUNS |= {run: f"--kd-weight {share:g} --ce-weight {1 - share:g}" for run, share in LAMBDAS.items()}
+RUNS |= dict.fromkeys(STEPS, "") | dict.fromkeys(PROMPTS, RUNS["R8"])
 NOISE_CURVE = ("start", "base", "R6", "R8")  # by speech in noise of more than one strength
 ONE_CHANNEL = ("base", "R1", "R2", "R3", "R4", "R5")
 STEP_S = {True: 13, False: 20}  # seconds of a step by one channel, by both, on two cores, for the time left
