@@ -63,8 +63,7 @@ TAG = re.compile(r"</?\|?\w*(?:audio|speech|sound)\w*\|?>|\[audio\]", re.I)  # o
 TODAY = datetime.date(2025, 1, 1)  # in templates that tell the date: no run may change next day
 FILLER = "user"                    # a sound begins as this: of 20 tokens it changes answers least
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
-# what a model's folder holds beside its weights
-BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
+BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")  # beside weights in a model's folder
 
 
 # ---- what people give: options, JSON, files ----
@@ -150,10 +149,10 @@ def file_below(folder, name, where):
     return str(path)
 
 
-def write_atomically(path, text):
-    """The file appears complete or not at all, whichever rank is quicker."""
+def write_atomically(path, content):
+    """Text or bytes: the file appears complete or not at all, whichever rank is quicker."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(temporary, path)
 
 
@@ -179,8 +178,8 @@ def start_processes(device, backend="gloo"):
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
-        torch.set_num_threads(max(1, cores() // int(os.environ["LOCAL_WORLD_SIZE"])))  # else one
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # one writes 91 GB
+        torch.set_num_threads(cores())  # else one
     return ranks()
 
 
@@ -191,8 +190,9 @@ def digest(path):
 
 
 def cores():
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """Processor cores that this process may use; under torchrun its share of them."""
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, ours // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 # ---- models by name ----

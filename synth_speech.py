@@ -222,7 +222,8 @@ class Stage(dict):
             os.truncate(self.own, self.own.read_bytes().rfind(b"\n") + 1)
         for path in sorted(self.own.parent.glob(f"{name}.*.jsonl")):
             for record in map(json.loads, path.read_text().split("\n")[:-1]):
-                self[record["id"]] = record
+                if "error" not in record or record["id"] not in self:
+                    self[record["id"]] = record
 
     def add(self, records):
         with open(self.own, "a") as file:
@@ -231,15 +232,16 @@ class Stage(dict):
 
 def staged(args, name, rows, size, work):
     """work(batch of rows) -> records, shared by all processes -> {id: record} of all of them.
-    What is done already stays; a run that is started again cuts the same batches."""
+    What is done already stays, what failed is tried again; the same batches are cut."""
     rank, world = m.ranks()
     done = Stage(args.out, name)
+    made = {row_id for row_id, record in done.items() if "error" not in record}
     rows = sorted(rows, key=lambda row: (len(row.get("prompt", "")), row["id"]))  # like lengths
     starts = range(rank * size, len(rows), world * size)
     for start in tqdm(starts, name, unit="batch", disable=rank > 0 or not rows):
         batch = rows[start:start + size]
-        if not done.keys() >= {row["id"] for row in batch}:
-            done.add([record for record in work(batch) if record["id"] not in done])
+        if not made >= {row["id"] for row in batch}:
+            done.add([record for record in work(batch) if record["id"] not in made])
     if world > 1:
         dist.barrier()
     return Stage(args.out, name)
@@ -344,8 +346,7 @@ def piper(_args, text, voice, speed, _rng):
 def command(args, text, voice, _speed, _rng):
     with tempfile.TemporaryDirectory() as folder:
         wav = os.path.join(folder, "speech.wav")
-        said = text.lstrip("-")  # no option of the program's
-        values = {"{text}": said, "{wav}": wav, "{voice}": voice}
+        values = {"{text}": text.lstrip("-"), "{wav}": wav, "{voice}": voice}  # text: no option
         words = [values.get(word, word) for word in args.tts_command]  # never through a shell
         result = subprocess.run(words, capture_output=True, errors="replace", timeout=300)
         if result.returncode or not os.path.exists(wav):
@@ -410,8 +411,7 @@ def synthesise(args, clip):
     path, flac = Path(args.out) / "wav" / f"{name}.flac", io.BytesIO()
     # in a file soundfile would hide that the disk is full
     soundfile.write(flac, samples / max(1, np.abs(samples).max()), m.SAMPLE_RATE, format="FLAC")
-    path.with_suffix(".tmp").write_bytes(flac.getvalue())
-    os.replace(path.with_suffix(".tmp"), path)
+    m.write_atomically(path, flac.getvalue())
     known = {key: value for key, value in clip.items() if value and key not in ("prompt", "speed")}
     return {**known, "audio": f"wav/{name}.flac", "sample_rate": m.SAMPLE_RATE,
             "seconds": round(len(samples) / m.SAMPLE_RATE, 3)}

@@ -408,7 +408,7 @@ def align_sounds(student, rows, heard_of):
     return len(sounds)
 
 
-def teach_all(args, teacher, items, say):
+def teach_all(args, teacher, item_of, rows, say):
     """Let the teacher's body read each row once, and leave memory -> function from item to its
     hidden rows (n, H'), which give the exact divergence; a few of the largest logits would not."""
     def compute(batch):
@@ -418,7 +418,7 @@ def teach_all(args, teacher, items, say):
     def key_of(item):
         return str([item["teacher_ids"], item["answer"]])
 
-    asked = [{**item, **dict.fromkeys(CHANNELS)} for item in items if item["teacher_ids"]]  # slim
+    asked = [item_of(row, student=None) for row in rows if row["prompt"] is not None]  # no audio
     lengths = {key_of(item): len(item["answer"]) for item in asked}  # in several voices it is one
     tokens, head = sum(lengths.values()), teacher.get_output_embeddings()
     gib = tokens * head.in_features * teacher.dtype.itemsize / 2**30
@@ -687,7 +687,7 @@ def load_checkpoint(found, student, optimizer, identity):
         raise RuntimeError(f"{found[0].parent}: no checkpoint has the SHA-256 that its name says "
                            f"({len(found)} tried); copy one back, or choose another --out")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # ranks share it
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: no checkpoint can be read from it ({str(error)[:99]}); start "
                          "afresh in another --out") from error
@@ -729,7 +729,7 @@ def teach_only(args, rows, bad, say):
                                 heard_of=None)
     rows = check_rows([row for row in rows if row["prompt"]], item_of, [teacher], bad)
     say(m.leave_out(bad, args.max_bad_rows, args.out, m.ranks()[0] == 0) or "no row is bad")
-    teach_all(args, teacher, map(item_of, rows), say)
+    teach_all(args, teacher, item_of, rows, say)
 
 
 def main(args):
@@ -776,7 +776,7 @@ def main(args):
         clips = align_sounds(student, train_rows, heard_of)
         say(f"sound layer: begins with {clips} clips")
     if args.teacher_cache and teacher is not None:
-        taught_of = teach_all(args, teacher, map(item_of, train_rows + eval_rows), say)
+        taught_of = teach_all(args, teacher, item_of, train_rows + eval_rows, say)
         item_of = functools.partial(item_of, taught_of=taught_of)
     plan = plan_steps(train_rows, args)  # all steps, known before the first
 

@@ -78,7 +78,7 @@ def writes_down(tmp_path):
     for name in ("python", "pip"):
         (tmp_path / name).chmod(0o755)
     return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "DATA": str(tmp_path / "data"),
-            "STUDENTS": str(tmp_path / "students"), "RESULTS": str(tmp_path / "results"), "OUT": "/a/name/that/others/use"}
+            "STUDENTS": str(tmp_path / "students"), "OUT": "/a/name/that/others/use"}
 
 
 @pytest.mark.parametrize("name, wanted, rollouts", [
@@ -100,7 +100,7 @@ def test_each_run_differs_in_one_thing(tmp_path, name, wanted, rollouts):
     first = f"{tmp_path}/students/own-reverse/last"
     assert trained.startswith(f"train_kd.py --student {first if name.startswith('again') else 'start'} ")
     assert not rollouts or f"tools/rollouts.py {first if name == 'again' else 'start'} " in "\n".join(calls)
-    assert trained.endswith(f"--out {tmp_path}/students/{name}") and (tmp_path / "results" / name / "log.jsonl").exists()
+    assert trained.endswith(f"--out {tmp_path}/students/{name}") and (tmp_path / "students/results" / name / "log.jsonl").exists()
     assert [call.split()[0] for call in calls[-3:]] == ["tools/measure_result.py", "tools/measure_result.py", "tools/plot_beyond.py"]
     wrong = subprocess.run([*script, "own-kld"], env=env, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("own-kld: no such run; expected more, kl, reverse")
@@ -123,7 +123,7 @@ def test_languages_differ_in_what_is_distilled_alone(tmp_path):
     spoken = [call for call in calls if call.startswith("synth_speech.py")]
     assert len(spoken) == 10 and all(call.endswith("{text} {wav}") for call in spoken)
     assert (tmp_path / "data/de.jsonl").read_text().count('"de-') == 24  # the questions that people wrote
-    assert (tmp_path / "results/english-more/divergence-fr.json").exists() and (tmp_path / "results/speech-invented-more.json").exists()
+    assert (tmp_path / "students/results/english-more/divergence-fr.json").exists() and (tmp_path / "students/results/speech-invented-more.json").exists()
 
 
 def test_the_questions_of_all_languages_are_the_same():

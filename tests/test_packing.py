@@ -140,3 +140,13 @@ def test_no_script_uses_the_attention_whose_backward_gives_nan_under_a_mask():
     torch.backends.cuda.enable_cudnn_sdp(True)
     m.start_processes("cpu")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_processes_share_the_cores_and_wait_for_the_one_that_writes_a_checkpoint(monkeypatch):
+    """91 GB of a 7 B model take longer than torch's own ten minutes."""
+    waits, threads, cores = [], [], m.cores()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():  # as torchrun sets them
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(m.dist, "init_process_group", lambda backend, timeout: waits.append(timeout.total_seconds()))
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    assert m.start_processes("cpu") == (0, 2) and waits[0] >= 3600 and threads == [max(1, cores // 2)]

@@ -321,6 +321,7 @@ def test_the_untrained_student_is_teacher_and_cascade_and_goes_on_where_it_was_s
     ("R10", "--ce-weight 0 --kd-weight 1 --temperature 1 --max-steps"), ("lambda25", "--kd-weight 0.25 --ce-weight 0.75 --max-steps 100")])
 def test_the_runs_differ_in_what_the_table_says_and_read_the_same_rows(data, run, words):
     args = run_results.get_args(["--data", str(data), "--out", "out/x", "--seed", "2"])
+    assert args.results == "out/x/results"  # not what this repository shows
     commands = {name: " ".join(run_results.command_of(args, name)) for name in ("R6", run)}
     assert words in commands[run] and f"--out out/x/{run}-seed2" in commands[run] and "out/x/base-seed2/last" in commands[run]
     rows = [command.split("--data ")[1].split(" --")[0] for command in commands.values()]
@@ -538,17 +539,20 @@ def test_the_readme_tells_what_the_files_say():
         for line in (ROOT / "results" / folder / "table.md").read_text().splitlines():
             cells = line.strip("| ").split(" | ")
             rows.setdefault((folder, cells[0], len(cells)), cells)
-    of = {run: json.loads((RESULTS / run / "measured.json").read_text())["candidates"] for run in ("base", "R6", "R8")}
-    base, right = of["base"], {run: len(record["text"]) for run, record in of.items()}
-    assert (f"Of **all** {base['questions']:,} candidates it answers {right['base']} right, the teacher {len(base['teacher'])}, "
-            f"R6 {right['R6']}, R8 {right['R8']}:") in told
-    for run in ("R6", "R8"):  # of three seeds
-        shares = [sorted(int(share.strip("%")) for share in cell.split(", ")) for cell in rows["result", run, 8][-2:]]
-        by_text, heard = (f"{few[0]} to {few[-1]}%" for few in shares)
-        assert f"{by_text} by text" in told and f"{heard} heard" in told
-    pair = rows["result", "R4 - R3", 8][2]
-    assert f"(R4 - R3 {pair})" in told and f"(R6 - R4 {rows['result', 'R6 - R4', 8][2].split()[0]})" in told
-    assert f"R6 - R3 {rows['result-4000', 'R6 - R3', 8][2]} by text)" in told
-    assert f"{rows['result-4000', 'R8', 14][1]}; goal 80%" in told
+    right = {}
+    for run in ("base", "R3", "R6", "R8"):
+        for seed in ("", "-seed1", "-seed2"):
+            record = json.loads((RESULTS / (run + seed) / "measured.json").read_text())["candidates"]
+            right.setdefault(run, []).append(len(record["text"]))
+    shown = {run: "{} ({}, {})".format(*right[run]) for run in ("R6", "R8")}
+    assert (f"Of **all** {record['questions']:,} candidates base has {right['base'][0]} right, the teacher {len(record['teacher'])}, R3 {right['R3'][0]} "
+            f"(other seeds: {right['R3'][1]}, {right['R3'][2]}), R6 {shown['R6']}, R8 {shown['R8']}:") in told
+    for run, said in (("R3", "R3 repairs {} by text and {} heard"), ("R6", "R6 {} and {},"), ("R8", "**R8** {} and {} (goal: 80%)")):  # three seeds
+        few = [sorted(int(share.strip("%")) for share in cell.split(", ")) for cell in rows["result", run, 8][-2:]]
+        assert said.format(*(f"{shares[0]} to {shares[-1]}%" for shares in few)) in told
+    pairs = {pair: rows["result", pair, 8][2] for pair in ("R4 - R3", "R6 - R4", "R2 - R1", "R10 - R6")}
+    assert all(f"({pair} {value})" in told for pair, value in pairs.items())
+    by_text, heard = rows["result-4000", "R6 - R3", 8][2:4]
+    assert f"R6 - R3 is {by_text} by text, {heard} heard; R8 repairs {rows['result-4000', 'R8', 14][1]} by text" in told
     missed = (rows[folder, "R8", 9][3].split()[0] for folder in ("result", "result-4000"))
     assert "R8: {}; five times the prompts: {}".format(*missed) in told

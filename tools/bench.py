@@ -1,8 +1,8 @@
 """
 All that is said about speed and memory, measured: against named rivals, same inputs, same machine, same run.
 
-  python tools/bench.py --out results/bench                    # CPU
-  python tools/bench.py --out results/gpu --device cuda        # one GPU: larger sizes
+  python tools/bench.py --out out/bench                        # CPU
+  python tools/bench.py --out out/bench-gpu --device cuda      # one GPU: larger sizes
   python tools/bench.py --out out/bench --parts hearing --data data/quick/heldout.jsonl
 
 Writes  OUT/PART.json, OUT/bench_SCRIPT.log (what the libraries print), and OUT/README.md, the tables of all parts that are there

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What goes beyond the paper, on top of R6 of tools/run_results.py: each run goes on from it by the same number of steps, and differs in one thing.
 #
-#   bash tools/beyond.sh                    two hours on two cores with AMX, five without
+#   bash tools/beyond.sh                    three hours on two cores with AMX, seven without
 #   bash tools/beyond.sh more own           these runs alone, then the table of what is there
 #   SEED=1 bash tools/beyond.sh more own    from R6-seed1; DATA: a copy of the data, since R6-seed1 gives other answers
 #
@@ -13,10 +13,11 @@
 # Stopped anywhere, the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-runs=${*:-more kl own own-kl early}
+runs=${*:-more kl reverse own-reverse early again again-old}
 seed=${SEED:-0} suffix=""
 [ "$seed" = 0 ] || suffix=-seed$seed
-data=${DATA:-data/result} start=${START:-out/result/R6$suffix/last} out=${STUDENTS:-out/beyond} results=${RESULTS:-results/beyond}
+data=${DATA:-data/result} start=${START:-out/result/R6$suffix/last} out=${STUDENTS:-out/beyond}
+results=${RESULTS:-$out/results}
 dtype=float32
 if grep -q amx_bf16 /proc/cpuinfo 2>/dev/null; then dtype=bfloat16; fi
 if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then dtype=bfloat16; fi
@@ -44,8 +45,8 @@ for run in $runs; do
         python tools/rollouts.py $speaker --data $plain --max-new-tokens 24 --dtype $dtype --seed $seed
         more="$data/piper/both-train-rollouts.jsonl $data/espeak/both-train-rollouts.jsonl"
     fi
-    say "$run: ${STEPS:-50} steps"
-    python train_kd.py --student $from --data $plain $more $data/{piper,espeak}/sounds.jsonl $options --max-steps "${STEPS:-50}" --batch-size 16 \
+    say "$run: ${STEPS:-30} steps"
+    python train_kd.py --student $from --data $plain $more $data/{piper,espeak}/sounds.jsonl $options --max-steps "${STEPS:-30}" --batch-size 16 \
         --sound-batch-size 8 --lr-llm 5e-5 --lr-warmup-steps 4 --seed $seed --cache $data/.cache --dtype $dtype --save-every 20 --resume --out $out/$run$suffix
     mkdir -p $results/$run$suffix && cp $out/$run$suffix/{args.json,log.jsonl} $results/$run$suffix/
     rm -f $out/$run$suffix/ckpt-*.pt

@@ -10,7 +10,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=passive
 llm=Qwen/Qwen2.5-Coder-0.5B-Instruct
-data=${DATA:-data/languages} out=${STUDENTS:-out/languages} results=${RESULTS:-results/beyond/languages}
+data=${DATA:-data/languages} out=${STUDENTS:-out/languages}
+results=${RESULTS:-$out/results}
 dtype=float32
 if grep -q amx_bf16 /proc/cpuinfo 2>/dev/null; then dtype=bfloat16; fi
 if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then dtype=bfloat16; fi

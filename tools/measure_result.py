@@ -1,8 +1,8 @@
 """
 What a student still knows, by text and by speech, and what it hears: all that the result's tables are made of.
 
-  python tools/measure_result.py out/result/R6/last --data data/result --out results/result/R6
-  python tools/measure_result.py openai/whisper-base+HuggingFaceTB/SmolLM2-135M-Instruct --data data/result --out results/result/start
+  python tools/measure_result.py out/result/R6/last --data data/result --out out/result/results/R6
+  python tools/measure_result.py openai/whisper-base+HuggingFaceTB/SmolLM2-135M-Instruct --data data/result --out out/result/results/start
 
 The untrained student is teacher (by text) and cascade (by speech) in one: its LLM is the teacher, its sound is left out.
 

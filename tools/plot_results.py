@@ -1,7 +1,8 @@
 """
 The result's tables and pictures, from what tools/measure_result.py wrote about each run.
 
-  python tools/plot_results.py --results results/result
+  python tools/plot_results.py --results out/result/results
+  python tools/plot_results.py                                # of what this repository shows
 
 Reads   RESULTS/RUN/measured.json, or RESULTS/RUN/failed.txt; a run that has neither is "not run"
 Writes  RESULTS/table.md, whose first table is the README's, RESULTS/retention.png, RESULTS/repair.png; RESULTS/curves.png of
@@ -28,9 +29,9 @@ import model as m
 from run_results import LAMBDAS, PROMPTS, STEPS
 
 RUNS = {  # run: how it is trained
-    "base": "S2T, reference, CE", "R1": "S2T, reference, CE", "R2": "S2T, reference, CE + KL", "R3": "S2T, response, CE",
+    "base": "S2T, reference and transcripts, CE", "R1": "S2T, reference, CE", "R2": "S2T, reference, CE + KL", "R3": "S2T, response, CE",
     "R4": "S2T, response, CE + KL", "R5": "T2T alone, response, CE + KL", "R6": "S2T + T2T, response, CE + KL",
-    "R7": "R6 without sounds", "R8": "R6 with KL alone, LoRA", "R9": "R6 by LoRA", "R10": "R6 with KL alone"}
+    "R7": "R6 without sounds", "R8": "R6 with KL alone (tau 1), LoRA", "R9": "R6 by LoRA", "R10": "R6 with KL alone (tau 1)"}
 CURVE_RUNS = {  # R6 with one thing changed; a table has those that are there
     **{run: f"R6, {steps} steps" for run, steps in STEPS.items()},
     **{run: f"R6, KL {share:g}, CE {1 - share:g}" for run, share in LAMBDAS.items()},
@@ -427,7 +428,7 @@ def bars(axis, shown, series, scale=1.0):
 def draw_retention(results, path):
     shown = {}
     for name, record in results.items():
-        if isinstance(record, dict) and "-seed" not in name:  # the table says why a run is not there
+        if isinstance(record, dict) and name in ("start", *RUNS):  # the table says why a run is not there
             label = "teacher,\ncascade" if name == "start" else label_of(name)
             shown[label] = {way: record["summary"].get(f"retention, {way}") for way in WAYS}
     figure, axis = plt.subplots(figsize=(11, 4), constrained_layout=True)
@@ -448,7 +449,7 @@ def draw_repair(results, path):
                               "10 dB": "KL8, 10 dB, speech"})):
         shown = {}
         for name in results:
-            if name not in ("start", "base") and "-seed" not in name and there(results, "start", "base", name):
+            if name in RUNS and name != "base" and there(results, "start", "base", name):
                 found = repairs_of(results, name)
                 shown[label_of(name)] = {way: found[heading] for way, heading in places_of.items()}
         bars(axis, shown, COLOURS, 100)

@@ -6,8 +6,8 @@ Every run of the result, one after the other: train, measure, keep what is small
   python tools/run_results.py --data data/result --out out/result --seeds 1 2 --only base R1 R3 R4 R6
   python tools/run_results.py --data data/result --out out/result --jobs 18 --seeds 0 1 2 --only start base R1 R3 R4 R6 R8     # on a GPU
   python tools/run_results.py --data data/result --out out/result --only lambda0 lambda25 lambda75 lambda100 steps25 steps50 steps200
-  python tools/run_results.py --data data/result-4000 --out out/result-4000 --results results/result-4000 --max-steps 200 --batch-size 40 \
-      --sound-batch-size 20 --max-bad-rows 20 --only start base R3 R6 R8 prompts500 prompts1000 prompts2000      # five times the data
+  python tools/run_results.py --data data/result-4000 --out out/result-4000 --max-steps 200 --batch-size 40 --sound-batch-size 20 \
+      --max-bad-rows 20 --only start base R3 R6 R8 prompts500 prompts1000 prompts2000      # five times the data
 
 Reads   what tools/result_data.sh made
 Writes  OUT/RUN/ (students, run.log), RESULTS/RUN/: command.txt, args.json, log.jsonl, measured.json, answers.jsonl; failed.txt
@@ -67,7 +67,7 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", required=True, help="folder that tools/result_data.sh wrote")
     p.add_argument("--out", required=True, help="folder of students, 1 GB each")
-    p.add_argument("--results", default=str(TOOLS.parent / "results/result"), help="folder of what is small")
+    p.add_argument("--results", help="folder of what is small; default: OUT/results")
     p.add_argument("--only", nargs="+", choices=[*ORDER, *LAMBDAS, *STEPS, *PROMPTS], help="these, in the order given; default: all but the curves")
     p.add_argument("--seeds", nargs="+", type=m.number(int, 0, 2**32), default=[0], help="of the order of rows; all runs with each")
     p.add_argument("--jobs", type=m.number(int, 1), default=1, help="runs side by side: a GPU has room for a core's worth each")
@@ -82,6 +82,7 @@ def get_args(argv=None):
     p.add_argument("--max-bad-rows", type=m.number(int, 0), default=0, help="as of train_kd.py: in many clips one is not understood")
     p.add_argument("--limit", type=m.number(int, 0), default=0, help="measure on so many rows of each set; 0: as measure_result.py does")
     args = p.parse_args(argv)
+    args.results = args.results or str(Path(args.out, "results"))
     args.seed = args.seeds[0]  # of a run
     return args
 

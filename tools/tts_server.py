@@ -64,6 +64,7 @@ def start(args):
         def log_message(self, *_):
             """Nothing a clip."""
 
+    HTTPServer.request_queue_size = 1024  # callers that wait; of 5 the sixth would be refused for a while
     return HTTPServer(("127.0.0.1", args.port), Handler)
 
 
