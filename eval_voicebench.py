@@ -171,8 +171,7 @@ def load_model(args, role):
         return llm.to(args.device), tokenizer
     name = args.student if role == "student" else f"{args.cascade}+{args.teacher}"
     student = m.load_student(name).to(args.device)
-    # what our own student hears stays as exact as it was in training
-    (student.llm if isinstance(student, m.SpeechLLM) else student).to(dtype)
+    m.cast(student.llm if isinstance(student, m.SpeechLLM) else student, dtype)  # not its ears
     return student
 
 
@@ -204,10 +203,10 @@ def answer_data(args, data):
             for subset, rows in data.items():
                 answers = answer_all(args, f"{role}-{subset}-{modality}", rows[modality],
                                      functools.partial(ask, args, role, model), weights[role])
-                lines, name = "", f"{role}-{Path(getattr(args, role)).name}-{subset}-{modality}"
+                lines, name = "", f"{role}-{Path(getattr(args, role)).name}-{weights[role][:6]}"
                 for columns, answer in zip(rows["columns"], answers):
                     lines += json.dumps({**columns, "response": answer["response"]}) + "\n"
-                files.append(out / f"{name}.jsonl")
+                files.append(out / f"{name}-{subset}-{modality}.jsonl")
                 m.write_atomically(files[-1], lines)
         for until, limit in (("first token", 1), ("whole answer", args.max_new_tokens)):
             if args.cascade and role != "teacher":
@@ -566,22 +565,22 @@ def interval(values, seed=0):
 
 
 def system_and_subset(path):
-    """Of a file of answers, by its name; ValueError if it is not named as one."""
+    """Of a file of answers, by its name, and its model; ValueError if it is not named as one."""
     name = re.fullmatch(rf"(?:result-)?(.+)-({'|'.join(SUBSETS)})(?:-.+)?-(text|speech|audio)",
                         path.stem)  # the official scripts add result-, a split, and say audio
     if not name or not path.is_file():
         raise ValueError(f"{path}: expected a file named MODEL-SUBSET-MODALITY.jsonl")
     others = {"teacher": SYSTEMS[0], "cascade": SYSTEMS[3]}
-    return others.get(name[1].split("-")[0], SYSTEMS[1 + (name[3] != "text")]), name[2]
+    return others.get(name[1].split("-")[0], SYSTEMS[1 + (name[3] != "text")]), name[2], name[1]
 
 
 def read_answers(files):
     """Files of answers -> {subset: {system: rows}}; all must answer the same questions."""
-    answers, asked = {subset: {} for subset in SUBSETS}, {}
+    answers, asked, models = {subset: {} for subset in SUBSETS}, {}, {}
     for path in map(Path, files):
-        system, subset = system_and_subset(path)
-        if system in answers[subset]:
-            raise ValueError(f"{path}: a second file of {subset} for {system}; put them into one")
+        system, subset, model = system_and_subset(path)
+        if system in answers[subset] or models.setdefault(system.split()[0], model) != model:
+            raise ValueError(f"{path}: a second file of {subset} for {system}, or of another model")
         answers[subset][system] = read_subset(path, subset, "response")
         prompts = [row["prompt"] for row in answers[subset][system]]
         if prompts != asked.setdefault(subset, prompts):

@@ -195,6 +195,13 @@ def cores():
     return max(1, ours // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def cast(module, dtype):
+    """What module.to(dtype) does, but for RoPE's frequencies, which from_pretrained keeps, too."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_floating_point() and not name.endswith("inv_freq"):
+            tensor.data = tensor.data.to(dtype)
+
+
 # ---- models by name ----
 
 def from_folder(loader, folder, **options):

@@ -7,8 +7,7 @@ Turn text instructions into training data: teacher answers and speech, checked b
 Reads   JSON lines or a JSON list; keys: prompt | question | instruction (+ input or context)
         (+ system_prompt), response or output; or conversations of one turn
 Writes  OUT/train.jsonl (the manifest), heldout.jsonl, dropped.jsonl, summary.json and
-        wav/*.flac (16 kHz mono); tools/sound_questions.py asks how they sound
-Stop it at any moment; the same command goes on. Nothing is made twice.
+        wav/*.flac (16 kHz mono). Stop it at any moment; the same command goes on
 """
 import argparse
 import collections
@@ -235,7 +234,8 @@ def staged(args, name, rows, size, work):
     What is done already stays, what failed is tried again; the same batches are cut."""
     rank, world = m.ranks()
     done = Stage(args.out, name)
-    made = {row_id for row_id, record in done.items() if "error" not in record}
+    made = {row_id for row_id, record in done.items()  # a clip that was deleted is made again
+            if "error" not in record and Path(args.out, record.get("audio", "")).exists()}
     rows = sorted(rows, key=lambda row: (len(row.get("prompt", "")), row["id"]))  # like lengths
     starts = range(rank * size, len(rows), world * size)
     for start in tqdm(starts, name, unit="batch", disable=rank > 0 or not rows):

@@ -53,6 +53,12 @@ def test_the_controls_hear_nothing_or_another_clip(report):
     assert len(set(silent)) > 1  # the same prompt, but each question's own answer
 
 
+def test_two_sets_of_one_name_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        compare.get_args(["--base", "b", "--distilled", "d", "--out", "x", "--data", "human/train.jsonl", "human/heldout.jsonl"])
+    assert "two files in folders of one name" in capsys.readouterr().err
+
+
 def test_intervals_draw_prompts_with_all_their_clips():
     """Two clips of a prompt are no two samples: the interval is that of the prompts."""
     values, prompts = [0, 0, 1, 1, 1, 0], ["a", "a", "b", "b", "c", "c"]

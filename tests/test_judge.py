@@ -184,8 +184,26 @@ def test_a_refusal_stops_at_once_in_one_line_without_the_key(server, status, mon
     server.behave = lambda k, body: (status, {}, f"bad\nrequest: {KEY} {KEY[:12]}".encode())
     with pytest.raises(RuntimeError, match=f"HTTP {status}.* 0 of 8 .*JUDGE_API_KEY") as caught:
         server.judge(OPEN)
-    assert len(server.seen) == 1 and KEY not in str(caught.value) and "\n" not in str(caught.value)
+    assert status == 400 or len(server.seen) == 1  # 400 might be the first row's alone
+    assert KEY not in str(caught.value) and "\n" not in str(caught.value)
     assert status not in (401, 403) or KEY[:12] not in str(caught.value)
+
+
+@pytest.mark.parametrize("refusal", [(400, {}, b"too long"), (200, {}, json.dumps({"choices": [
+    {"finish_reason": "content_filter", "message": {"content": None}}]}).encode())], ids=["too long", "filter"])
+def test_a_row_that_it_refuses_though_it_answers_others_is_unreadable(server, refusal, capsys):
+    server.behave = lambda k, body: refusal if row_of(body) in OPEN[:2] else replying("3")
+    assert server.judge(OPEN) == [[tool.REFUSED]] * 2 + [["3"]] * 6
+    assert ev.read_score(tool.REFUSED) is ev.read_vote(tool.REFUSED) is None and "refused" in capsys.readouterr().err
+    count = len(server.seen)
+    assert server.judge(OPEN)[0] == [tool.REFUSED] and len(server.seen) == count
+
+
+def test_a_reply_that_was_cut_is_no_score(server):
+    """A thinking judge whose thoughts no tag opens."""
+    cut = json.dumps({"choices": [{"finish_reason": "length", "message": {"content": "At first glance that would be a 4, but"}}]}).encode()
+    server.behave = lambda k, body: (200, {}, cut) if k == 0 else replying("2")
+    assert server.judge(OPEN[:1]) == [["2"]]
 
 
 def test_after_its_attempts_it_stops_and_the_same_call_goes_on(server, monkeypatch):
@@ -268,6 +286,10 @@ def test_bad_files_and_options_are_refused(server, tmp_path, capsys):
         run(tmp_path, server, file, **{"--out": tmp_path})
     with pytest.raises(ValueError, match="expected a file named MODEL-SUBSET-MODALITY"):
         run(tmp_path, server, tmp_path / "b.jsonl")
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(ValueError, match="a second file of this name; judge it into another --out"):
+        run(tmp_path, server, file, write(other / "a-commoneval-text.jsonl", OPEN))
     for url in ("localhost", "http://me:pw@x/v1"):
         with pytest.raises(SystemExit):
             run(tmp_path, server, file, **{"--url": url})

@@ -114,12 +114,18 @@ def splits(data, subset):
     return [row for path in sorted(data.glob(f"{subset}-*.jsonl")) for row in read(path)]
 
 
+def file_of(folder, role, subset, modality):
+    """Of answers: between the model's name and the subset stand six characters of its weights' digest."""
+    [path] = folder.glob(f"{role}-??????-{subset}-{modality}.jsonl")
+    return path
+
+
 def test_the_row_files_have_the_columns_of_the_data_and_the_response_in_its_order(reference, data):
     subsets = {name.rpartition("-")[0] for name in FILES}
     files = {}
-    for system in ("teacher-llm-{}-text", "student-my student-{}-text", "student-my student-{}-speech"):
+    for role, modality in (("teacher-llm", "text"), ("student-my student", "text"), ("student-my student", "speech")):
         for subset in subsets:
-            files[system.format(subset) + ".jsonl"] = subset
+            files[file_of(reference, role, subset, modality).name] = subset
     assert set(results(reference)) == {*files, "report.json", "report.md"}
     texts = set()
     for file, subset in files.items():
@@ -129,7 +135,7 @@ def test_the_row_files_have_the_columns_of_the_data_and_the_response_in_its_orde
         for row, asked in zip(rows, expected, strict=True):
             del asked["audio"]
             assert row == {**asked, "response": row["response"]}
-    assert len(texts) > len(subsets) * 2 and b"\\u00e9" in (reference / "teacher-llm-advbench-text.jsonl").read_bytes()
+    assert len(texts) > len(subsets) * 2 and b"\\u00e9" in file_of(reference, "teacher-llm", "advbench", "text").read_bytes()
 
 
 def test_the_answers_are_those_of_the_models(reference, options, data):
@@ -140,9 +146,19 @@ def test_the_answers_are_those_of_the_models(reference, options, data):
         row |= {"audio": str(data / row["audio"]), "id": i}
     text = [{**row, "audio": None} for row in rows]
     taught = [answer["response"] for answer in vb.synth_speech.answer(llm, tokenizer, text, 12)]
-    for file, answers in (("student-my student-mmsu-speech", student.generate(rows, 12)),
-                          ("student-my student-mmsu-text", student.generate(text, 12)), ("teacher-llm-mmsu-text", taught)):
-        assert [row["response"] for row in read(reference / f"{file}.jsonl")] == answers
+    for role, modality, answers in (("student-my student", "speech", student.generate(rows, 12)),
+                                    ("student-my student", "text", student.generate(text, 12)), ("teacher-llm", "text", taught)):
+        assert [row["response"] for row in read(file_of(reference, role, "mmsu", modality))] == answers
+
+
+def test_in_bfloat16_the_untrained_student_is_its_teacher(tiny, options):
+    """RoPE's frequencies are not rounded: late tokens would stand elsewhere."""
+    args = vb.get_args([*options, "--out", "x", "--dtype", "bfloat16", "--student", tiny.student, "--teacher", tiny.llm])
+    student, (llm, _) = vb.load_model(args, "student"), vb.load_model(args, "teacher")
+    ids = torch.arange(3, 403)[None]
+    with torch.inference_mode():
+        logits, expected = (of(ids).logits for of in (student.llm, llm))
+    assert expected.dtype == torch.bfloat16 and torch.equal(logits, expected)
 
 
 def test_f_and_m_are_those_of_a_direct_computation(reference, options, data, tmp_path, capsys):
@@ -151,7 +167,7 @@ def test_f_and_m_are_those_of_a_direct_computation(reference, options, data, tmp
     divergence.main(args)
     student, (llm, tokenizer) = vb.load_model(args, "student"), vb.load_model(args, "teacher")
     sums = {"F": 0, "M": 0, "": 0}
-    for row, answer in zip(read(data / "bbh-test.jsonl"), read(reference / "teacher-llm-bbh-text.jsonl")):
+    for row, answer in zip(read(data / "bbh-test.jsonl"), read(file_of(reference, "teacher-llm", "bbh", "text"))):
         said = vb.synth_speech.answer(llm, tokenizer, [row], 12)[0]
         assert said["response"] == answer["response"]
         text = answer["response"] + ("<|im_end|>" if said["finish"] == "stop" else "")
@@ -185,7 +201,7 @@ def test_limit_subsets_and_modality(options, tmp_path, capsys):
     record = report(tmp_path)
     assert {name: entry["rows"] for name, entry in record["subsets"].items()} == {"mmsu": 2, "bbh": 2}
     assert "student speech" not in record["subsets"]["mmsu"] and record["options"]["system"] == "Hm"
-    assert len(read(tmp_path / "teacher-llm-mmsu-text.jsonl")) == 2
+    assert len(read(file_of(tmp_path, "teacher-llm", "mmsu", "text"))) == 2
     assert run(options, tmp_path / "b", "--subsets", "bbh", "--modality", "speech", "--teacher", "none") == 0
     assert [x for x in report(tmp_path / "b")["subsets"]["bbh"] if x in vb.SYSTEMS] == ["student speech"]
     assert "| bbh | 4 of 1000 |" in capsys.readouterr().out
@@ -195,13 +211,13 @@ def test_the_cascade_is_the_teacher_who_reads_what_whisper_hears(reference, opti
     """Its answers, files and scores; seconds stand in a file of their own, and what is done is not asked again."""
     more = ["--cascade", tiny.encoder, "--subsets", "mmsu", "bbh"]
     assert run(options, tmp_path, *more) == 0
-    names = {f"cascade-{Path(tiny.encoder).name}-{subset}-speech.jsonl" for subset in ("mmsu", "bbh")}
-    assert names == {path.name for path in tmp_path.glob("cascade-*")}
+    whisper = f"cascade-{Path(tiny.encoder).name}"
+    assert {file_of(tmp_path, whisper, subset, "speech") for subset in ("mmsu", "bbh")} == {*tmp_path.glob("cascade-*")}
     (llm, tokenizer), rows = m.load_llm(tiny.llm), splits(data, "mmsu")
     heard = m.load_whisper(tiny.encoder).hear([m.load_audio(data / row["audio"]) for row in rows])
     asked = [{"id": i, "prompt": clip.text} for i, clip in enumerate(heard)]
     said = [answer["response"] for answer in vb.synth_speech.answer(llm, tokenizer, asked, 12)]
-    assert [row["response"] for row in read(tmp_path / f"cascade-{Path(tiny.encoder).name}-mmsu-speech.jsonl")] == said
+    assert [row["response"] for row in read(file_of(tmp_path, whisper, "mmsu", "speech"))] == said
     record, seconds = report(tmp_path), json.loads((tmp_path / "seconds.json").read_text())
     assert "cascade speech" in record["subsets"]["bbh"] and set(record["weights"]) == {"teacher", "student", "cascade"}
     for role in ("student", "cascade"):
@@ -466,6 +482,8 @@ def test_the_hub_is_copied_without_decoding_and_its_limit_is_evenly_spaced(data,
         from_hub.main(from_hub.get_args(args))
     assert asked == [("hlt-lab/voicebench", *rest, "r1") for rest in (
         ("sd-qa", "usa"), ("mmsu", "+".join(from_hub.MMSU)), ("bbh", "test"))]
+    with pytest.raises(ValueError, match="holds a copy by .*limit.: 2.*choose another --out"):  # a trial is not the whole
+        from_hub.main(from_hub.get_args(args[:-2]))
     ids = [row["id"] for row in read(tmp_path / "bbh-test.jsonl")]  # bbh is sorted by task
     assert ids == [question("bbh", 0)["id"], question("bbh", 2)["id"]] and len(list((tmp_path / "audio").iterdir())) == 6
     read_back, digests = vb.read_data(vb.get_args(["--student", "x", "--out", "x", "--data", str(tmp_path)]))
@@ -496,6 +514,8 @@ BAD = {"no such folder": (None, "data: no SUBSET-SPLIT.jsonl"), "nothing in it":
        "no answers": ({"student-x-advbench-test-text": [{"prompt": "?"}]}, "no response; advbench needs"),
        "other name": ({"student-advbench": []}, "expected a file named MODEL-SUBSET-MODALITY.jsonl"),
        "twice": ({f"{x}-advbench-text": [{"prompt": "?", "response": ""}] for x in "ab"}, "a second file of advbench"),
+       "two models": ({f"student-{x}-{y}-text": [{"prompt": "?", "response": ""}] for x, y in (("a", "advbench"), ("b", "commoneval"))},
+                      "commoneval-text.jsonl: a second file of .* or of another model|advbench-text.jsonl: a second .* another model"),
        "other questions": ({"teacher-a-advbench-test-text": [{"prompt": "?", "response": ""}],
                             "b-advbench-test-text": [{"prompt": "!", "response": ""}]}, "other questions than another file"),
        "no answers at all": ({"a-advbench-text": []}, "no rows of advbench"),

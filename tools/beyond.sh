@@ -10,7 +10,7 @@
 # own-reverse, own-jsd: as own-kl, by the reverse KL, by the Jensen-Shannon divergence.
 # early: the divergence of an answer's first 8 tokens weighs up to twice.
 # again: a second round, as many steps from own-reverse, with its own answers.  again-old: the same with R6's answers still.
-# Stopped anywhere, the same command goes on.
+# Stopped anywhere, the same command goes on; a student that is there is not trained again (delete $STUDENTS/RUN).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs=${*:-more kl reverse own-reverse early again again-old}
@@ -46,7 +46,7 @@ for run in $runs; do
         more="$data/piper/both-train-rollouts.jsonl $data/espeak/both-train-rollouts.jsonl"
     fi
     say "$run: ${STEPS:-30} steps"
-    python train_kd.py --student $from --data $plain $more $data/{piper,espeak}/sounds.jsonl $options --max-steps "${STEPS:-30}" --batch-size 16 \
+    [ -f $out/$run$suffix/last/config.json ] || python train_kd.py --student $from --data $plain $more $data/{piper,espeak}/sounds.jsonl $options --max-steps "${STEPS:-30}" --batch-size 16 \
         --sound-batch-size 8 --lr-llm 5e-5 --lr-warmup-steps 4 --seed $seed --cache $data/.cache --dtype $dtype --save-every 20 --resume --out $out/$run$suffix
     mkdir -p $results/$run$suffix && cp $out/$run$suffix/{args.json,log.jsonl} $results/$run$suffix/
     rm -f $out/$run$suffix/ckpt-*.pt

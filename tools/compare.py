@@ -52,6 +52,9 @@ def get_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     p.add_argument("--out", required=True, help="folder of the report")
     args = p.parse_args(argv)
+    for given in (args.data, args.sounds):
+        if len({*map(set_name, given)}) < len(given):
+            p.error(f"{' '.join(given)}: two files in folders of one name, which names the set")
     args.cache = args.cache or str(Path(args.data[0]).parent / ".cache")
     args.labels, args.max_answer_tokens, args.channels = "response", train_kd.EARLY, ["t2t", "s2t"]
     return args

@@ -96,6 +96,10 @@ def copy_prompts(args, out):
 
 def copy_voicebench(args, out):
     (out / "audio").mkdir(parents=True, exist_ok=True)
+    begun, options = out / "copied.json", json.dumps({"data": args.data, "limit": args.limit})
+    if begun.exists() and begun.read_text() != options:
+        raise ValueError(f"{out} holds a copy by {begun.read_text()}; repeat that, or choose another --out")
+    m.write_atomically(begun, options)
     for subset in args.subsets:
         split = {"mmsu": "+".join(MMSU), "sd-qa": args.region}.get(subset, "test")
         path = out / f"{subset}-{'test' if subset == 'mmsu' else split}.jsonl"

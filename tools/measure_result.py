@@ -76,6 +76,8 @@ def key_of(args):
     """Changes with the weights, the rows and the options that a number depends on."""
     data, digests = Path(args.data), {}
     for path in sorted([*data.glob("*/*.jsonl"), data / "questions.jsonl"]):
+        if path.stem.endswith("-rollouts"):  # which tools/rollouts.py adds
+            continue
         if not path.is_file():
             raise ValueError(f"{path}: no such file; expected the folder that `bash tools/result_data.sh` writes")
         digests[str(path.relative_to(data))] = m.digest(path)
@@ -326,7 +328,7 @@ def summary_of(record, seed):
     gap = [both["text"][own] - both["heard"][own] for own in both["heard"]]
     found["gap, text - heard"] = [*vb.interval(gap, seed), len(gap)]
     every = record["right"]["all"]
-    found["MRR"] = [*ratio(every["heard"].values(), every["teacher"].values(), seed), len(every["teacher"])]
+    found["MRR"] = [*ratio(every["heard"].values(), [every["teacher"][own] for own in every["heard"]], seed), len(every["heard"])]
     count, teacher, text = (record["candidates"][key] for key in ("questions", "teacher", "text"))
     more = [(own in text) - (own in teacher) for own in sorted({*teacher, *text})]
     found["candidates, text"] = [*vb.interval([1] * len(text) + [0] * (count - len(text)), seed), count]

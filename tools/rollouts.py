@@ -70,7 +70,7 @@ def answer_batch(student, args, key, rows):
 
 def load(args):
     student = m.load_student(args.student).to(args.device)
-    student.llm.to(getattr(torch, args.dtype))
+    m.cast(student.llm, getattr(torch, args.dtype))
     return student
 
 
@@ -80,7 +80,8 @@ def main(args):
     for path in map(Path, args.data):
         rows = read_rows(path, args.limit)
         options = [args.temperature, args.max_new_tokens, args.batch_size, args.dtype, args.seed]
-        content = [options, vb.weights_of(args.student), [[row["id"], m.digest(row["clip"])] for row in rows]]
+        asked = [[row["id"], m.digest(row["clip"]), *map(row.get, ("system", "instruction", "language"))] for row in rows]
+        content = [options, vb.weights_of(args.student), asked]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
         args.out = path.parent
         answers = synth.staged(args, f"rollouts-{key}", rows, args.batch_size, lambda batch: answer_batch(student(), args, key, batch))

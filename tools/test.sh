@@ -4,7 +4,7 @@ set -euo pipefail
 export OMP_WAIT_POLICY=passive  # threads that wait by spinning make two programs on two cores many times slower
 cd "$(dirname "$0")/.."
 if [ -z "${VIRTUAL_ENV:-}" ]; then
-    [ -d .venv ] || python3 -m venv .venv
+    [ -f .venv/bin/activate ] || python3 -m venv .venv
     . .venv/bin/activate
 fi
 pip install --quiet -r requirements.txt
