@@ -13,7 +13,6 @@ import contextlib
 import datetime
 import hashlib
 import inspect
-import itertools
 import json
 import os
 import re
@@ -36,9 +35,8 @@ from transformers import (AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM
                           AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, BatchFeature,
                           GenerationMixin, PretrainedConfig, PreTrainedModel,
                           WhisperFeatureExtractor, WhisperForConditionalGeneration)
+from transformers import modeling_outputs as outputs
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.modeling_outputs import (BaseModelOutput, BaseModelOutputWithPast,
-                                           CausalLMOutputWithPast)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
@@ -101,8 +99,7 @@ def json_lines(path, parse, bad=None):
                 continue
             row = value if listed else read(value, where)
             if not isinstance(row, dict):
-                raise ValueError(f"{where}: {str(row)[:60]!r} is no JSON object; expected one a "
-                                 "line")
+                raise ValueError(f"{where}: '{row!s:.60}' is no JSON object; expected one a line")
             rows.append(parse(row, where))
         except ValueError as error:
             if bad is None:
@@ -134,8 +131,7 @@ def leave_out(bad, limit, out, write=True):
                          f"by --max-bad-rows {len(bad)})")
     if bad and write:
         Path(out).mkdir(parents=True, exist_ok=True)
-        listed = "".join(json.dumps(row) + "\n" for row in bad)
-        write_atomically(Path(out, "bad_rows.jsonl"), listed)
+        write_atomically(f"{out}/bad_rows.jsonl", "".join(json.dumps(row) + "\n" for row in bad))
     return f"{len(bad)} bad rows are left out, listed in {out}/bad_rows.jsonl" if bad else ""
 
 
@@ -157,8 +153,8 @@ def write_atomically(path, content):
 
 
 def stop_now(*_):
-    """Handler of SIGTERM."""
-    print("stopped by SIGTERM; the same command goes on", file=sys.stderr, flush=True)
+    """Handler of SIGTERM and Ctrl-C."""
+    print("stopped; the same command goes on", file=sys.stderr, flush=True)
     sys.exit(143)
 
 
@@ -168,13 +164,13 @@ def ranks():
 
 
 def start_processes(device, backend="gloo"):
-    """SIGTERM ends a script in one line, transformers keeps quiet; under torchrun all processes
-    meet -> rank, how many."""
-    signal.signal(signal.SIGTERM, stop_now)
+    """SIGTERM or Ctrl-C ends a script in one line, transformers keeps quiet; under torchrun all
+    processes meet -> rank, how many."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop_now)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # its backward under a mask gives nan at some lengths: Qwen2.5 meets it (pytorch#196678)
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward under a mask: nan (pytorch#196678)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
@@ -216,9 +212,8 @@ def from_folder(loader, folder, **options):
         loaded = loader.from_pretrained(folder, **{"trust_remote_code": False, **options})
     except (OSError, ValueError, RuntimeError, LookupError, AttributeError, ImportError, TypeError,
             SafetensorError) as error:
-        raise RuntimeError(f"{folder}: no {loader.__name__} can be read from it "
-                           f"({str(error)[:200]}); expected a folder of transformers whose weights "
-                           "are safetensors") from error
+        raise RuntimeError(f"{folder}: no {loader.__name__} can be read from it ({error!s:.200}); "
+                           "expected transformers' files whose weights are safetensors") from error
     if "dtype" not in options:
         return loaded
     model, found = loaded
@@ -261,7 +256,7 @@ class TextLLM(PreTrainedModel, GenerationMixin):
         found = self.model(input_ids=input_ids, attention_mask=attention_mask,
                            position_ids=position_ids, **inputs)
         logits = self.lm_head(found.last_hidden_state[:, -logits_to_keep:]) * logit_scale(self)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=found.past_key_values)
+        return outputs.CausalLMOutputWithPast(logits=logits, past_key_values=found.past_key_values)
 
 
 def logit_scale(llm):
@@ -405,8 +400,7 @@ class Whisper(WhisperForConditionalGeneration):
         for token in self.tokenizer.convert_ids_to_tokens(ids.tolist()):
             first = len(text)
             text += decoder.decode(bytes(map(BYTES.get, token)))
-            begun = bool(decoder.getstate()[0])  # a letter, which the next token ends
-            spans.append((first, len(text) + begun))
+            spans.append((first, len(text) + bool(decoder.getstate()[0])))  # a letter may go on
         spans = torch.tensor(spans).view(-1, 2) - (len(text) - len(text.lstrip()))
         return Heard(text.strip(), ids, states, sound, spans)
 
@@ -452,7 +446,7 @@ class Whisper(WhisperForConditionalGeneration):
                              sampling_rate=SAMPLE_RATE, max_length=context_s * SAMPLE_RATE)
         mel = mel.input_features.to(self.device, self.dtype)                      # (B, M, F)
         # four at a time stay in a CPU's cache: 1.2 times as fast there as all at once
-        features = BaseModelOutput(torch.cat([self.encode(some) for some in mel.split(4)]))
+        features = outputs.BaseModelOutput(torch.cat([self.encode(some) for some in mel.split(4)]))
 
         # what the first token tells: is it speech, in which language
         prompts = torch.full((len(mel), 1), config.decoder_start_token_id, device=mel.device)
@@ -808,7 +802,7 @@ class HubStudent(nn.Module):
         """B Prompts and B lists of answer tokens -> B (T_i, H), the LLM's inputs: the model's own
         forward, while its LLM gives back what it gets."""
         def give_back(inputs_embeds, **_):
-            return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+            return outputs.BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
         self.model.eval()  # what hears: no dropout, no statistics of a batch
         self.llm.train(self.training)
@@ -834,8 +828,8 @@ class HubStudent(nn.Module):
         """Beside the weights, all else of the folder that it came from, as its processor."""
         source = Path(self.model.name_or_path)
         folder.mkdir(parents=True)
-        for path in itertools.chain(*map(source.glob, BESIDE)):
-            if path.name != "model.safetensors.index.json":
+        for path in source.iterdir():
+            if any(map(path.match, BESIDE)) and path.name != "model.safetensors.index.json":
                 shutil.copy(path, folder)
         self.model.save_pretrained(folder, state_dict=state_dict)
 
@@ -866,8 +860,7 @@ def load_student(name):
     model = load_multimodal(folder, torch.float32)
     if not hasattr(model, "model") or not hasattr(model.config, "audio_token_id"):
         raise RuntimeError(f"{name}: a model of type {model.config.model_type!r}, expected "
-                           "WHISPER+LLM, a folder that train_kd.py wrote, or a speech LLM of "
-                           "transformers")
+                           "WHISPER+LLM, a student of train_kd.py, or a transformers' speech LLM")
     plain = hasattr(model.model, "visual") or model.config.model_type == "voxtral"
     processor = from_folder(AutoFeatureExtractor if plain else AutoProcessor, folder)
     return HubStudent(model, processor, load_tokenizer(folder, name)).eval()

@@ -767,7 +767,7 @@ def main(args):
     heard_of = hear_all(args, student, spoken)
     item_of = functools.partial(make_item, args=args, student=student, heard_of=heard_of,
                                 teacher_tokenizer=teacher_tokenizer)
-    llms = student.llm, teacher
+    llms, begun_with = (student.llm, teacher), [*map(fingerprint, filter(None, (student, teacher)))]
     train_rows = check_rows(train_rows, item_of, llms, bad)  # now, not at night
     eval_rows = check_rows(eval_rows, item_of, llms, bad)
     left_out = m.leave_out(bad, args.max_bad_rows, out, master) or "no row is bad"
@@ -784,10 +784,10 @@ def main(args):
     if args.shard:
         shard(student, teacher, dtype, args.device)
     optimizer = make_optimizer(args, student)
-    content = [{**row, "audio": None} for row in train_rows + eval_rows]  # its path may change
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    content = json.dumps([{**row, "audio": None} for row in train_rows + eval_rows], sort_keys=True)
     identity = {k: v for k, v in vars(args).items() if k not in FREE_OPTIONS}  # to go on with
-    identity |= {"processes": world, "content of the rows": f"{len(content)} {digest[:12]}"}
+    identity |= {"processes": world, "weights at the start": begun_with,  # names may change theirs
+                 "content of the rows": hashlib.sha256(content.encode()).hexdigest()[:12]}
     step, best, steps = 0, None, len(plan)  # best: the score of OUT/best
     if earlier:
         step, best, damaged = load_checkpoint(earlier, student, optimizer, identity)
@@ -796,8 +796,9 @@ def main(args):
         begin_log(args, step)
     weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
     say(f"{steps} steps; {weights / 1e6:.1f} M weights train")
-    stopped = []  # filled by SIGTERM; the loop ends before its next step
-    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+    stopped = []  # filled by SIGTERM or Ctrl-C; the loop ends before its next step
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.append(True))
 
     # ---- the loop ----
     autocast = functools.partial(torch.autocast, args.device, dtype, dtype != torch.float32)
@@ -843,7 +844,7 @@ def main(args):
         stop = torch.tensor(len(stopped), device=args.device)
         if world > 1:
             dist.all_reduce(stop)
-        if stop:  # SIGTERM came to one of the processes: all stop at one step
+        if stop:  # a signal came to one of the processes: all stop at one step
             break
         ahead = pool.map(items_of, plan[step + 1][rank::world])
         # Mean over ALL supervised tokens of the step (sounds: rows), per channel: a mean of
@@ -879,8 +880,7 @@ def main(args):
         if world > 1:
             dist.all_reduce(sums)  # logged is what all ranks optimised
         names = [item["id"] for item in itertools.chain(*micro_batches)]
-        where = (f"step {step + 1}; rows of rank {rank}: {names}; the newest checkpoint of {out} "
-                 "keeps the last good state")
+        where = f"step {step + 1}; rows of rank {rank}: {names}; {out} keeps the last good state"
         total = float(sums[:, 0].sum())
         if not sums.isfinite().all():  # on all ranks at once, since they are summed
             raise RuntimeError(f"loss {total} in {where}")
@@ -910,7 +910,7 @@ def main(args):
         return 0
     if step:  # before the first one torch would save a step that no optimizer has made
         save_checkpoint(args, student, optimizer, step, best, identity)
-    say(f"stopped by SIGTERM after step {step}; the same command with --resume goes on")
+    say(f"stopped after step {step}; the same command with --resume goes on")
     return 143  # 128 + SIGTERM, as a shell has it
 
 

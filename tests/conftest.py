@@ -1,6 +1,7 @@
 """What the tests share: `tiny`, random models that are built here in a second; `real`, the default ones."""
 import itertools
 import json
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,15 @@ def sound(seconds, seed=0):
     """Noise and a tone, (S,) float32 at 16 kHz; the same for the same arguments."""
     noise = torch.randn(int(seconds * 16_000), generator=torch.Generator().manual_seed(seed))
     return 0.05 * noise + 0.2 * torch.sin(torch.arange(len(noise)) * (0.1 + 0.03 * (seed % 50)))
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """The scripts' handlers of SIGTERM and Ctrl-C end with the test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def whole_prompt(tokenizer, text, system=None):

@@ -46,6 +46,10 @@ def test_a_student_answers_by_speech_and_says_that_it_did(tiny, tmp_path):
     assert target.read_bytes() == first
     run(rollouts, *words, "--seed", 1)
     assert target.read_bytes() != first
+    count = len(list((tmp_path / ".stages").iterdir()))
+    write_rows(path, [{**row, "instruction": "In one word."} for row in rows_of(path)])
+    run(rollouts, *words)  # what the student reads is another question
+    assert len(list((tmp_path / ".stages").iterdir())) == count + 1
 
 
 def test_the_likeliest_answer_is_the_one_that_generate_gives(tiny, tmp_path):
@@ -102,6 +106,10 @@ def test_each_run_differs_in_one_thing(tmp_path, name, wanted, rollouts):
     assert not rollouts or f"tools/rollouts.py {first if name == 'again' else 'start'} " in "\n".join(calls)
     assert trained.endswith(f"--out {tmp_path}/students/{name}") and (tmp_path / "students/results" / name / "log.jsonl").exists()
     assert [call.split()[0] for call in calls[-3:]] == ["tools/measure_result.py", "tools/measure_result.py", "tools/plot_beyond.py"]
+    (tmp_path / "students" / name / "last").mkdir()
+    (tmp_path / "students" / name / "last/config.json").touch()
+    subprocess.run([*script, name], env=env, check=True, capture_output=True)  # what is trained is not trained again
+    assert (tmp_path / "calls").read_text().count("train_kd.py") == 1
     wrong = subprocess.run([*script, "own-kld"], env=env, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("own-kld: no such run; expected more, kl, reverse")
 

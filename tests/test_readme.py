@@ -1,8 +1,10 @@
 """What the README and the layout promise."""
 import ast
 import io
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -42,6 +44,18 @@ def test_every_flag_that_the_readme_shows_exists():
             "compare", "ask", "bench", "from_hub", "judge", "make_voicebench", "preview", "result_data", "run_results", "sample_prompts", "score_parity", "sound_questions", "tts_server"))))
     ours = set(re.findall(r"--[a-z][\w-]+", README)) - {"--help", "--nproc_per_node", "--shutdown-timeout"}  # torchrun's
     assert ours and not [flag for flag in sorted(ours) if f'"{flag}"' not in sources]
+
+
+def test_a_half_made_environment_is_made_again(tmp_path):
+    """As where Debian's python3-venv was missing."""
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / "python3").write_text('#!/bin/sh\n[ "$2" = venv ] && echo "exit 7" > "$3/bin/activate"\n')
+    (tmp_path / "python3").chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"} | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for name in ("test.sh", "quickstart.sh"):
+        (tmp_path / ".venv/bin/activate").unlink(missing_ok=True)
+        assert subprocess.run(["bash", tmp_path / "tools" / name], env=env, capture_output=True).returncode == 7
 
 
 def test_no_placeholder_is_left():

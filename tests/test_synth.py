@@ -598,16 +598,22 @@ def test_a_program_gets_the_text_as_one_argument_and_its_failures_are_listed(tmp
     assert {p.name for p in tmp_path.iterdir()} == {"speak.py", "log.jsonl", "in.jsonl", "out"}
 
 
-def test_what_failed_is_tried_again_and_what_is_there_is_not(tmp_path):
+def test_what_failed_or_was_deleted_is_made_again_and_what_is_there_is_not(tmp_path):
     """As after a server of speech was down."""
-    args, rows = argparse.Namespace(out=tmp_path), [{"id": name, "prompt": "Why?"} for name in "abcd"]
-    down = synth.staged(args, "speech", rows, 2, lambda batch: [
-        {"id": row["id"], "error": "no server"} if row["id"] in "bd" else {"id": row["id"], "audio": "1"} for row in batch])
-    assert [down[name].get("error") for name in "abcd"] == [None, "no server", None, "no server"]
-    up = synth.staged(args, "speech", rows, 2, lambda batch: [{"id": row["id"], "audio": "2"} for row in batch])
-    assert [up[name].get("audio") for name in "abcd"] == ["1", "2", "1", "2"]
+    args, rows, asked = argparse.Namespace(out=tmp_path), [{"id": name, "prompt": "Why?"} for name in "abcd"], []
+
+    def speak(batch):
+        asked.append("".join(row["id"] for row in batch))
+        (tmp_path / f"{len(asked)}.flac").touch()
+        return [{"id": row["id"], "audio": f"{len(asked)}.flac"} for row in batch]
+    down = synth.staged(args, "speech", rows, 2, lambda batch: [{"id": row["id"], "error": "no server"} for row in batch])
+    assert [down[name]["error"] for name in "abcd"] == ["no server"] * 4
+    spoken = synth.staged(args, "speech", rows, 2, speak)
+    assert asked == ["ab", "cd"] and [spoken[name]["audio"][0] for name in "abcd"] == list("1122")
     write(tmp_path / ".stages/speech.1.jsonl", [{"id": "a", "error": "no server"}])  # of a rank that is gone
-    assert synth.staged(args, "speech", rows, 2, lambda batch: pytest.fail("spoken again")) == up
+    assert synth.staged(args, "speech", rows, 2, speak) == spoken and len(asked) == 2
+    (tmp_path / "2.flac").unlink()
+    assert synth.staged(args, "speech", rows, 2, speak)["d"]["audio"] == "3.flac" and asked[2:] == ["cd"]
 
 
 def test_a_program_that_reads_no_numbers_gets_words(tmp_path, monkeypatch):

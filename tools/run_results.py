@@ -160,7 +160,7 @@ def call(words, log):
                 process.terminate()
                 process.wait()
     if code == 143:
-        raise SystemExit("run_results.py: stopped by SIGTERM; the same command goes on")
+        raise SystemExit("run_results.py: stopped; the same command goes on")
     if code:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise RuntimeError(f"exit code {code}: {lines[-1][:300] if lines else 'it said nothing'}")
@@ -277,7 +277,8 @@ def side_by_side(args):
 
 
 def main(args):
-    signal.signal(signal.SIGTERM, m.stop_now)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, m.stop_now)
     if args.jobs > 1:
         return side_by_side(args)
     codes = []
