@@ -105,10 +105,11 @@ def token_kl(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: 
     token; share of the student's 64 likeliest among the teacher's. Arguments: see fused_ce_kd."""
     vocab = min(len(student_weight), len(teacher_weight))
     student_weight, teacher_weight = student_weight[:vocab].float(), teacher_weight[:vocab].float()
-    parts = []
+    parts, exact = [], torch.autocast(student_hidden.device.type, enabled=False)
     for student, teacher in zip(student_hidden.split(chunk_rows), teacher_hidden.split(chunk_rows)):
-        log_student = (student_logit_scale * student.float() @ student_weight.T).log_softmax(-1)
-        log_teacher = (teacher_logit_scale * teacher.float() @ teacher_weight.T).log_softmax(-1)
+        with exact:  # a KL is a small difference of logarithms
+            log_student = (student_logit_scale * student.float() @ student_weight.T).log_softmax(-1)
+            log_teacher = (teacher_logit_scale * teacher.float() @ teacher_weight.T).log_softmax(-1)
         kl = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)            # (n,)
         agree = log_teacher.argmax(-1) == log_student.argmax(-1)
         ours, theirs = (x.topk(min(64, vocab)).indices for x in (log_student, log_teacher))
@@ -285,8 +286,7 @@ def fused_ce_kd(*, student_hidden: Tensor, student_weight: Tensor, teacher_hidde
                          f"targets {len(targets)}; expected the same answer ids on both sides")
     if kind not in DIVERGENCES or not temperature > 0 or chunk_rows < 1 or not 0 < beta < 1:
         raise ValueError(f"kind {kind!r}, temperature {temperature}, beta {beta}, chunk_rows "
-                         f"{chunk_rows}; expected one of {', '.join(DIVERGENCES)}, T > 0, "
-                         "0 < beta < 1, chunk_rows >= 1")
+                         f"{chunk_rows}; expected {'|'.join(DIVERGENCES)}, > 0, 0 < beta < 1, >= 1")
     device, wide = targets.device.type, torch.promote_types(student_hidden.dtype, torch.float32)
     half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     row_weights = targets.new_ones(len(targets), 2) if row_weights is None else row_weights

@@ -52,6 +52,7 @@ SOUND_HZ = 2                       # so often the mean of these, so far, tells h
 CONTEXT_S = (10, 15, 20, 25, 30)   # clip + a second of silence (else the decoder loops); cut at 29
 HEAR_BATCH = 32                    # of these at once: a clip of ten minutes has 21 parts
 TOKENS_PER_S, NO_SPEECH = 12, 0.6  # more tokens than anyone says; likelier than that: no words
+DENSE = "hi mr ne sa ta te ml kn bn as gu pa si ka hy am my km lo th bo".split()  # but in these 40
 RIDGE, GAIN = 0.3, 2.0             # of Adapter.align, see there
 TOP_K = 50                         # tokens among which one is drawn; transformers' own
 LORA_SCALE = 2.0                   # alpha / rank, as most papers have it
@@ -357,11 +358,11 @@ def chat_parts(tokenizer, system=None, instruction=None, content=None, mark=AUDI
 
 def end_token(tokenizer):
     """Id of the token that ends a turn: the template's own, which need not be the tokenizer's."""
-    mark = "\N{SNOWMAN}"
+    mark, added = "\N{SNOWMAN}", tokenizer.added_tokens_decoder
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
     after = tokenizer.apply_chat_template(chat, tokenize=False).rsplit(mark, 1)[1]
     ids = tokenizer(after, add_special_tokens=False).input_ids
-    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
+    return ids[0] if ids and ids[0] in added and added[ids[0]].special else tokenizer.eos_token_id
 
 
 def text_ids(tokenizer, text):
@@ -462,7 +463,9 @@ class Whisper(WhisperForConditionalGeneration):
         prompts = torch.cat([prompts, prompts.new_tensor(more)], 1)               # (B, P)
 
         end, seconds = config.eos_token_id, [len(w) / SAMPLE_RATE for w in waveforms]
-        limits = [min(config.max_target_positions - 8, 8 + int(TOKENS_PER_S * s)) for s in seconds]
+        dense, most = {self.languages.get(code) for code in DENSE}, config.max_target_positions - 8
+        rates = [40 if row[0] in dense else TOKENS_PER_S for row in more]
+        limits = [min(most, 8 + int(rate * s)) for rate, s in zip(rates, seconds)]
         banned = [*(config.suppress_tokens or []), *range(end + 1, config.vocab_size)]  # special
         said = GenerationMixin.generate(  # Whisper's own wants 30 s
             self, encoder_outputs=features, attention_mask=torch.ones_like(mel[:, 0, ::2]),

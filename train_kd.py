@@ -61,20 +61,16 @@ def get_args(argv=None):
     rate, weight, cuda = m.number(float, 0, 1), m.number(float, 0), torch.cuda.is_available()
     add = p.add_argument_group("models and data").add_argument
     add("--teacher", default=m.DEFAULT_LLM, help="frozen text LLM: folder or hub id, NAME@REVISION")
-    add("--student", default=m.DEFAULT_STUDENT,
-        help="WHISPER+LLM, a speech LLM of transformers, or a folder that this script wrote")
-    add("--data", nargs="+", required=True, help="manifests to train on; rows of source student, "
-        "which answered itself, get the divergence alone")
+    add("--student", default=m.DEFAULT_STUDENT, help="WHISPER+LLM, a speech LLM, or one of ours")
+    add("--data", nargs="+", required=True, help="manifests to train on, of synth_speech.py")
     add("--eval-data", nargs="+", default=[], help="manifests to measure on")
     add("--max-bad-rows", type=natural, default=0, help="so many may be left out, and are listed")
     add("--labels", choices=["response", "reference"], default="response", help="whose answers")
     add("--max-answer-tokens", type=positive, default=256, help="longer answers are cut there")
     add("--out", required=True, help="output folder")
     add("--cache", help="what Whisper heard, kilobytes a clip; None: .cache beside the data")
-    add("--teacher-cache", help="folder for the teacher's hidden rows, 2 bytes x width a token: "
-                                "its body runs once a row and leaves memory")
-    add("--teach-only", action="store_true", help="load the teacher alone, fill --teacher-cache, "
-        "end: another machine can do it; a run of the same teacher, dtype, rows finds all there")
+    add("--teacher-cache", help="folder of the teacher's hidden rows: it runs once, leaves memory")
+    add("--teach-only", action="store_true", help="fill --teacher-cache, on any machine, and end")
     add = p.add_argument_group("method").add_argument
     add("--channels", nargs="+", choices=["t2t", "s2t"], default=["t2t", "s2t"],
         help="text to text, speech to text")
@@ -83,15 +79,13 @@ def get_args(argv=None):
     add("--loss", choices=list(losses.DIVERGENCES), default="forward_kl", help="the divergence")
     add("--kd-weight", type=weight, default=0.5, help="lambda of the divergence")
     add("--ce-weight", type=weight, default=1.0, help="of cross-entropy; 0 = pure distillation")
-    add("--early-tokens", type=natural, default=0, help="in so many first tokens of an answer the "
-        "divergence weighs more: 2 at the first, falling linearly to 1 behind the last; 0 = none")
+    add("--early-tokens", type=natural, default=0, help="so many weigh more, the first twice")
     add("--temperature", type=m.number(float, 0.01), default=2.0, help="tau; the loss has tau^2")
     add("--beta", type=m.number(float, 1e-6, 1 - 1e-6), default=0.5, help="of jsd and skew_kl")
     add = p.add_argument_group("what trains").add_argument
     add("--train", nargs="+", choices=["encoder", "adapter", "llm"], default=["adapter", "llm"],
         help="parts that train; Whisper never does")
-    add("--lora-rank", type=natural, default=0,
-        help="LoRA on the LLM's linear layers, at --lr-llm 1e-4 to 1e-3; needs peft; 0 = off")
+    add("--lora-rank", type=natural, default=0, help="of LoRA, at --lr-llm 1e-4 to 1e-3; 0 = off")
     add("--lr-encoder", type=rate, default=1e-5, help="peak learning rate")
     add("--lr-adapter", type=rate, default=2e-5, help="peak learning rate, 1e-5 to 1e-4")
     add("--lr-llm", type=rate, default=2e-5, help="peak learning rate; the paper: 5e-6 for 7 B")
@@ -189,9 +183,8 @@ def read_rows(args):
             channels = channels_of(row, args)
             keys.update(row)  # for the error below
             if row["own"] and not (judged and row["prompt"]):
-                bad.append({"id": row["id"], "reason": f"row {row['id']!r}: of source student, it "
-                            "learns from the teacher alone; expected a prompt, --labels response, "
-                            "--kd-weight above 0; change these, or leave the row out"})
+                bad.append({"id": row["id"], "reason": f"row {row['id']!r}: of source student; "
+                            "expected a prompt, --labels response and --kd-weight above 0"})
             elif channels:
                 train_rows.append(row)
                 counts.update(channels)
@@ -204,8 +197,7 @@ def read_rows(args):
         needs = f"{'prompt' if missing[0] == 't2t' else 'audio'} and {args.labels}"
         strange = keys - {*KEYS, "own"}  # `audio` under another name
         raise ValueError(f"{' '.join(args.data)}: no row has {needs}, which channel {missing[0]} "
-                         f"needs; unknown keys: {', '.join(sorted(strange)) or 'none'}; rename "
-                         f"one, or leave {missing[0]} out of --channels")
+                         f"needs; unknown keys: {', '.join(sorted(strange)) or 'none'}; rename one")
     if args.eval_data and not eval_rows:
         raise ValueError(f"--eval-data {' '.join(args.eval_data)}: no row can be measured; that "
                          f"needs prompt, audio and {args.labels}")
@@ -296,8 +288,7 @@ def plan_steps(rows, args):
         count, size = sum(map(len, some)), micro_batches * batch_size
         if 0 < count < size:
             raise ValueError(f"{count} rows {'without' if sound else 'with'} a teacher and with "
-                             f"{args.labels} in {', '.join(args.data)}, fewer than the {size} of "
-                             "one step; give more rows or a smaller batch")
+                             f"{args.labels}, a step has {size}; give more, or a smaller batch")
         if count:
             steps = steps or max(1, round(args.epochs * count / size))  # the first kind's epochs
             turns.append((size, itertools.cycle([drawn(numbers) for numbers in some])))
@@ -383,7 +374,8 @@ def align_sounds(student, rows, heard_of):
     """Let a sound layer begin with what rows without a teacher say about their clips -> number of
     clips. An answer counts by the mean embedding of what its question's other answers lack, less
     the mean over them; one that is given once (a transcript) tells words, not sound."""
-    table, questions = student.llm.get_input_embeddings().weight.detach().float(), {}
+    table, questions = student.llm.get_input_embeddings(), {}
+    table = table(torch.arange(len(table.weight), device=table.weight.device)).detach().float()
     for row in rows:
         if row["prompt"] is None:
             ids = tuple(m.text_ids(student.tokenizer, row["response"]))
@@ -554,6 +546,7 @@ def check_own(args, student, teacher, rows, item_of, autocast):
 
 # ---- what trains ----
 
+@torch.no_grad()
 def check_pair(teacher, teacher_tokenizer, student):
     """Same ordinary vocabulary (special tokens may be named differently), same end, plain heads."""
     tokenizers = teacher_tokenizer, student.tokenizer
@@ -565,9 +558,13 @@ def check_pair(teacher, teacher_tokenizer, student):
                            f"and {tokenizers[1].name_or_path} differ, e.g. in {example!r}, and end "
                            f"a turn with {ends}")
     for llm in (teacher, student.llm):
-        if getattr(llm.config.get_text_config(decoder=True), "final_logit_softcapping", None):
-            raise RuntimeError(f"{llm.config.model_type}: capped logits (final_logit_softcapping) "
-                               "are not supported; choose another model")
+        capped = getattr(llm.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+        ids, head = torch.arange(9, device=llm.device), llm.get_output_embeddings().weight
+        hidden = m.answer_states(llm, [llm.get_input_embeddings()(ids)], [8]) * m.logit_scale(llm)
+        logits = llm(input_ids=ids[None]).logits[0, :-1]
+        if capped or not (hidden @ head.T - logits).norm() < 0.02 * logits.norm():
+            raise RuntimeError(f"{llm.config.model_type}: its logits are capped, or not its hidden "
+                               "rows times its head; choose another model")
 
 
 def load_teacher(args, student, dtype):

@@ -362,10 +362,15 @@ def test_scaled_logits_are_those_of_the_model(tiny, checkpoint, data, tmp_path, 
     assert train_kd.main(args) == 0
 
 
-def test_capped_logits_are_refused(tiny, checkpoint, tmp_path):
+@pytest.mark.parametrize("kind, name", [("Gemma2", "gemma2"), ("Phi", "phi")])
+def test_logits_that_are_not_hidden_rows_times_the_head_are_refused(tiny, checkpoint, kind, name):
+    """Gemma 2 caps them; Phi's head has a bias."""
     student = m.load_student(str(checkpoint(qwen2_audio)))
-    with pytest.raises(RuntimeError, match="gemma2: capped logits"):
-        train_kd.check_pair(causal("Gemma2", student.tokenizer), m.load_llm(tiny.llm)[1], student)
+    teacher, tokenizer = causal(kind, student.tokenizer), m.load_llm(tiny.llm)[1]
+    if getattr(teacher.lm_head, "bias", None) is not None:
+        torch.nn.init.normal_(teacher.lm_head.bias)
+    with pytest.raises(RuntimeError, match=f"{name}: its logits are capped, or not its hidden rows times its head"):
+        train_kd.check_pair(teacher, tokenizer, student)
 
 
 def test_the_papers_pair_differs_in_special_tokens_padding_and_template_and_passes(checkpoint, data, tiny, tmp_path):

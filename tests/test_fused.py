@@ -216,6 +216,15 @@ def test_autocast_on_a_cpu_rounds_factors_only_and_leaves_the_precision_of_other
     assert (torch.backends.mkldnn.fp32_precision, torch.get_float32_matmul_precision()) == before
 
 
+def test_token_kl_is_the_same_under_autocast():
+    inputs, _ = pair(9, 50, 16, torch.float32)
+    arguments = {key: inputs[key] for key in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")}
+    expected = losses.token_kl(**arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = losses.token_kl(**arguments)
+    assert expected[0].dtype == torch.float32 and all(map(torch.equal, found, expected))
+
+
 def test_a_divergence_without_a_gradient_of_its_own_is_no_other_one(monkeypatch):
     monkeypatch.setitem(DIVERGENCES, "mine", losses.forward_kl)
     with pytest.raises(UnboundLocalError):

@@ -301,6 +301,26 @@ def test_only_the_template_makes_special_tokens(tiny_student, monkeypatch):
     assert m.end_token(tokenizer) == m.end_token(tiny_student.tokenizer) == end
 
 
+def test_a_turn_may_end_with_a_special_token_that_has_no_name(tiny_student):
+    """As Gemma's <end_of_turn> and Phi's <|end|>, which are not the tokenizer's eos."""
+    tokenizer = copy.deepcopy(tiny_student.tokenizer)
+    tokenizer.backend_tokenizer.add_special_tokens(["<end_of_turn>"])
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<end_of_turn>")
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert end not in tokenizer.all_special_ids and m.end_token(tokenizer) == end
+    tokenizer.chat_template = tokenizer.chat_template.replace("<end_of_turn>", " END")  # plain text ends nothing
+    assert m.end_token(tokenizer) == tokenizer.eos_token_id
+
+
+def test_languages_that_whisper_writes_in_many_tokens_may_have_as_many(real_student, monkeypatch):
+    asked, generate = [], m.GenerationMixin.generate
+    monkeypatch.setattr(m.GenerationMixin, "generate", lambda self, *, max_new_tokens, **more: asked.append(max_new_tokens) or generate(
+        self, max_new_tokens=2, **more))
+    for language in ("en", "ta"):
+        real_student.hear([sound(2)], language)
+    assert asked == [8 + 12 * 2, 8 + 40 * 2]
+
+
 def test_a_saved_folder_is_loaded_by_transformers_without_this_repository(tiny_student, tmp_path):
     m.save_student(tiny_student, tmp_path / "student")
     torch.save((ROWS, [m.text_ids(tiny_student.tokenizer, answer) for answer in ANSWERS]), tmp_path / "inputs")

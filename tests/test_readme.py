@@ -118,7 +118,7 @@ def test_clotho_becomes_rows_about_sounds(tmp_path, monkeypatch):
 
 
 # lines; of model and train_kd 560 were wanted: together they may not grow
-LIMITS = {"losses.py": 300, "model.py": 890, "train_kd.py": 926, "synth_speech.py": 548, "eval_voicebench.py": 700, "eval_mmau.py": 210}
+LIMITS = {"losses.py": 300, "model.py": 893, "train_kd.py": 923, "synth_speech.py": 548, "eval_voicebench.py": 700, "eval_mmau.py": 210}
 
 
 @pytest.mark.parametrize("name, limit", LIMITS.items())

@@ -287,6 +287,20 @@ def test_an_untrained_sound_layer_begins_with_what_is_said_about_clips_and_not_w
     assert torch.cosine_similarity(loud - quiet, yes - no, 0) > 0.9
 
 
+def test_a_sound_begins_as_large_as_what_the_llm_reads(tiny, monkeypatch):
+    """Gemma scales inside the module of its embeddings."""
+    rows = [{"prompt": None, "audio": f"{k}", "instruction": "Loud?", "response": ("Yes.", "No.")[k % 2]} for k in range(20)]
+    sizes = []
+    for scale in (1, 8):
+        student = m.build_student(tiny.student)
+        embed = student.llm.get_input_embeddings()
+        embed.register_forward_hook(lambda module, inputs, rows, scale=scale: scale * rows)
+        train_kd.align_sounds(student, rows, lambda row: m.Heard("", torch.arange(0), torch.zeros(0, 16), torch.full((5, 16), float(row["response"] == "Yes.")),
+                                                                torch.zeros(0, 2)))
+        sizes.append(float(student.adapter.sound.weight.norm()))
+    assert sizes[1] == pytest.approx(8 * sizes[0], rel=1e-3) and sizes[0] > 0
+
+
 def test_what_all_answers_to_a_question_share_is_no_part_of_a_sound(tiny):
     student = m.build_student(tiny.student)
     rows = [{"prompt": None, "audio": f"{word}{k}", "instruction": "Who?", "response": f"This is {word}."} for word in ("red", "blue") for k in range(20)]
@@ -368,8 +382,8 @@ def test_what_is_logged_of_ce_is_the_mean_over_the_tokens_that_have_it(tiny, dat
 
 
 @pytest.mark.parametrize("changed, options, message", [
-    ({}, ["--labels", "reference"], "expected a prompt, --labels response, --kd-weight above 0"),
-    ({}, ["--kd-weight", "0"], "it learns from the teacher alone"),
+    ({}, ["--labels", "reference"], "expected a prompt, --labels response and --kd-weight above 0"),
+    ({}, ["--kd-weight", "0"], "of source student; expected a prompt, --labels response and --kd-weight above 0"),
     ({"prompt": None}, [], "row 'manifest.*/train-000': of source student")])
 def test_own_answers_that_no_teacher_can_judge_are_refused(tiny, data, own, tmp_path, changed, options, message):
     path = write_rows(data.parent / "refused.jsonl", [{**row, "reference": "Yes.", **changed} for row in read_rows(own)])
@@ -670,10 +684,10 @@ def test_a_rare_question_about_the_sound_comes_as_often_as_others():
 
 
 @pytest.mark.parametrize("changed, options, message", [
-    (dict(audio=None), [], "no row has audio and response, which channel s2t needs; .*, or leave s2t out of --channels"),
+    (dict(audio=None), [], "no row has audio and response, which channel s2t needs; unknown keys: .*; rename one"),
     (dict(prompt=None), ["--eval-data", "DATA"], "--eval-data .*train.jsonl: no row can be measured; that needs prompt, audio and response"),
     (dict(response=None), [], "no row has prompt and response"),
-    ({}, ["--batch-size", "5"], "4 rows with a teacher .* fewer than the 5 of one step"),
+    ({}, ["--batch-size", "5"], "4 rows with a teacher .* a step has 5"),
     ({}, ["--train", "encoder"], "--train encoder: .* trains adapter, llm; its Whisper stays as it is")])
 def test_what_cannot_be_trained_on_is_an_error_that_names_it(tiny, tmp_path, changed, options, message):
     path = tiny.manifest(tmp_path, 4, **changed)
@@ -742,7 +756,7 @@ def test_models_with_different_vocabularies_are_refused_with_an_example(tiny):
     with pytest.raises(RuntimeError, match=re.escape(f"differ, e.g. in {min(a, b)!r}")):
         train_kd.check_pair(teacher, tokenizer, student)
     teacher.config.final_logit_softcapping = 30.0
-    with pytest.raises(RuntimeError, match="final_logit_softcapping"):
+    with pytest.raises(RuntimeError, match="its logits are capped"):
         train_kd.check_pair(teacher, m.load_llm(tiny.llm)[1], student)
 
 
