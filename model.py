@@ -863,7 +863,7 @@ def load_student(name):
     model = load_multimodal(folder, torch.float32)
     if not hasattr(model, "model") or not hasattr(model.config, "audio_token_id"):
         raise RuntimeError(f"{name}: a model of type {model.config.model_type!r}, expected "
-                           "WHISPER+LLM, a student of train_kd.py, or a transformers' speech LLM")
+                           "WHISPER+LLM, a student of train_kd.py, or a speech LLM of transformers")
     plain = hasattr(model.model, "visual") or model.config.model_type == "voxtral"
     processor = from_folder(AutoFeatureExtractor if plain else AutoProcessor, folder)
     return HubStudent(model, processor, load_tokenizer(folder, name)).eval()

@@ -491,7 +491,7 @@ MODELS = {
     "student with a weight less": ("student", one_less, r"no weights for adapter.*; expected all"),
     "student without feature extractor": ("student", without("whisper/preprocessor_config.json"), NO + r".*feature extractor"),
     "student without tokenizer": ("student", without("tokenizer.json", "tokenizer_config.json"), NO + r".*tokenizer"),
-    "an LLM as student": ("llm as student", lambda f: None, r"a model of type 'llama', expected WHISPER\+LLM, a folder that train_kd.py"),
+    "an LLM as student": ("llm as student", lambda f: None, r"a model of type 'llama', expected WHISPER\+LLM, a student of train_kd.py"),
     "an LLM as encoder": ("llm+llm", lambda f: None, r"a model of type 'llama' cannot hear, expected a Whisper"),
     "encoder without extractor": ("encoder+", without("preprocessor_config.json"), NO + r".*feature extractor"),
     "encoder with a weight less": ("encoder+", one_less, r"no weights for .*; expected all"),
