@@ -878,8 +878,8 @@ def save_student(model, folder, dtype=None, state=None):
     weights = {}
     for name, value in merge_lora(model.state_dict() if state is None else state).items():
         exact = name.startswith(("adapter.", "whisper."))
-        cast = dtype and value.is_floating_point() and not exact
-        weights[name.removeprefix("model.")] = value.to(dtype) if cast else value
+        rounded = dtype and value.is_floating_point() and not exact
+        weights[name.removeprefix("model.")] = value.to(dtype) if rounded else value
     for name in getattr(model, "model", model).all_tied_weights_keys:
         weights.pop(name, None)  # a cast copy is not seen to be tied
     model.save_pretrained(temporary, state_dict=weights)
