@@ -562,7 +562,7 @@ def check_pair(teacher, teacher_tokenizer, student):
         ids, head = torch.arange(9, device=llm.device), llm.get_output_embeddings().weight
         hidden = m.answer_states(llm, [llm.get_input_embeddings()(ids)], [8]) * m.logit_scale(llm)
         logits = llm(input_ids=ids[None]).logits[0, :-1]
-        if capped or not (hidden @ head.T - logits).norm() < 0.02 * logits.norm():
+        if capped or (hidden @ head.T - logits).norm() > 0.02 * logits.norm():
             raise RuntimeError(f"{llm.config.model_type}: its logits are capped, or not its hidden "
                                "rows times its head; choose another model")
 
