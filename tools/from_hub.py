@@ -99,13 +99,13 @@ def copy_voicebench(args, out):
     begun, options = out / "copied.json", json.dumps({"data": args.data, "limit": args.limit})
     if begun.exists() and begun.read_text() != options:
         raise ValueError(f"{out} holds a copy by {begun.read_text()}; repeat that, or choose another --out")
-    m.write_atomically(begun, options)
     for subset in args.subsets:
         split = {"mmsu": "+".join(MMSU), "sd-qa": args.region}.get(subset, "test")
         path = out / f"{subset}-{'test' if subset == 'mmsu' else split}.jsonl"
         if path.exists():
             continue
         table, lines = load_sounds(args.data, subset, split, "audio"), ""
+        m.write_atomically(begun, options)  # what cannot be loaded begins nothing
         for i in vb.spaced(range(len(table)), args.limit):
             row = table[i]
             sound, row["audio"] = row["audio"]["bytes"], f"audio/{path.stem}-{i:05d}.wav"
